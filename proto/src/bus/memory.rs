@@ -1,0 +1,256 @@
+//! The bus of one process: batches flow forward under backpressure, the ban set is shared state that enforcers follow by
+//! revision, so that a slow enforcer never makes detection wait.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::api::BackendHold;
+use crate::ban::{BanChange, BanRecord, Lists};
+use crate::envelope::CloudEvent;
+use crate::event::{AccessBatch, Interest};
+use crate::net::Target;
+use crate::report::{NodeReport, Role};
+use crate::time::Timestamp;
+
+/// Batches between ingest and detect. Full means that sources stop reading.
+pub const BATCHES_MAX: usize = 64;
+/// Public events that a slow reader may fall behind before it misses some.
+pub const EVENTS_MAX: usize = 4096;
+/// Questions to enforcers under way.
+const QUESTIONS_MAX: usize = 64;
+/// Deleted records that are remembered; an enforcer further behind gets the whole set.
+const TOMBSTONES_MAX: usize = 65_536;
+
+/// Both ends of everything, made once for a process.
+#[derive(Debug)]
+pub struct Bus {
+    /// Into detect.
+    pub batches: mpsc::Sender<AccessBatch>,
+    /// Out of ingest.
+    pub batches_in: mpsc::Receiver<AccessBatch>,
+    /// The ban set.
+    pub bans: BanBucket,
+    /// What detect publishes beside bans.
+    pub lists: watch::Sender<Arc<Lists>>,
+    /// What the rules look at.
+    pub interest: watch::Sender<Arc<Interest>>,
+    /// Public events.
+    pub events: broadcast::Sender<Arc<CloudEvent>>,
+    /// Every role's newest report.
+    pub nodes: Nodes,
+    /// To the enforcer.
+    pub questions: mpsc::Sender<Question>,
+    /// At the enforcer.
+    pub questions_in: mpsc::Receiver<Question>,
+}
+
+impl Bus {
+    /// A fresh bus.
+    pub fn new() -> Self {
+        let (batches, batches_in) = mpsc::channel(BATCHES_MAX);
+        let (questions, questions_in) = mpsc::channel(QUESTIONS_MAX);
+        Self {
+            batches,
+            batches_in,
+            bans: BanBucket::new(),
+            lists: watch::Sender::new(Arc::default()),
+            interest: watch::Sender::new(Arc::default()),
+            events: broadcast::Sender::new(EVENTS_MAX),
+            nodes: Nodes::default(),
+            questions,
+            questions_in,
+        }
+    }
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What holds this address? Asked by `explain`.
+#[derive(Debug)]
+pub struct Question {
+    /// The address.
+    pub address: IpAddr,
+    /// Where the answer goes.
+    pub reply: oneshot::Sender<Vec<BackendHold>>,
+}
+
+/// The newest report of each role on each node.
+#[derive(Clone, Debug, Default)]
+pub struct Nodes(Arc<Mutex<BTreeMap<(Role, String), NodeReport>>>);
+
+impl Nodes {
+    /// Replaces the report of its role and node.
+    pub fn put(&self, report: NodeReport) {
+        lock(&self.0).insert((report.role, report.node.clone()), report);
+    }
+
+    /// All reports, by role and node.
+    pub fn all(&self) -> Vec<NodeReport> {
+        lock(&self.0).values().cloned().collect()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The data behind these locks is replaced whole, so a panic elsewhere cannot leave it half-written.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The desired state: one record a target, each change under a new revision.
+#[derive(Clone, Debug)]
+pub struct BanBucket {
+    state: Arc<Mutex<BucketState>>,
+    revision: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct BucketState {
+    revision: u64,
+    /// Everything up to this revision that was deleted is forgotten.
+    forgotten: u64,
+    records: BTreeMap<Target, (u64, BanRecord)>,
+    by_revision: BTreeMap<u64, Target>,
+    deleted: BTreeMap<Target, u64>,
+    /// When the line that caused the newest change was read.
+    cause: Option<Timestamp>,
+}
+
+/// What an enforcer gets: changes since the revision it named, or everything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BanUpdate {
+    /// The state after these changes.
+    pub revision: u64,
+    /// Whether this is the whole set, so that what is not in it is not banned.
+    pub snapshot: bool,
+    /// Ordered by revision, or by target in a snapshot.
+    pub changes: Vec<BanChange>,
+    /// When the log line behind the newest change was read, for latency figures.
+    pub cause: Option<Timestamp>,
+}
+
+impl BanBucket {
+    fn new() -> Self {
+        Self { state: Arc::default(), revision: watch::Sender::new(0) }
+    }
+
+    /// Applies changes under consecutive revisions and wakes the enforcers. `cause` is when the line behind them was
+    /// read. Even without changes the revision moves on: the first call says that the set is whole.
+    pub fn publish(&self, changes: impl IntoIterator<Item = BanChange>, cause: Option<Timestamp>) {
+        let mut state = lock(&self.state);
+        state.revision += 1;
+        for change in changes {
+            state.apply(change);
+        }
+        state.cause = cause;
+        state.trim();
+        let revision = state.revision;
+        drop(state);
+        self.revision.send_replace(revision);
+    }
+
+    /// Follows the revision: changes when there is something to fetch. 0 until detect has published its first set.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// What has changed after `revision`; 0 asks for the whole set. `None` before anything was published.
+    pub fn since(&self, revision: u64) -> Option<BanUpdate> {
+        let state = lock(&self.state);
+        if state.revision == 0 {
+            return None;
+        }
+        let snapshot = revision == 0 || revision < state.forgotten || revision > state.revision;
+        let changes = if snapshot {
+            state.records.values().map(|(_, record)| BanChange::Put(record.clone())).collect()
+        } else {
+            state.by_revision.range(revision + 1..).map(|(_, target)| state.change(*target)).collect()
+        };
+        Some(BanUpdate { revision: state.revision, snapshot, changes, cause: state.cause })
+    }
+
+    /// All records, by target.
+    pub fn all(&self) -> Vec<BanRecord> {
+        lock(&self.state).records.values().map(|(_, record)| record.clone()).collect()
+    }
+}
+
+impl BucketState {
+    fn apply(&mut self, change: BanChange) {
+        self.revision += 1;
+        let target = change.target();
+        let former =
+            self.records.remove(&target).map(|(revision, _)| revision).or_else(|| self.deleted.remove(&target));
+        if let Some(former) = former {
+            self.by_revision.remove(&former);
+        }
+        self.by_revision.insert(self.revision, target);
+        match change {
+            BanChange::Put(record) => drop(self.records.insert(target, (self.revision, record))),
+            BanChange::Delete(_) => drop(self.deleted.insert(target, self.revision)),
+        }
+    }
+
+    fn change(&self, target: Target) -> BanChange {
+        self.records.get(&target).map_or(BanChange::Delete(target), |(_, record)| BanChange::Put(record.clone()))
+    }
+
+    fn trim(&mut self) {
+        if self.deleted.len() <= TOMBSTONES_MAX {
+            return;
+        }
+        let old: Vec<(u64, Target)> = {
+            let deleted = &self.deleted;
+            let tombstones = self.by_revision.iter().filter(|(_, target)| deleted.contains_key(target));
+            tombstones.take(TOMBSTONES_MAX / 2).map(|(revision, target)| (*revision, *target)).collect()
+        };
+        for (revision, target) in old {
+            self.by_revision.remove(&revision);
+            self.deleted.remove(&target);
+            self.forgotten = revision;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(n: u32) -> BanRecord {
+        BanRecord { target: Target::host(IpAddr::V4(n.into())), bans: Vec::new() }
+    }
+
+    #[test]
+    fn an_enforcer_gets_the_whole_set_then_changes() {
+        let bucket = BanBucket::new();
+        assert_eq!(bucket.since(0), None, "an empty bucket that nobody has filled says nothing");
+        bucket.publish([BanChange::Put(record(1)), BanChange::Put(record(2))], None);
+        let first = bucket.since(0).unwrap();
+        assert!(first.snapshot);
+        assert_eq!(first.changes.len(), 2);
+
+        bucket.publish([BanChange::Delete(record(1).target), BanChange::Put(record(3))], None);
+        let next = bucket.since(first.revision).unwrap();
+        assert!(!next.snapshot);
+        assert_eq!(next.changes, [BanChange::Delete(record(1).target), BanChange::Put(record(3))]);
+        assert_eq!(bucket.since(next.revision).unwrap().changes, []);
+    }
+
+    #[test]
+    fn an_enforcer_that_fell_behind_the_tombstones_gets_a_snapshot() {
+        let bucket = BanBucket::new();
+        bucket.publish([BanChange::Put(record(0))], None);
+        let seen = bucket.since(0).unwrap().revision;
+        for n in 1..=(TOMBSTONES_MAX as u32 + 1) {
+            bucket.publish([BanChange::Put(record(n)), BanChange::Delete(record(n).target)], None);
+        }
+        let update = bucket.since(seen).unwrap();
+        assert!(update.snapshot);
+        assert_eq!(update.changes, [BanChange::Put(record(0))]);
+    }
+}

@@ -1,0 +1,106 @@
+//! Public events: CloudEvents 1.0 JSON objects around a [`Ban`] or an alarm.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ban::Ban;
+use crate::time::Timestamp;
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EventType {
+    /// A target is banned that was not.
+    #[serde(rename = "io.portcullis.ban.v1")]
+    Ban,
+    /// A ban was lifted by an operator or by a list. A ban that merely ends is told by its `expires_at`.
+    #[serde(rename = "io.portcullis.unban.v1")]
+    Unban,
+    /// A banned target got a further ban, by another rule or for longer.
+    #[serde(rename = "io.portcullis.extend.v1")]
+    Extend,
+    /// Something needs a person.
+    #[serde(rename = "io.portcullis.alarm.v1")]
+    Alarm,
+}
+
+impl EventType {
+    /// The word in subjects and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ban => "ban",
+            Self::Unban => "unban",
+            Self::Extend => "extend",
+            Self::Alarm => "alarm",
+        }
+    }
+}
+
+/// What an alarm says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alarm {
+    /// A stable word for programs, such as `visitors-behind-proxy`.
+    pub kind: String,
+    /// For people.
+    pub text: String,
+}
+
+/// The payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Data {
+    /// Of ban, unban and extend.
+    Ban(Box<Ban>),
+    /// Of alarm.
+    Alarm(Alarm),
+}
+
+/// One public event. CloudEvents 1.0, structured JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudEvent {
+    /// Always `1.0`.
+    pub specversion: String,
+    /// The same for a repeated delivery of the same event.
+    pub id: String,
+    /// `portcullis/<node>` of the detect that decided.
+    pub source: String,
+    /// What happened.
+    #[serde(rename = "type")]
+    pub kind: EventType,
+    /// When it was decided.
+    pub time: Timestamp,
+    /// The target, or the kind of an alarm.
+    pub subject: String,
+    /// Always `application/json`.
+    pub datacontenttype: String,
+    /// The payload.
+    pub data: Data,
+}
+
+impl CloudEvent {
+    /// An event about a ban. `id` derives from target, rule, type and moment, so that a repetition has the same.
+    pub fn of_ban(node: &str, kind: EventType, ban: &Ban, time: Timestamp) -> Self {
+        let id = format!("{}/{}/{}/{}", kind.as_str(), ban.rule, ban.target, ban.banned_at.as_nanos());
+        let id = if kind == EventType::Unban { format!("{id}/{}", time.as_nanos()) } else { id };
+        Self::new(node, kind, id, time, ban.target.to_string(), Data::Ban(Box::new(ban.clone())))
+    }
+
+    /// An event about something that needs a person.
+    pub fn of_alarm(node: &str, kind: &str, text: String, time: Timestamp) -> Self {
+        let alarm = Alarm { kind: kind.to_owned(), text };
+        let id = format!("alarm/{kind}/{}", time.as_nanos());
+        Self::new(node, EventType::Alarm, id, time, kind.to_owned(), Data::Alarm(alarm))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "private: these are the fields of an envelope")]
+    fn new(node: &str, kind: EventType, id: String, time: Timestamp, subject: String, data: Data) -> Self {
+        Self {
+            specversion: "1.0".to_owned(),
+            id,
+            source: format!("portcullis/{node}"),
+            kind,
+            time,
+            subject,
+            datacontenttype: "application/json".to_owned(),
+            data,
+        }
+    }
+}
