@@ -1,0 +1,759 @@
+//! The detector's core: events and time in, bans and their ends out.
+//!
+//! A pure state machine. It reads no clock, does no I/O and depends on no hash order, so `replay`, the live service and
+//! the simulation run the same code and the same input gives the same output, to the byte.
+//!
+//! A caller feeds batches ([`Engine::handle_batch`]) or single events, commands and timeouts, each with the moment of
+//! its arrival, and after each call drains [`Engine::poll_output`]. Arrival never decreases: an earlier `now` is taken
+//! as the latest one seen.
+
+pub mod allow;
+pub mod bans;
+pub mod clients;
+pub mod command;
+pub mod escalation;
+pub mod explain;
+pub mod matcher;
+pub mod offender;
+pub mod rate;
+pub mod rule;
+pub mod stream;
+pub mod visitors;
+pub mod window;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use proto::ban::{Ban, BanChange, BanRecord, Evidence, Lists, Origin, Pause};
+use proto::envelope::EventType;
+use proto::event::{AccessBatch, Event, FileSpan, Interest};
+use proto::net::{NetSet, Target};
+use proto::time::Timestamp;
+
+use allow::Allows;
+use bans::Bans;
+use clients::{Clients, Counted};
+use offender::{Offender, Offenders, Quiet};
+use rate::Bucket;
+use rule::{Mode, Rule, Threshold};
+use stream::{Admission, FileKey, FileState, MARK_INTERVAL, Position, Slot, Stream};
+use visitors::Visitors;
+use window::{Complete, Mark, Span, Window, value_hash};
+
+/// Windows that keep sampled texts for evidence; further ones only count. About 1 KiB each.
+const SAMPLED_WINDOWS_MAX: usize = 10_000;
+/// Different nodes named in evidence.
+const NODES_MAX: usize = u16::MAX as usize;
+
+/// What the engine is told once, and again at each reload.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The rules, in the order in which they decide on one event.
+    pub rules: Vec<Rule>,
+    /// Who may never be banned: built-in sets and configured networks.
+    pub never_ban: Vec<IpNet>,
+    /// Peers that speak for others; a ban of one would hit its visitors.
+    pub trusted_proxies: NetSet,
+    /// Bits of an IPv6 address that make a client.
+    pub ipv6_prefix: u8,
+    /// Events that arrive later than this never ban.
+    pub lateness_max: Duration,
+    /// Clients with open windows.
+    pub tracked_clients_max: usize,
+    /// Events held by all windows together.
+    pub window_events_max: usize,
+    /// Targets with a history.
+    pub offenders_max: usize,
+    /// Shortest prefix an operator may ban: for IPv4, for IPv6.
+    pub operator_prefix_min: (u8, u8),
+}
+
+impl EngineConfig {
+    /// How long after its arrival an event may still be needed.
+    pub fn horizon(&self) -> Duration {
+        let longest = self.rules.iter().map(|rule| rule.threshold.horizon()).max().unwrap_or_default();
+        longest.saturating_add(self.lateness_max)
+    }
+
+    /// What the rules look at.
+    pub fn interest(&self) -> Interest {
+        let mut headers: Vec<String> = self.rules.iter().flat_map(|rule| rule.matcher.interest_headers()).collect();
+        headers.sort_unstable();
+        headers.dedup();
+        Interest { headers }
+    }
+}
+
+/// What the caller has to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Store and enforce this.
+    Record(BanChange),
+    /// Store this history, or remove it.
+    Offender(Target, Option<Offender>),
+    /// Store [`Engine::control`] and publish [`Engine::lists`].
+    Control,
+    /// Tell the world. Follows the change it speaks of.
+    Told(EventType, Box<Ban>),
+    /// A shadow rule would have banned.
+    Shadow(Box<Ban>),
+    /// A ban that is already over: it counts, but is neither enforced nor told.
+    Over(Box<Ban>),
+    /// Something needs a person.
+    Alarm {
+        /// A stable word.
+        kind: &'static str,
+        /// For people.
+        text: String,
+    },
+}
+
+/// Counts since start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Events handled, repetitions aside.
+    pub events: u64,
+    /// Events seen before.
+    pub duplicates: u64,
+    /// Events that only filled windows.
+    pub rebuilt: u64,
+    /// Matching events that came later than `lateness_max`.
+    pub late: u64,
+    /// Events whose time was in the future and was cut to their arrival.
+    pub future: u64,
+    /// Events without a client.
+    pub no_client: u64,
+    /// Matching events of clients that may never be banned.
+    pub exempt: u64,
+    /// Matching events of clients that were banned at that time.
+    pub while_banned: u64,
+    /// Matching events that came during a pause.
+    pub while_paused: u64,
+    /// Windows dropped because a limit was reached.
+    pub evicted_clients: u64,
+    /// Histories dropped because a limit was reached.
+    pub evicted_offenders: u64,
+    /// Windows whose texts were not sampled because a limit was reached.
+    pub unsampled: u64,
+    /// By rule: matching events, and bans.
+    pub rules: Vec<(u64, u64)>,
+}
+
+/// What survives a restart beside bans, histories and files.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Control {
+    /// Set while all bans are lifted.
+    pub paused: Option<Pause>,
+    /// Events before this moment count for nobody: the end of the last pause.
+    pub counts_from: Timestamp,
+    /// Targets that an operator allowed, and until when.
+    pub allowed: BTreeMap<Target, Option<Timestamp>>,
+    /// What the names in `never_ban` last resolved to.
+    pub resolved: BTreeMap<String, Vec<IpAddr>>,
+    /// Position of the next decision.
+    pub position: Position,
+}
+
+/// All that a restart needs; windows are rebuilt from the files.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Snapshot {
+    /// See [`Control`].
+    pub control: Control,
+    /// Bans in force when it was taken.
+    pub bans: Vec<BanRecord>,
+    /// Histories.
+    pub offenders: Vec<(Target, Offender)>,
+    /// Files.
+    pub files: Vec<(FileKey, FileState)>,
+}
+
+/// Where events come from, while a batch is handled.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    slot: Option<Slot>,
+    node: u16,
+}
+
+/// The engine.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    now: Timestamp,
+    stream: Stream,
+    clients: Clients,
+    offenders: Offenders,
+    /// Histories of shadow rules, which leave no trace outside.
+    shadow: Offenders,
+    bans: Bans,
+    allows: Allows,
+    paused: Option<Pause>,
+    counts_from: Timestamp,
+    nodes: Vec<Arc<str>>,
+    visitors: Visitors,
+    bucket: Bucket,
+    stats: Stats,
+    outputs: VecDeque<Output>,
+}
+
+/// An event that counts, with all that is known of it.
+#[derive(Clone, Copy)]
+struct Counting<'a, 'e> {
+    event: &'a Event<'e>,
+    node: u16,
+    target: Target,
+    time: Timestamp,
+    via_proxy: bool,
+    position: Position,
+    decides: bool,
+}
+
+impl Engine {
+    /// An engine without history.
+    pub fn new(config: EngineConfig) -> Self {
+        Self::restore(config, Snapshot::default(), Timestamp::EPOCH)
+    }
+
+    /// Continues from a snapshot, at `now`.
+    pub fn restore(config: EngineConfig, snapshot: Snapshot, now: Timestamp) -> Self {
+        let Snapshot { control, bans, offenders, files } = snapshot;
+        let since = now.saturating_sub(config.horizon());
+        let mut engine = Self {
+            now,
+            stream: Stream::restore(control.position, files, since),
+            clients: Clients::new(),
+            offenders: Offenders::default(),
+            shadow: Offenders::default(),
+            bans: Bans::default(),
+            allows: Allows::new(&config.never_ban, control.allowed, control.resolved),
+            paused: control.paused,
+            counts_from: control.counts_from,
+            nodes: Vec::new(),
+            visitors: Visitors::default(),
+            bucket: Bucket::default(),
+            stats: Stats { rules: vec![(0, 0); config.rules.len()], ..Stats::default() },
+            outputs: VecDeque::new(),
+            config,
+        };
+        for (target, offender) in offenders {
+            engine.offenders.update(target, |known| *known = offender);
+        }
+        for ban in bans.into_iter().flat_map(|record| record.bans) {
+            engine.bans.put(ban);
+        }
+        engine.lift_guarded("never_ban");
+        engine.handle_timeout(now);
+        engine
+    }
+
+    /// Handles a batch: each of its events, then its coverage.
+    pub fn handle_batch(&mut self, batch: &AccessBatch, now: Timestamp) {
+        let source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
+        for event in batch.events() {
+            self.handle_event(source, &event, now);
+        }
+        if let Some(span) = batch.span {
+            self.close(source, span);
+        }
+    }
+
+    /// The source of the events that follow. `generation` is `None` where lines have no offsets.
+    pub fn open(&mut self, node: &Arc<str>, source: &Arc<str>, generation: Option<u64>) -> Source {
+        let index = self.nodes.iter().position(|known| known == node).unwrap_or_else(|| {
+            if self.nodes.len() < NODES_MAX {
+                self.nodes.push(node.clone());
+            }
+            self.nodes.len() - 1
+        });
+        let slot = generation
+            .map(|generation| self.stream.open(FileKey { node: node.clone(), source: source.clone(), generation }));
+        Source { slot, node: index as u16 }
+    }
+
+    /// All lines of `span` have been handled.
+    pub fn close(&mut self, source: Source, span: FileSpan) {
+        if let Some(slot) = source.slot {
+            let since = self.now.saturating_sub(self.config.horizon());
+            self.stream.cover(slot, span, self.now, since);
+        }
+    }
+
+    /// Handles one event that arrived at `now`.
+    pub fn handle_event(&mut self, source: Source, event: &Event<'_>, now: Timestamp) {
+        self.now = self.now.max(now);
+        let now = self.now;
+        let admission = source.slot.map_or(Admission::Decide { position: self.stream.position() }, |slot| {
+            self.stream.admit(slot, event.offset, now)
+        });
+        let (position, decides, not_before, not_after) = match admission {
+            Admission::Duplicate => {
+                self.stats.duplicates += 1;
+                return;
+            }
+            Admission::Rebuild { position, after, before } => {
+                self.stats.rebuilt += 1;
+                (position, false, after, before)
+            }
+            Admission::Decide { position } => {
+                self.stats.events += 1;
+                (position, true, now, now)
+            }
+        };
+        let Ok(client) = event.client else {
+            self.stats.no_client += 1;
+            return;
+        };
+        if decides {
+            self.watch_visitors(client.addr);
+        }
+        // Nearly all events match nothing, so this comes first.
+        let matching = self.matching_rules(event, source.node);
+        if matching == 0 {
+            return;
+        }
+        let logged = event.time.unwrap_or(not_after);
+        let time = logged.min(not_after);
+        self.stats.future += u64::from(logged > not_after);
+        self.note_arrival(source, event, logged, decides);
+        if not_before.since(time) > self.config.lateness_max {
+            self.stats.late += 1;
+            return;
+        }
+        if self.allows.contains(client.addr) {
+            self.stats.exempt += 1;
+            return;
+        }
+        if self.paused.is_some() || time < self.counts_from {
+            self.stats.while_paused += 1;
+            return;
+        }
+        let target = Target::of_client(client.addr, self.config.ipv6_prefix);
+        let via_proxy = client.via_proxy;
+        let counting = Counting { event, node: source.node, target, time, via_proxy, position, decides };
+        self.count(&counting, matching);
+    }
+
+    /// Bits of the rules that an event matches. At most 64 rules (checked with the configuration).
+    fn matching_rules(&mut self, event: &Event<'_>, node: u16) -> u64 {
+        let node = self.nodes.get(usize::from(node)).map_or("", |node| node);
+        let mut matching = 0;
+        for (i, rule) in self.config.rules.iter().enumerate() {
+            if rule.matcher.may_match_status(event.status) && rule.matcher.matches(event, node) {
+                matching |= 1 << i;
+                self.stats.rules[i].0 += 1;
+            }
+        }
+        matching
+    }
+
+    /// Where the outcome hangs on the exact arrival, the offset is noted so that a rebuild knows it too.
+    fn note_arrival(&mut self, source: Source, event: &Event<'_>, logged: Timestamp, decides: bool) {
+        let Some(slot) = source.slot.filter(|_| decides) else { return };
+        let age = self.now.since(logged);
+        let near_limit = age.abs_diff(self.config.lateness_max) < MARK_INTERVAL.saturating_mul(2);
+        if logged > self.now || near_limit {
+            self.stream.mark(slot, event.offset, self.now);
+            self.stream.mark(slot, event.offset + 1, self.now);
+        }
+    }
+
+    fn watch_visitors(&mut self, client: IpAddr) {
+        let allows = &self.allows;
+        let trusted = &self.config.trusted_proxies;
+        if self.visitors.note(client, |addr| !allows.contains(addr) || trusted.contains(addr))
+            && let Some((addr, share)) = self.visitors.hidden_behind()
+        {
+            let text = hidden_text(addr, share);
+            self.outputs.push_back(Output::Alarm { kind: "visitors-behind-proxy", text });
+        }
+    }
+
+    fn count(&mut self, counting: &Counting<'_, '_>, matching: u64) {
+        let offender = self.offenders.get(&counting.target);
+        let banned_then = offender.is_some_and(|offender| counting.time < offender.quiet_until(counting.position));
+        self.stats.while_banned += u64::from(banned_then);
+        let mut decided = false;
+        for i in 0..self.config.rules.len() {
+            if matching & (1 << i) == 0 {
+                continue;
+            }
+            let rule = &self.config.rules[i];
+            let histories = if rule.mode == Mode::Shadow { &self.shadow } else { &self.offenders };
+            let history = histories.get(&counting.target).and_then(|offender| offender.history(&rule.name));
+            let shadowed = rule.mode == Mode::Shadow && history.is_some_and(|history| counting.time < history.last_end);
+            let consumed = history.is_some_and(|history| counting.position <= history.consumed);
+            if banned_then || shadowed || consumed {
+                continue;
+            }
+            if let Some(complete) = self.count_for_rule(counting, i) {
+                self.decide(counting, i, &complete);
+                decided = true;
+            }
+        }
+        if decided {
+            self.stream.advance();
+        }
+        self.bound_clients();
+    }
+
+    /// Adds the event to the rule's window or bucket; what it completes, if anything, is taken out.
+    fn count_for_rule(&mut self, counting: &Counting<'_, '_>, rule: usize) -> Option<Complete> {
+        let may_sample = self.clients.sampled() < SAMPLED_WINDOWS_MAX;
+        let Self { config, clients, bucket, stats, now, .. } = self;
+        let oldest = now.saturating_sub(config.lateness_max);
+        let rule_number = rule as u16;
+        let mark = Mark {
+            time: counting.time,
+            value: 0,
+            status: counting.event.status,
+            node: counting.node,
+            via_proxy: counting.via_proxy,
+        };
+        match config.rules[rule].threshold {
+            Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, *now, |counted| {
+                let level = if let Some(Counted::Bucket(level)) = counted { Some(*level) } else { None };
+                let (level, fits) = bucket.pour(period, burst, counting.time, level);
+                if fits || !counting.decides {
+                    *counted = level.map(Counted::Bucket);
+                    return None;
+                }
+                *counted = None;
+                let mut full = Window::new(mark);
+                full.sample(
+                    mark.time,
+                    counting.event.text.path,
+                    counting.event.text.host,
+                    counting.event.text.user_agent,
+                );
+                full.complete(&mark, &Span { max_retry: 1, find_nanos: 0, distinct: false })
+            }),
+            Threshold::Window { max_retry, find_time, distinct } => {
+                let mark = Mark { value: distinct.map_or(0, |which| value_hash(which.of(counting.event))), ..mark };
+                let find_nanos = i64::try_from(find_time.as_nanos()).unwrap_or(i64::MAX);
+                let span = Span { max_retry, find_nanos, distinct: distinct.is_some() };
+                let oldest = oldest.saturating_sub(find_time);
+                clients.update(counting.target, rule_number, *now, |counted| {
+                    let held = counted.take();
+                    let mut window = match held {
+                        Some(Counted::Window(mut window)) => {
+                            window.insert(mark, oldest, &span);
+                            window
+                        }
+                        Some(Counted::Bucket(_)) | None => Window::new(mark),
+                    };
+                    // The first event's text is kept only where it is the last as well.
+                    if window.len() > 1 || max_retry == 1 {
+                        if may_sample || window.has_samples() {
+                            let text = &counting.event.text;
+                            window.sample(mark.time, text.path, text.host, text.user_agent);
+                        } else {
+                            stats.unsampled += 1;
+                        }
+                    }
+                    let complete = counting.decides.then(|| window.complete(&mark, &span)).flatten();
+                    if complete.is_none() {
+                        *counted = Some(Counted::Window(window));
+                    }
+                    complete
+                })
+            }
+        }
+    }
+
+    fn decide(&mut self, counting: &Counting<'_, '_>, rule: usize, complete: &Complete) {
+        let target = counting.target;
+        let position = self.stream.position();
+        let rule_ref = &self.config.rules[rule];
+        let (escalation, name) = (rule_ref.escalation.clone(), rule_ref.name.clone());
+        let (first, last) = match (complete.marks.first(), complete.marks.last()) {
+            (Some(first), Some(last)) => (first.time, last.time),
+            _ => (counting.time, counting.time),
+        };
+        let shadow = rule_ref.mode == Mode::Shadow;
+        let histories = if shadow { &mut self.shadow } else { &mut self.offenders };
+        let former = histories
+            .get(&target)
+            .map_or(0, |offender| offender.count(&name, escalation.across_rules, escalation.forget_after, last));
+        let ban_count = former.saturating_add(1);
+        let length = escalation.jittered_length(rule_ref.ban_time, ban_count, &target, &name);
+        let end = last.saturating_add(length);
+        histories.update(target, |offender| {
+            let own = offender.count(&name, false, escalation.forget_after, last);
+            let history = offender.history_mut(&name);
+            history.count = own.saturating_add(1);
+            history.last_end = end;
+            history.consumed = position;
+            let until = offender.quiet_now().max(end);
+            offender.set_quiet(Quiet { after: position, until });
+        });
+        self.stats.rules[rule].1 += 1;
+        let ban = Ban {
+            target,
+            rule: name.to_string(),
+            origin: Origin::Detect,
+            ban_count,
+            ban_seconds: Some(length.as_millis().div_ceil(1000) as u64),
+            banned_at: last,
+            expires_at: Some(end),
+            reason: reason(&self.config.rules[rule].threshold, complete),
+            evidence: self.evidence(complete, first, last),
+        };
+        if shadow {
+            self.outputs.push_back(Output::Shadow(Box::new(ban)));
+            self.bound_offenders();
+            return;
+        }
+        self.push_offender(target);
+        if ban.is_in_force(self.now) {
+            self.put_ban(ban);
+        } else {
+            self.outputs.push_back(Output::Over(Box::new(ban)));
+        }
+        self.bound_offenders();
+    }
+
+    fn evidence(&self, complete: &Complete, first: Timestamp, last: Timestamp) -> Evidence {
+        let mut nodes: Vec<String> = Vec::new();
+        for mark in &complete.marks {
+            let name = self.nodes.get(usize::from(mark.node)).map_or("", |node| node);
+            if !nodes.iter().any(|known| known == name) {
+                nodes.push(name.to_owned());
+            }
+        }
+        Evidence {
+            failures: u32::try_from(complete.marks.len()).unwrap_or(u32::MAX),
+            first_seen: Some(first),
+            last_seen: Some(last),
+            nodes,
+            hosts: complete.hosts.clone(),
+            statuses: complete.statuses(),
+            paths: complete.paths.clone(),
+            user_agents: complete.user_agents.clone(),
+            via_proxy: complete.marks.iter().any(|mark| mark.via_proxy),
+        }
+    }
+
+    fn put_ban(&mut self, ban: Ban) {
+        let was_banned = self.bans.put(ban.clone());
+        let kind = if was_banned { EventType::Extend } else { EventType::Ban };
+        if let Some(record) = self.bans.get(&ban.target) {
+            self.outputs.push_back(Output::Record(BanChange::Put(record.clone())));
+        }
+        self.outputs.push_back(Output::Told(kind, Box::new(ban)));
+    }
+
+    fn push_offender(&mut self, target: Target) {
+        self.outputs.push_back(Output::Offender(target, self.offenders.get(&target).cloned()));
+    }
+
+    fn bound_clients(&mut self) {
+        let (clients_max, events_max) = (self.config.tracked_clients_max, self.config.window_events_max);
+        while self.clients.len() > clients_max || self.clients.events() > events_max {
+            if self.clients.evict_oldest().is_none() {
+                return;
+            }
+            self.stats.evicted_clients += 1;
+            if self.stats.evicted_clients == 1 {
+                let text = format!(
+                    "more clients with open windows than {clients_max}, or more events than {events_max}: the oldest \
+                     are dropped and may go unbanned; raise detect.tracked_clients_max or detect.window_events_max"
+                );
+                self.outputs.push_back(Output::Alarm { kind: "tracked-clients-max", text });
+            }
+        }
+    }
+
+    fn bound_offenders(&mut self) {
+        while self.shadow.len() > self.config.offenders_max {
+            self.shadow.evict_oldest();
+        }
+        while self.offenders.len() > self.config.offenders_max {
+            let Some(target) = self.offenders.evict_oldest() else { return };
+            self.outputs.push_back(Output::Offender(target, None));
+            self.stats.evicted_offenders += 1;
+            if self.stats.evicted_offenders == 1 {
+                let text = format!(
+                    "more than {} targets with a ban history: the oldest start again at their first ban; raise \
+                     detect.offenders_max",
+                    self.config.offenders_max
+                );
+                self.outputs.push_back(Output::Alarm { kind: "offenders-max", text });
+            }
+        }
+    }
+
+    /// Ends what has ended at `now`: bans, allowances, a pause; forgets windows and histories that cannot count again.
+    pub fn handle_timeout(&mut self, now: Timestamp) {
+        self.now = self.now.max(now);
+        let now = self.now;
+        while let Some((ban, change)) = self.bans.pop_ended(now) {
+            let freed = matches!(change, BanChange::Delete(_));
+            self.outputs.push_back(Output::Record(change));
+            if freed {
+                let ban = Ban { reason: "the ban has ended".to_owned(), ..ban };
+                self.outputs.push_back(Output::Told(EventType::Unban, Box::new(ban)));
+            }
+        }
+        if self.allows.end(now) {
+            self.outputs.push_back(Output::Control);
+        }
+        if self.paused.and_then(|pause| pause.until).is_some_and(|until| until <= now) {
+            self.resume();
+        }
+        let horizon = self.config.horizon();
+        while self.clients.oldest_counted().is_some_and(|counted| counted.saturating_add(horizon) < now) {
+            self.clients.evict_oldest();
+        }
+        let forget = self.config.rules.iter().map(|rule| rule.escalation.forget_after).max().unwrap_or_default();
+        let keep = forget.max(horizon);
+        while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+            let Some(target) = self.offenders.evict_oldest() else { break };
+            self.outputs.push_back(Output::Offender(target, None));
+        }
+        while self.shadow.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+            self.shadow.evict_oldest();
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is next needed; `None` = not before something else happens.
+    pub fn poll_timeout(&self) -> Option<Timestamp> {
+        let horizon = self.config.horizon();
+        let clients = self
+            .clients
+            .oldest_counted()
+            .map(|counted| counted.saturating_add(horizon).saturating_add(Duration::from_nanos(1)));
+        let pause = self.paused.and_then(|pause| pause.until);
+        [self.bans.next_end(), self.allows.next_end(), pause, clients].into_iter().flatten().min()
+    }
+
+    /// The next thing to do, in order.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    fn resume(&mut self) {
+        self.paused = None;
+        self.counts_from = self.now;
+        self.outputs.push_back(Output::Control);
+    }
+
+    /// Lifts bans of targets that may not be banned (any more).
+    fn lift_guarded(&mut self, why: &str) -> Vec<Target> {
+        let guarded: Vec<Target> =
+            self.bans.iter().map(|record| record.target).filter(|target| self.allows.covers(target)).collect();
+        for target in &guarded {
+            self.lift(target, why);
+        }
+        guarded
+    }
+
+    /// Lifts all bans of a target; whether there were any.
+    fn lift(&mut self, target: &Target, why: &str) -> bool {
+        let Some(record) = self.bans.remove(target) else { return false };
+        self.outputs.push_back(Output::Record(BanChange::Delete(*target)));
+        if let Some(ban) = record.longest() {
+            let ban = Ban { reason: why.to_owned(), ..ban.clone() };
+            self.outputs.push_back(Output::Told(EventType::Unban, Box::new(ban)));
+        }
+        true
+    }
+
+    /// Forgets all that a target has done up to now: its history starts again, what it did so far counts for nothing.
+    fn absolve(&mut self, target: &Target) {
+        self.clients.forget(target);
+        let (now, position) = (self.now, self.stream.position());
+        self.offenders.update(*target, |offender| {
+            for history in &mut offender.rules {
+                history.count = 0;
+                history.last_end = now.min(history.last_end);
+                history.consumed = position;
+            }
+            offender.set_quiet(Quiet { after: position, until: now });
+        });
+        self.push_offender(*target);
+    }
+
+    /// Counts since start.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The bans in force, by target.
+    pub fn bans(&self) -> impl Iterator<Item = &BanRecord> {
+        self.bans.iter()
+    }
+
+    /// Number of banned targets, clients with open windows, and targets with a history.
+    pub fn sizes(&self) -> (usize, usize, usize) {
+        (self.bans.len(), self.clients.len(), self.offenders.len())
+    }
+
+    /// The address that most visitors hide behind, and its share in per cent.
+    pub fn hidden_behind(&self) -> Option<(IpAddr, u8)> {
+        self.visitors.hidden_behind()
+    }
+
+    /// What enforcers must know beside bans.
+    pub fn lists(&self) -> Lists {
+        Lists { never_ban: self.allows.nets(), paused: self.paused }
+    }
+
+    /// What survives a restart beside bans, histories and files.
+    pub fn control(&self) -> Control {
+        Control {
+            paused: self.paused,
+            counts_from: self.counts_from,
+            allowed: self.allows.allowed().clone(),
+            resolved: self.allows.resolved().clone(),
+            position: self.stream.position(),
+        }
+    }
+
+    /// Files, for storing and for reading again.
+    pub fn stream(&mut self) -> &mut Stream {
+        &mut self.stream
+    }
+
+    /// All that a restart needs.
+    pub fn snapshot(&mut self) -> Snapshot {
+        Snapshot {
+            control: self.control(),
+            bans: self.bans.iter().cloned().collect(),
+            offenders: self.offenders.iter().map(|(target, offender)| (*target, offender.clone())).collect(),
+            files: self.stream.all(),
+        }
+    }
+}
+
+/// What `status` and the alarm say of an address that most visitors share.
+pub fn hidden_text(addr: IpAddr, share: u8) -> String {
+    format!(
+        "{share} % of the lines come from {addr}, which may not be banned: the visitors hide behind it. If it is a proxy \
+         of yours, add it to ingest.client_ip.trusted_proxies and let Traefik trust its headers; if it is Docker's \
+         userland proxy, give Traefik the host's network or switch the userland proxy off"
+    )
+}
+
+fn reason(threshold: &Threshold, complete: &Complete) -> String {
+    let statuses: Vec<String> =
+        complete.statuses().iter().map(|(status, count)| format!("{count} x status {status}")).collect();
+    let statuses = statuses.join(", ");
+    match threshold {
+        Threshold::Window { find_time, distinct, .. } => {
+            let what = if distinct.is_some() { "different requests" } else { "requests" };
+            let time = proto::time::render_duration(*find_time);
+            format!("{} {what} within {time} ({statuses})", complete.marks.len())
+        }
+        Threshold::Rate { period, burst } => {
+            let period = proto::time::render_duration(*period);
+            format!("more than {burst} requests faster than one each {period} ({statuses})")
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Who may never be banned: configured networks, names' last known addresses, and what operators allowed.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use proto::net::{NetSet, Target};
+use proto::time::Timestamp;
+
+/// The three lists, and their union for look-up.
+#[derive(Debug, Default)]
+pub struct Allows {
+    configured: NetSet,
+    allowed: BTreeMap<Target, Option<Timestamp>>,
+    resolved: BTreeMap<String, Vec<IpAddr>>,
+    union: NetSet,
+}
+
+impl Allows {
+    /// The lists as configured and stored.
+    pub fn new(
+        configured: &[IpNet],
+        allowed: BTreeMap<Target, Option<Timestamp>>,
+        resolved: BTreeMap<String, Vec<IpAddr>>,
+    ) -> Self {
+        let configured = NetSet::new(configured.iter().copied());
+        let mut allows = Self { configured, allowed, resolved, union: NetSet::default() };
+        allows.unite();
+        allows
+    }
+
+    fn unite(&mut self) {
+        let allowed = self.allowed.keys().map(Target::net);
+        let resolved = self.resolved.values().flatten().map(|addr| Target::host(*addr).net());
+        self.union = NetSet::new(self.configured.nets().into_iter().chain(allowed).chain(resolved));
+    }
+
+    /// Whether `addr` may never be banned.
+    pub fn contains(&self, addr: IpAddr) -> bool {
+        self.union.contains(addr)
+    }
+
+    /// Whether every address of `target` may never be banned.
+    pub fn covers(&self, target: &Target) -> bool {
+        self.union.covers(target)
+    }
+
+    /// All of it, merged.
+    pub fn nets(&self) -> Vec<IpNet> {
+        self.union.nets()
+    }
+
+    /// Which list holds `addr`, for people.
+    pub fn why(&self, addr: IpAddr) -> Option<String> {
+        if let Some((target, until)) = self.allowed.iter().find(|(target, _)| target.contains_addr(addr)) {
+            let until = until.map_or_else(String::new, |until| format!(" until {until}"));
+            return Some(format!("{target} was allowed by an operator{until}"));
+        }
+        if let Some((name, _)) = self.resolved.iter().find(|(_, addrs)| addrs.contains(&addr)) {
+            return Some(format!("{name} in never_ban resolves to it"));
+        }
+        let nets = self.configured.nets();
+        nets.iter().find(|net| net.contains(&addr)).map(|net| format!("{net} is in never_ban"))
+    }
+
+    /// Allows `target` until a moment, or for ever.
+    pub fn allow(&mut self, target: Target, until: Option<Timestamp>) {
+        self.allowed.insert(target, until);
+        self.unite();
+    }
+
+    /// Takes an allowance back; whether there was one.
+    pub fn disallow(&mut self, target: &Target) -> bool {
+        let removed = self.allowed.remove(target).is_some();
+        self.unite();
+        removed
+    }
+
+    /// Ends allowances that are over; whether there were any.
+    pub fn end(&mut self, now: Timestamp) -> bool {
+        let before = self.allowed.len();
+        self.allowed.retain(|_, until| until.is_none_or(|until| now < until));
+        let ended = self.allowed.len() < before;
+        if ended {
+            self.unite();
+        }
+        ended
+    }
+
+    /// When the next allowance ends.
+    pub fn next_end(&self) -> Option<Timestamp> {
+        self.allowed.values().flatten().min().copied()
+    }
+
+    /// A name has been resolved; whether that changed anything. An empty answer keeps the last good one.
+    pub fn set_resolved(&mut self, name: &str, mut addrs: Vec<IpAddr>) -> bool {
+        addrs.sort_unstable();
+        addrs.dedup();
+        if addrs.is_empty() || self.resolved.get(name) == Some(&addrs) {
+            return false;
+        }
+        self.resolved.insert(name.to_owned(), addrs);
+        self.unite();
+        true
+    }
+
+    /// New configured lists; names that are not in `names` any more are forgotten.
+    pub fn reconfigure(&mut self, configured: &[IpNet], names: &[String]) {
+        self.configured = NetSet::new(configured.iter().copied());
+        self.resolved.retain(|name, _| names.contains(name));
+        self.unite();
+    }
+
+    /// What operators allowed.
+    pub fn allowed(&self) -> &BTreeMap<Target, Option<Timestamp>> {
+        &self.allowed
+    }
+
+    /// The names' last known addresses.
+    pub fn resolved(&self) -> &BTreeMap<String, Vec<IpAddr>> {
+        &self.resolved
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_good_answer_survives_a_failure() {
+        let mut allows = Allows::default();
+        let addr: IpAddr = "192.0.2.1".parse().unwrap();
+        assert!(allows.set_resolved("home.example", vec![addr]));
+        assert!(!allows.set_resolved("home.example", vec![]));
+        assert!(allows.contains(addr));
+        assert!(allows.why(addr).unwrap().contains("home.example"));
+        allows.reconfigure(&[], &[]);
+        assert!(!allows.contains(addr), "a name that is configured no more");
+    }
+
+    #[test]
+    fn an_allowance_ends_by_itself() {
+        let mut allows = Allows::default();
+        let target: Target = "192.0.2.0/24".parse().unwrap();
+        allows.allow(target, Some(Timestamp::from_secs(10)));
+        assert!(allows.covers(&target) && !allows.end(Timestamp::from_secs(9)));
+        assert!(allows.end(Timestamp::from_secs(10)));
+        assert!(!allows.covers(&target));
+    }
+}

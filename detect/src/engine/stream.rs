@@ -1,0 +1,398 @@
+//! The order of what has been seen: positions, which lines were already counted, and where to read again after a restart.
+//!
+//! One host has no broker that numbers its lines, and its files have no common order. What the engine must know later is
+//! only whether an event was handled before or after a decision. So a [`Position`] is the number of decisions made
+//! before the event, and for each file it is remembered from which offset each number applies.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::event::{FileSpan, Position as ReadPosition, Positions};
+use proto::time::Timestamp;
+
+/// Where an event stands among the decisions: events of one position were handled between the same two decisions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position(pub u64);
+
+impl Position {
+    /// Before everything: nothing is consumed.
+    pub const START: Self = Self(0);
+}
+
+/// Generations of files that are remembered; the one that was read longest ago goes first.
+pub const FILES_MAX: usize = 10_000;
+/// Without a decision, a file's offset is noted this often: how finely arrival times are known in a rebuild.
+pub const MARK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// One generation of one file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileKey {
+    /// Node that reads it.
+    pub node: Arc<str>,
+    /// Source it belongs to.
+    pub source: Arc<str>,
+    /// Hash of inode and first line.
+    pub generation: u64,
+}
+
+/// From `offset` on, events have `position` and arrived at or after `arrival`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Byte offset.
+    pub offset: u64,
+    /// Position of what follows.
+    pub position: Position,
+    /// Arrival of the first event that follows.
+    pub arrival: Timestamp,
+}
+
+/// Disjoint, ascending, half-open byte ranges; neighbours are joined.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ranges(pub Vec<(u64, u64)>);
+
+impl Ranges {
+    /// Whether `offset` is in one of them.
+    pub fn contains(&self, offset: u64) -> bool {
+        let after = self.0.partition_point(|range| range.0 <= offset);
+        after.checked_sub(1).is_some_and(|i| offset < self.0[i].1)
+    }
+
+    /// Adds `start..end`.
+    pub fn add(&mut self, start: u64, end: u64) {
+        if start >= end {
+            return;
+        }
+        let first = self.0.partition_point(|range| range.1 < start);
+        let after = self.0.partition_point(|range| range.0 <= end);
+        let joined = self.0[first..after].iter().fold((start, end), |(s, e), range| (s.min(range.0), e.max(range.1)));
+        self.0.splice(first..after, [joined]);
+    }
+
+    /// The part of the ranges below `offset`.
+    #[must_use]
+    pub fn below(&self, offset: u64) -> Self {
+        Self(self.0.iter().filter(|r| r.0 < offset).map(|&(start, end)| (start, end.min(offset))).collect())
+    }
+
+    /// End of the last range.
+    pub fn end(&self) -> u64 {
+        self.0.last().map_or(0, |range| range.1)
+    }
+}
+
+/// What is known of one generation of a file. This is what is stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileState {
+    /// Lines in these ranges are decided.
+    pub decided: Ranges,
+    /// Ascending in offset, position and arrival.
+    pub marks: Vec<Mark>,
+    /// Arrival of the newest line.
+    pub last_arrival: Timestamp,
+}
+
+#[derive(Clone, Debug)]
+struct File {
+    key: FileKey,
+    state: FileState,
+    /// Lines in these ranges were delivered in this run, or need not be read again.
+    covered: Ranges,
+    /// Changed since the last [`Stream::take_changes`].
+    changed: bool,
+    /// Stored marks from this offset on are not as here.
+    unsaved_from: u64,
+}
+
+/// What has changed of one file, for storing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileChange {
+    /// Which file.
+    pub key: FileKey,
+    /// Lines in these ranges are decided.
+    pub decided: Ranges,
+    /// Arrival of the newest line.
+    pub last_arrival: Timestamp,
+    /// Stored marks before this offset are of no use any more.
+    pub marks_from: u64,
+    /// Stored marks from this offset on are replaced by `marks`.
+    pub unsaved_from: u64,
+    /// The marks from there on.
+    pub marks: Vec<Mark>,
+}
+
+impl File {
+    fn new(key: FileKey) -> Self {
+        Self { key, state: FileState::default(), covered: Ranges::default(), changed: true, unsaved_from: 0 }
+    }
+}
+
+/// A file of the stream, while a batch of it is handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot(usize);
+
+/// What is to be done with a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Nothing: it has been counted.
+    Duplicate,
+    /// It is decided but not in the windows: fill them, decide nothing.
+    Rebuild {
+        /// Its position then.
+        position: Position,
+        /// It arrived at this moment or later ...
+        after: Timestamp,
+        /// ... and at this moment or earlier.
+        before: Timestamp,
+    },
+    /// It is new.
+    Decide {
+        /// Its position.
+        position: Position,
+    },
+}
+
+/// All files, and the number of decisions so far.
+#[derive(Debug)]
+pub struct Stream {
+    files: Vec<File>,
+    index: BTreeMap<FileKey, usize>,
+    position: Position,
+    forgotten: u64,
+    /// Forgotten since the last [`Stream::take_changes`].
+    dropped: Vec<FileKey>,
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        // Position 0 is "nothing consumed", so the first events stand at 1.
+        Self { files: Vec::new(), index: BTreeMap::new(), position: Position(1), forgotten: 0, dropped: Vec::new() }
+    }
+}
+
+impl Stream {
+    /// Continues a stored stream. Windows are rebuilt from what arrived after `since`.
+    pub fn restore(
+        position: Position,
+        files: impl IntoIterator<Item = (FileKey, FileState)>,
+        since: Timestamp,
+    ) -> Self {
+        let mut stream = Self { position: position.max(Position(1)), ..Self::default() };
+        for (key, state) in files {
+            let covered = state.decided.below(rebuild_offset(&state, since));
+            stream.index.insert(key.clone(), stream.files.len());
+            stream.files.push(File { key, state, covered, changed: false, unsaved_from: u64::MAX });
+        }
+        stream
+    }
+
+    /// Where ingest begins to read each file again, of one node.
+    pub fn read_positions(&self, node: &str, since: Timestamp) -> Positions {
+        let of_node = self.files.iter().filter(|file| &*file.key.node == node);
+        of_node
+            .map(|file| {
+                let offset = rebuild_offset(&file.state, since);
+                let position = ReadPosition { offset, needed: offset < file.state.decided.end() };
+                ((file.key.source.to_string(), file.key.generation), position)
+            })
+            .collect()
+    }
+
+    /// The position of what comes now.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Generations forgotten because there were more than [`FILES_MAX`].
+    pub fn forgotten(&self) -> u64 {
+        self.forgotten
+    }
+
+    /// A decision has been made: what comes now stands after it.
+    pub fn advance(&mut self) {
+        self.position.0 += 1;
+    }
+
+    /// The slot of a file, made if it is new.
+    pub fn open(&mut self, key: FileKey) -> Slot {
+        if let Some(&at) = self.index.get(&key) {
+            return Slot(at);
+        }
+        let file = File::new(key.clone());
+        if self.files.len() < FILES_MAX {
+            self.files.push(file);
+            self.index.insert(key, self.files.len() - 1);
+            return Slot(self.files.len() - 1);
+        }
+        let oldest = (0..self.files.len()).min_by_key(|&i| self.files[i].state.last_arrival).unwrap_or(0);
+        let forgotten = std::mem::replace(&mut self.files[oldest], file);
+        self.index.remove(&forgotten.key);
+        self.dropped.push(forgotten.key);
+        self.forgotten += 1;
+        self.index.insert(key, oldest);
+        Slot(oldest)
+    }
+
+    /// Judges one line.
+    pub fn admit(&mut self, slot: Slot, offset: u64, now: Timestamp) -> Admission {
+        let file = &mut self.files[slot.0];
+        if file.covered.contains(offset) {
+            return Admission::Duplicate;
+        }
+        if file.state.decided.contains(offset) {
+            let marks = &file.state.marks;
+            let after = marks.partition_point(|mark| mark.offset <= offset);
+            let mark = after.checked_sub(1).map(|i| marks[i]);
+            return Admission::Rebuild {
+                position: mark.map_or(Position::START, |mark| mark.position),
+                after: mark.map_or(Timestamp::EPOCH, |mark| mark.arrival),
+                before: marks.get(after).map_or(file.state.last_arrival, |mark| mark.arrival).min(now),
+            };
+        }
+        let last = file.state.marks.last();
+        if last.is_none_or(|last| last.position != self.position || last.arrival.saturating_add(MARK_INTERVAL) <= now) {
+            self.mark(slot, offset, now);
+        }
+        Admission::Decide { position: self.position }
+    }
+
+    /// Notes that what follows from `offset` on arrived at `now` or later.
+    pub fn mark(&mut self, slot: Slot, offset: u64, now: Timestamp) {
+        let file = &mut self.files[slot.0];
+        file.state.marks.retain(|mark| mark.offset < offset);
+        file.state.marks.push(Mark { offset, position: self.position, arrival: now });
+        file.unsaved_from = file.unsaved_from.min(offset);
+        file.changed = true;
+    }
+
+    /// All lines of `span` are handled. What arrived before `since` need never be read again.
+    pub fn cover(&mut self, slot: Slot, span: FileSpan, now: Timestamp, since: Timestamp) {
+        let file = &mut self.files[slot.0];
+        file.covered.add(span.start, span.end);
+        if span.end > file.state.decided.end() {
+            file.state.last_arrival = now;
+        }
+        file.state.decided.add(span.start, span.end);
+        let stale = file.state.marks.partition_point(|mark| mark.arrival <= since).saturating_sub(1);
+        file.state.marks.drain(..stale);
+        file.changed = true;
+    }
+
+    /// What has changed since the last call, for storing, and the files forgotten since.
+    pub fn take_changes(&mut self) -> (Vec<FileChange>, Vec<FileKey>) {
+        let changed = self.files.iter_mut().filter(|file| file.changed).map(|file| {
+            let unsaved = file.state.marks.partition_point(|mark| mark.offset < file.unsaved_from);
+            let change = FileChange {
+                key: file.key.clone(),
+                decided: file.state.decided.clone(),
+                last_arrival: file.state.last_arrival,
+                marks_from: file.state.marks.first().map_or(0, |mark| mark.offset),
+                unsaved_from: file.unsaved_from,
+                marks: file.state.marks[unsaved..].to_vec(),
+            };
+            (file.changed, file.unsaved_from) = (false, u64::MAX);
+            change
+        });
+        (changed.collect(), std::mem::take(&mut self.dropped))
+    }
+
+    /// Every file.
+    pub fn all(&self) -> Vec<(FileKey, FileState)> {
+        self.files.iter().map(|file| (file.key.clone(), file.state.clone())).collect()
+    }
+
+    /// Whether anything has changed since the last [`Self::take_changes`].
+    pub fn is_changed(&self) -> bool {
+        self.files.iter().any(|file| file.changed)
+    }
+}
+
+/// The first offset from which lines may have arrived after `since`.
+fn rebuild_offset(state: &FileState, since: Timestamp) -> u64 {
+    if state.last_arrival < since {
+        return state.decided.end();
+    }
+    let after = state.marks.partition_point(|mark| mark.arrival < since);
+    let offset = state.marks.get(after.saturating_sub(1)).map_or(0, |mark| mark.offset);
+    offset.min(state.decided.end())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_secs(seconds)
+    }
+
+    fn key() -> FileKey {
+        FileKey { node: "n".into(), source: "s".into(), generation: 1 }
+    }
+
+    fn span(start: u64, end: u64) -> FileSpan {
+        FileSpan { generation: 1, start, end }
+    }
+
+    #[test]
+    fn a_line_counts_once() {
+        let mut stream = Stream::default();
+        let slot = stream.open(key());
+        assert_eq!(stream.admit(slot, 0, at(1)), Admission::Decide { position: Position(1) });
+        stream.cover(slot, span(0, 100), at(1), at(0));
+        assert_eq!(stream.admit(slot, 50, at(2)), Admission::Duplicate);
+        assert_eq!(stream.admit(slot, 100, at(2)), Admission::Decide { position: Position(1) });
+    }
+
+    #[test]
+    fn a_restart_reads_again_what_windows_need_and_decides_only_what_is_new() {
+        let mut stream = Stream::default();
+        let slot = stream.open(key());
+        for (offset, now) in [(0, 100), (10, 200), (20, 300)] {
+            stream.admit(slot, offset, at(now));
+            if offset == 10 {
+                stream.advance();
+            }
+            stream.cover(slot, span(offset, offset + 10), at(now), at(0));
+        }
+        let (files, position) = (stream.all(), stream.position());
+        let mut stream = Stream::restore(position, files, at(150));
+        assert_eq!(stream.read_positions("n", at(150))[&("s".to_owned(), 1)], ReadPosition { offset: 0, needed: true });
+        assert_eq!(
+            stream.read_positions("n", at(250))[&("s".to_owned(), 1)],
+            ReadPosition { offset: 10, needed: true }
+        );
+        assert_eq!(
+            stream.read_positions("n", at(301))[&("s".to_owned(), 1)],
+            ReadPosition { offset: 30, needed: false }
+        );
+        let slot = stream.open(key());
+        let rebuild = |position, after, before| Admission::Rebuild {
+            position: Position(position),
+            after: at(after),
+            before: at(before),
+        };
+        assert_eq!(stream.admit(slot, 10, at(400)), rebuild(1, 200, 300));
+        assert_eq!(stream.admit(slot, 20, at(400)), rebuild(2, 300, 300));
+        assert_eq!(stream.admit(slot, 30, at(400)), Admission::Decide { position: Position(2) });
+        stream.cover(slot, span(10, 40), at(400), at(0));
+        assert_eq!(stream.admit(slot, 20, at(401)), Admission::Duplicate);
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_agree_with_a_set(adds in prop::collection::vec((0u64..60, 0u64..12), 0..30)) {
+            let mut ranges = Ranges::default();
+            let mut model = std::collections::BTreeSet::new();
+            for (start, len) in adds {
+                ranges.add(start, start + len);
+                model.extend(start..start + len);
+                prop_assert!(ranges.0.windows(2).all(|pair| pair[0].1 < pair[1].0));
+                for offset in 0..80 {
+                    prop_assert_eq!(ranges.contains(offset), model.contains(&offset));
+                }
+            }
+        }
+    }
+}
