@@ -21,6 +21,11 @@ pub mod stream;
 pub mod visitors;
 pub mod window;
 
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -149,6 +154,8 @@ pub struct Control {
     pub paused: Option<Pause>,
     /// Events before this moment count for nobody: the end of the last pause.
     pub counts_from: Timestamp,
+    /// Events up to this position count for nobody: where that pause ended.
+    pub counts_after: Position,
     /// Targets that an operator allowed, and until when.
     pub allowed: BTreeMap<Target, Option<Timestamp>>,
     /// What the names in `never_ban` last resolved to.
@@ -191,6 +198,7 @@ pub struct Engine {
     allows: Allows,
     paused: Option<Pause>,
     counts_from: Timestamp,
+    counts_after: Position,
     nodes: Vec<Arc<str>>,
     visitors: Visitors,
     bucket: Bucket,
@@ -223,13 +231,14 @@ impl Engine {
         let mut engine = Self {
             now,
             stream: Stream::restore(control.position, files, since),
-            clients: Clients::new(),
+            clients: Clients::default(),
             offenders: Offenders::default(),
             shadow: Offenders::default(),
             bans: Bans::default(),
-            allows: Allows::new(&config.never_ban, control.allowed, control.resolved),
+            allows: Allows::new(&config.never_ban, control.allowed, control.resolved, now),
             paused: control.paused,
             counts_from: control.counts_from,
+            counts_after: control.counts_after,
             nodes: Vec::new(),
             visitors: Visitors::default(),
             bucket: Bucket::default(),
@@ -250,6 +259,9 @@ impl Engine {
 
     /// Handles a batch: each of its events, then its coverage.
     pub fn handle_batch(&mut self, batch: &AccessBatch, now: Timestamp) {
+        if self.poll_timeout().is_some_and(|due| due <= now) {
+            self.handle_timeout(now);
+        }
         let source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
         for event in batch.events() {
             self.handle_event(source, &event, now);
@@ -321,11 +333,11 @@ impl Engine {
             self.stats.late += 1;
             return;
         }
-        if self.allows.contains(client.addr) {
+        if self.allows.exempts(client.addr, time) {
             self.stats.exempt += 1;
             return;
         }
-        if self.paused.is_some() || time < self.counts_from {
+        if self.paused.is_some() || time < self.counts_from || position <= self.counts_after {
             self.stats.while_paused += 1;
             return;
         }
@@ -410,6 +422,7 @@ impl Engine {
             status: counting.event.status,
             node: counting.node,
             via_proxy: counting.via_proxy,
+            fresh: counting.decides,
         };
         match config.rules[rule].threshold {
             Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, *now, |counted| {
@@ -452,7 +465,9 @@ impl Engine {
                             stats.unsampled += 1;
                         }
                     }
-                    let complete = counting.decides.then(|| window.complete(&mark, &span)).flatten();
+                    // What was decided is not decided again. But where a new line overtook this one, which is read
+                    // again from another file, they may be complete together.
+                    let complete = window.complete(&mark, &span).filter(|run| run.marks.iter().any(|mark| mark.fresh));
                     if complete.is_none() {
                         *counted = Some(Counted::Window(window));
                     }
@@ -596,11 +611,11 @@ impl Engine {
                 self.outputs.push_back(Output::Told(EventType::Unban, Box::new(ban)));
             }
         }
-        if self.allows.end(now) {
+        if self.allows.advance(now, self.config.horizon()) {
             self.outputs.push_back(Output::Control);
         }
-        if self.paused.and_then(|pause| pause.until).is_some_and(|until| until <= now) {
-            self.resume();
+        if let Some(until) = self.paused.and_then(|pause| pause.until).filter(|until| *until <= now) {
+            self.resume(until);
         }
         let horizon = self.config.horizon();
         while self.clients.oldest_counted().is_some_and(|counted| counted.saturating_add(horizon) < now) {
@@ -633,9 +648,13 @@ impl Engine {
         self.outputs.pop_front()
     }
 
-    fn resume(&mut self) {
+    fn resume(&mut self, at: Timestamp) {
         self.paused = None;
-        self.counts_from = self.now;
+        // What a pause interrupted counts for nobody, neither now nor when windows are rebuilt.
+        self.counts_from = at;
+        self.counts_after = self.stream.position();
+        self.stream.advance();
+        self.clients = Clients::default();
         self.outputs.push_back(Output::Control);
     }
 
@@ -664,15 +683,23 @@ impl Engine {
     fn absolve(&mut self, target: &Target) {
         self.clients.forget(target);
         let (now, position) = (self.now, self.stream.position());
+        let rules = &self.config.rules;
         self.offenders.update(*target, |offender| {
             for history in &mut offender.rules {
                 history.count = 0;
                 history.last_end = now.min(history.last_end);
-                history.consumed = position;
+            }
+            for rule in rules.iter().filter(|rule| rule.mode == Mode::Enforce) {
+                offender.history_mut(&rule.name).consumed = position;
             }
             offender.set_quiet(Quiet { after: position, until: now });
         });
         self.push_offender(*target);
+    }
+
+    /// The latest moment seen.
+    pub fn now(&self) -> Timestamp {
+        self.now
     }
 
     /// Counts since start.
@@ -710,6 +737,7 @@ impl Engine {
         Control {
             paused: self.paused,
             counts_from: self.counts_from,
+            counts_after: self.counts_after,
             allowed: self.allows.allowed().clone(),
             resolved: self.allows.resolved().clone(),
             position: self.stream.position(),

@@ -1,6 +1,14 @@
-//! x
+//! Detection: counts every client exactly, decides bans that grow with each offence, and answers operators.
+//!
+//! [`engine`] and [`state`] are pure; [`worker`] owns the engine and its [`store`]; [`api`] serves operators. This crate
+//! knows no log format and no firewall.
+
+pub mod api;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod metrics;
+pub mod resolve;
 pub mod state;
 pub mod store;
+pub mod worker;

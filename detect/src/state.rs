@@ -78,6 +78,7 @@ struct StoredHistory {
 struct StoredControl {
     paused: Option<(i64, Option<i64>)>,
     counts_from: i64,
+    counts_after: u64,
     allowed: BTreeMap<Target, Option<i64>>,
     resolved: BTreeMap<String, Vec<IpAddr>>,
     position: u64,
@@ -194,6 +195,7 @@ pub fn encode_control(control: &Control) -> Vec<u8> {
     encode(&StoredControl {
         paused: control.paused.map(|pause| (nanos(pause.since), pause.until.map(nanos))),
         counts_from: nanos(control.counts_from),
+        counts_after: control.counts_after.0,
         allowed: control.allowed.iter().map(|(target, until)| (*target, until.map(nanos))).collect(),
         resolved: control.resolved.clone(),
         position: control.position.0,
@@ -207,6 +209,7 @@ pub fn decode_control(bytes: &[u8]) -> Result<Control, DecodeError> {
     Ok(Control {
         paused: stored.paused.map(|(since, until)| Pause { since: time(since), until: until.map(time) }),
         counts_from: time(stored.counts_from),
+        counts_after: Position(stored.counts_after),
         allowed: stored.allowed.into_iter().map(|(target, until)| (target, until.map(time))).collect(),
         resolved: stored.resolved,
         position: Position(stored.position),
@@ -267,6 +270,7 @@ mod tests {
         Control {
             paused: Some(Pause { since: Timestamp::from_secs(1), until: None }),
             counts_from: Timestamp::from_secs(2),
+            counts_after: Position(6),
             allowed: BTreeMap::from([("192.0.2.0/24".parse().unwrap(), Some(Timestamp::from_secs(3)))]),
             resolved: BTreeMap::from([("home.example.net".into(), vec!["198.51.100.7".parse().unwrap()])]),
             position: Position(8),

@@ -2,16 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use proto::net::{NetSet, Target};
 use proto::time::Timestamp;
 
 /// The three lists, and their union for look-up.
+///
+/// An allowance that has ended is kept for a while: what its client did before that end never counts, also when windows
+/// are rebuilt.
 #[derive(Debug, Default)]
 pub struct Allows {
     configured: NetSet,
     allowed: BTreeMap<Target, Option<Timestamp>>,
+    now: Timestamp,
     resolved: BTreeMap<String, Vec<IpAddr>>,
     union: NetSet,
 }
@@ -22,20 +27,31 @@ impl Allows {
         configured: &[IpNet],
         allowed: BTreeMap<Target, Option<Timestamp>>,
         resolved: BTreeMap<String, Vec<IpAddr>>,
+        now: Timestamp,
     ) -> Self {
         let configured = NetSet::new(configured.iter().copied());
-        let mut allows = Self { configured, allowed, resolved, union: NetSet::default() };
+        let mut allows = Self { configured, allowed, now, resolved, union: NetSet::default() };
         allows.unite();
         allows
     }
 
     fn unite(&mut self) {
-        let allowed = self.allowed.keys().map(Target::net);
+        let now = self.now;
+        let in_force = self.allowed.iter().filter(|(_, until)| until.is_none_or(|until| now < until));
+        let allowed = in_force.map(|(target, _)| target.net());
         let resolved = self.resolved.values().flatten().map(|addr| Target::host(*addr).net());
         self.union = NetSet::new(self.configured.nets().into_iter().chain(allowed).chain(resolved));
     }
 
-    /// Whether `addr` may never be banned.
+    /// Whether what `addr` did at `time` never counts.
+    pub fn exempts(&self, addr: IpAddr, time: Timestamp) -> bool {
+        let allowed_then = |(target, until): (&Target, &Option<Timestamp>)| {
+            until.is_some_and(|until| time < until) && target.contains_addr(addr)
+        };
+        self.contains(addr) || self.allowed.iter().any(allowed_then)
+    }
+
+    /// Whether `addr` may not be banned now.
     pub fn contains(&self, addr: IpAddr) -> bool {
         self.union.contains(addr)
     }
@@ -52,7 +68,9 @@ impl Allows {
 
     /// Which list holds `addr`, for people.
     pub fn why(&self, addr: IpAddr) -> Option<String> {
-        if let Some((target, until)) = self.allowed.iter().find(|(target, _)| target.contains_addr(addr)) {
+        let now = self.now;
+        let mut in_force = self.allowed.iter().filter(|(_, until)| until.is_none_or(|until| now < until));
+        if let Some((target, until)) = in_force.find(|(target, _)| target.contains_addr(addr)) {
             let until = until.map_or_else(String::new, |until| format!(" until {until}"));
             return Some(format!("{target} was allowed by an operator{until}"));
         }
@@ -69,18 +87,12 @@ impl Allows {
         self.unite();
     }
 
-    /// Takes an allowance back; whether there was one.
-    pub fn disallow(&mut self, target: &Target) -> bool {
-        let removed = self.allowed.remove(target).is_some();
-        self.unite();
-        removed
-    }
-
-    /// Ends allowances that are over; whether there were any.
-    pub fn end(&mut self, now: Timestamp) -> bool {
-        let before = self.allowed.len();
-        self.allowed.retain(|_, until| until.is_none_or(|until| now < until));
-        let ended = self.allowed.len() < before;
+    /// Moves on to `now`: allowances end, and are forgotten `keep` after that. Whether any has ended.
+    pub fn advance(&mut self, now: Timestamp, keep: Duration) -> bool {
+        let (former, now) = (self.now, now.max(self.now));
+        self.now = now;
+        let ended = self.allowed.values().flatten().any(|until| former < *until && *until <= now);
+        self.allowed.retain(|_, until| until.is_none_or(|until| now <= until.saturating_add(keep)));
         if ended {
             self.unite();
         }
@@ -89,7 +101,7 @@ impl Allows {
 
     /// When the next allowance ends.
     pub fn next_end(&self) -> Option<Timestamp> {
-        self.allowed.values().flatten().min().copied()
+        self.allowed.values().flatten().filter(|until| **until > self.now).min().copied()
     }
 
     /// A name has been resolved; whether that changed anything. An empty answer keeps the last good one.
@@ -111,7 +123,7 @@ impl Allows {
         self.unite();
     }
 
-    /// What operators allowed.
+    /// What operators allowed, and what has ended not long ago.
     pub fn allowed(&self) -> &BTreeMap<Target, Option<Timestamp>> {
         &self.allowed
     }
@@ -142,9 +154,14 @@ mod tests {
     fn an_allowance_ends_by_itself() {
         let mut allows = Allows::default();
         let target: Target = "192.0.2.0/24".parse().unwrap();
+        let (addr, keep) = (target.addr(), Duration::from_secs(60));
         allows.allow(target, Some(Timestamp::from_secs(10)));
-        assert!(allows.covers(&target) && !allows.end(Timestamp::from_secs(9)));
-        assert!(allows.end(Timestamp::from_secs(10)));
+        assert!(allows.covers(&target) && !allows.advance(Timestamp::from_secs(9), keep));
+        assert!(allows.advance(Timestamp::from_secs(10), keep));
         assert!(!allows.covers(&target));
+        assert!(allows.exempts(addr, Timestamp::from_secs(9)), "what was done before does not count");
+        assert!(!allows.exempts(addr, Timestamp::from_secs(10)));
+        allows.advance(Timestamp::from_secs(71), keep);
+        assert!(allows.allowed().is_empty());
     }
 }

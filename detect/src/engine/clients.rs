@@ -57,9 +57,8 @@ pub struct Clients {
     sampled: usize,
 }
 
-impl Clients {
-    /// None.
-    pub fn new() -> Self {
+impl Default for Clients {
+    fn default() -> Self {
         Self {
             slab: Vec::new(),
             free: Vec::new(),
@@ -71,7 +70,9 @@ impl Clients {
             sampled: 0,
         }
     }
+}
 
+impl Clients {
     /// Number of clients.
     pub fn len(&self) -> usize {
         self.index.len()
@@ -129,6 +130,14 @@ impl Clients {
         }
     }
 
+    /// Forgets every client within `outer`. Looks at all of them.
+    pub fn forget_within(&mut self, outer: &Target) {
+        let ids: Vec<u32> = self.oldest_first().filter(|&id| outer.contains(&self.slab[id as usize].target)).collect();
+        for id in ids {
+            self.remove(id);
+        }
+    }
+
     /// Forgets the client that was counted longest ago.
     pub fn evict_oldest(&mut self) -> Option<Target> {
         let id = Some(self.oldest).filter(|&id| id != NONE)?;
@@ -144,7 +153,7 @@ impl Clients {
 
     /// Renumbers rules; what a rule without a new number has counted is dropped.
     pub fn renumber(&mut self, new_number: impl Fn(u16) -> Option<u16>) {
-        let targets: Vec<(Target, u32)> = self.from_oldest().map(|id| (self.slab[id as usize].target, id)).collect();
+        let targets: Vec<(Target, u32)> = self.oldest_first().map(|id| (self.slab[id as usize].target, id)).collect();
         for (_, id) in targets {
             let rules = std::mem::take(&mut self.slab[id as usize].rules);
             for (rule, counted) in rules {
@@ -159,7 +168,7 @@ impl Clients {
         }
     }
 
-    fn from_oldest(&self) -> impl Iterator<Item = u32> {
+    fn oldest_first(&self) -> impl Iterator<Item = u32> {
         let first = Some(self.oldest).filter(|&id| id != NONE);
         std::iter::successors(first, |&id| Some(self.slab[id as usize].newer).filter(|&next| next != NONE))
     }
@@ -247,7 +256,7 @@ mod tests {
     proptest! {
         #[test]
         fn order_and_counts_agree_with_a_list(steps in prop::collection::vec((0u8..12, 0u8..5), 1..200)) {
-            let mut clients = Clients::new();
+            let mut clients = Clients::default();
             let mut list: Vec<Target> = Vec::new();
             for (now, (n, action)) in steps.into_iter().enumerate() {
                 let target = target(n);
@@ -269,7 +278,7 @@ mod tests {
                 }
                 prop_assert_eq!(clients.len(), list.len());
                 prop_assert_eq!(clients.events(), list.len());
-                let order: Vec<Target> = clients.from_oldest().map(|id| clients.slab[id as usize].target).collect();
+                let order: Vec<Target> = clients.oldest_first().map(|id| clients.slab[id as usize].target).collect();
                 prop_assert_eq!(&order, &list);
                 prop_assert!(list.iter().all(|target| clients.find(target).is_some()));
             }

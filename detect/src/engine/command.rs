@@ -113,7 +113,7 @@ impl Engine {
             Command::Pause(length) => Ok(self.pause(length)),
             Command::Resume => {
                 if self.paused.is_some() {
-                    self.resume();
+                    self.resume(self.now);
                 }
                 Ok(Reply::Paused(None))
             }
@@ -174,10 +174,9 @@ impl Engine {
             let freed = if target.is_host() && counting != target { vec![target, counting] } else { vec![target] };
             let lifted: Vec<Target> = freed.iter().filter(|t| self.lift(t, "lifted by an operator")).copied().collect();
             for target in &freed {
+                // Whoever was never banned keeps what it has counted: there is nothing to take back.
                 if lifted.contains(target) || self.offenders.get(target).is_some() {
                     self.absolve(target);
-                } else {
-                    self.clients.forget(target);
                 }
             }
             let covered: Vec<Target> = self.bans.wider(&target);
@@ -209,6 +208,7 @@ impl Engine {
         }
         let until = length.map(|length| self.now.saturating_add(length));
         self.allows.allow(target, until);
+        self.clients.forget_within(&target);
         let counting = Target::of_client(target.addr(), self.counting_prefix(&target));
         let mut lifted = Vec::new();
         let inside = self.bans.inside(target.net());

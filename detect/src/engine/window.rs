@@ -26,6 +26,8 @@ pub struct Mark {
     pub node: u16,
     /// Whether a proxy delivered it.
     pub via_proxy: bool,
+    /// Whether it is new, not read again after a restart.
+    pub fresh: bool,
 }
 
 /// Hash of a distinct value. The key is fixed, so that a replay repeats itself; the chance that two honest values collide
@@ -272,7 +274,7 @@ mod tests {
     use super::*;
 
     fn mark(seconds: i64, value: u64) -> Mark {
-        Mark { time: Timestamp::from_secs(seconds), value, status: 404, node: 0, via_proxy: false }
+        Mark { time: Timestamp::from_secs(seconds), value, status: 404, node: 0, via_proxy: false, fresh: true }
     }
 
     fn span(max_retry: u32, seconds: i64, distinct: bool) -> Span {

@@ -4,6 +4,7 @@
 
 use proto::event::{ABSENT, Event};
 use proto::net::{NamedSet, NetSet, Target};
+use proto::settings::distance;
 use regex::{Regex, RegexBuilder, RegexSet, RegexSetBuilder};
 
 use super::REGEX_BYTES_MAX;
@@ -259,20 +260,6 @@ fn kind(name: &str) -> Result<Kind, Fault<'_>> {
     let near = near.filter(|(distance, _)| *distance <= 1 + name.len() / 3);
     let hint = near.map_or_else(String::new, |(_, near)| format!(" (nearest: `{near}`)"));
     Err(Fault::new(name, format!("expected a known matcher{hint}, got `{name}`")))
-}
-
-/// Levenshtein distance of two ASCII names.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, to) in b.bytes().enumerate() {
-            let substituted = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 fn sorted(arguments: &[Argument<'_>], normalize: impl Fn(&str) -> String) -> Vec<String> {

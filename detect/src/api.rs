@@ -1,0 +1,359 @@
+//! The operator API: HTTP with JSON over a unix socket. See [`proto::api`] for paths and types.
+//!
+//! Who may connect is decided twice: by the socket's mode (0660, group `portcullis` where it exists) and by the peer's
+//! credentials. A request is small, and an answer is sent once its effect is durable.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Query, Request as HttpRequest, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::IncomingStream;
+use axum::{Json, Router};
+use futures_util::Stream;
+use nix::unistd::{Gid, Group, Uid, User};
+use proto::api::{
+    AllowRequest, ApiError, BanReply, BanRequest, BansReply, ExplainReply, PauseReply, PauseRequest, StatusReply,
+    UnbanRequest, path,
+};
+use proto::bus::memory::{BanBucket, Nodes, Question};
+use proto::envelope::CloudEvent;
+use proto::shutdown::Shutdown;
+use proto::time::Clock;
+use serde::Deserialize;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::engine::command::{Command, Reply};
+use crate::error::DetectError;
+use crate::worker::{CommandError, Request};
+
+/// Group whose members may use the socket.
+pub const GROUP: &str = "portcullis";
+/// Largest request body, in bytes.
+const BODY_MAX: usize = 256 * 1024;
+/// How long the worker or an enforcer may take to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the API answers from.
+#[derive(Clone, Debug)]
+pub struct Backing {
+    /// The worker.
+    pub requests: mpsc::Sender<Request>,
+    /// The desired state.
+    pub bans: BanBucket,
+    /// Every role's report.
+    pub nodes: Nodes,
+    /// Public events.
+    pub events: broadcast::Sender<Arc<CloudEvent>>,
+    /// The enforcer.
+    pub questions: mpsc::Sender<Question>,
+    /// Time.
+    pub clock: Clock,
+    /// Ends the endless answers.
+    pub shutdown: Shutdown,
+}
+
+/// The listening socket; removed when dropped.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // A socket that somebody has removed already is as good.
+        let _gone = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Socket {
+    /// Listens at `path`, made with the mode and group it has to have before anybody can connect.
+    ///
+    /// # Errors
+    /// When another process listens there, or the socket cannot be made.
+    pub fn bind(path: &Path) -> Result<Self, DetectError> {
+        let failed = |source| DetectError::Listen { path: path.to_owned(), source };
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            let text = "another portcullis listens here";
+            return Err(failed(std::io::Error::new(std::io::ErrorKind::AddrInUse, text)));
+        }
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(failed)?;
+        }
+        let staged = path.with_extension(format!("{}.tmp", std::process::id()));
+        let _gone = std::fs::remove_file(&staged);
+        let listener = UnixListener::bind(&staged).map_err(failed)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o660);
+        std::fs::set_permissions(&staged, mode).map_err(failed)?;
+        if let Some(group) = portcullis_group()
+            && let Err(error) = std::os::unix::fs::chown(&staged, None, Some(group.as_raw()))
+        {
+            tracing::warn!(%error, group = GROUP, "Socket cannot be given to the group");
+        }
+        std::fs::rename(&staged, path).map_err(failed)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+fn portcullis_group() -> Option<Gid> {
+    Group::from_name(GROUP).ok().flatten().map(|group| group.gid)
+}
+
+/// Serves the API until the shutdown.
+///
+/// # Errors
+/// When the socket fails.
+pub async fn run(socket: Socket, backing: Backing) -> Result<(), DetectError> {
+    let shutdown = backing.shutdown.clone();
+    let app = Router::new()
+        .route(path::BAN, post(ban))
+        .route(path::UNBAN, post(unban))
+        .route(path::ALLOW, post(allow))
+        .route(path::PAUSE, post(pause))
+        .route(path::RESUME, post(resume))
+        .route(path::BANS, get(bans))
+        .route(path::STATUS, get(status))
+        .route(path::EXPLAIN, get(explain))
+        .route(path::TAIL, get(tail))
+        .fallback(async || Refused(StatusCode::NOT_FOUND, "no such path".to_owned()))
+        .layer(middleware::from_fn(check_peer))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(backing);
+    let Socket { listener, .. } = &socket;
+    let listener = duplicate(listener).map_err(DetectError::Serve)?;
+    let served = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
+        .with_graceful_shutdown(async move { shutdown.draining().await })
+        .await
+        .map_err(DetectError::Serve);
+    drop(socket);
+    served
+}
+
+fn duplicate(listener: &UnixListener) -> std::io::Result<UnixListener> {
+    use std::os::fd::AsFd;
+    let fd = listener.as_fd().try_clone_to_owned()?;
+    UnixListener::from_std(std::os::unix::net::UnixListener::from(fd))
+}
+
+/// Credentials of a connection.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    allowed: bool,
+    uid: Option<u32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self::of(stream.io())
+    }
+}
+
+impl Peer {
+    fn of(stream: &UnixStream) -> Self {
+        let Ok(cred) = stream.peer_cred() else { return Self { allowed: false, uid: None } };
+        let allowed = may_operate(Uid::from_raw(cred.uid()), Gid::from_raw(cred.gid()));
+        Self { allowed, uid: Some(cred.uid()) }
+    }
+}
+
+/// Root, the user we run as, and members of the group.
+fn may_operate(uid: Uid, gid: Gid) -> bool {
+    if uid.is_root() || uid == Uid::effective() {
+        return true;
+    }
+    let Some(group) = portcullis_group() else { return false };
+    let member = || {
+        let user = User::from_uid(uid).ok().flatten()?;
+        let name = std::ffi::CString::new(user.name).ok()?;
+        nix::unistd::getgrouplist(&name, user.gid).ok().map(|groups| groups.contains(&group))
+    };
+    gid == group || member().unwrap_or(false)
+}
+
+async fn check_peer(ConnectInfo(peer): ConnectInfo<Peer>, request: HttpRequest, next: Next) -> Response {
+    if peer.allowed {
+        return next.run(request).await;
+    }
+    tracing::warn!(uid = peer.uid, "Operator API refused a user");
+    let text = format!("only root, the service's user and members of the group {GROUP} may do this");
+    Refused(StatusCode::FORBIDDEN, text).into_response()
+}
+
+/// An error answer.
+struct Refused(StatusCode, String);
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.0, Json(ApiError { error: self.1 })).into_response()
+    }
+}
+
+impl From<JsonRejection> for Refused {
+    fn from(error: JsonRejection) -> Self {
+        Self(error.status(), error.body_text())
+    }
+}
+
+impl From<QueryRejection> for Refused {
+    fn from(error: QueryRejection) -> Self {
+        Self(error.status(), error.body_text())
+    }
+}
+
+fn gone() -> Refused {
+    Refused(StatusCode::SERVICE_UNAVAILABLE, "the detector does not answer: it is stopping or overloaded".to_owned())
+}
+
+type Answer<T> = Result<Json<T>, Refused>;
+
+async fn ask<T>(backing: &Backing, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, Refused> {
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        backing.requests.send(request(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    };
+    tokio::time::timeout(ANSWER_TIMEOUT, asked).await.map_err(|_| gone())?
+}
+
+async fn order(backing: &Backing, command: Command) -> Result<Reply, Refused> {
+    let result = ask(backing, |reply| Request::Command(command, reply)).await?;
+    result.map_err(|error| match error {
+        CommandError::Refused(refusal) => Refused(StatusCode::CONFLICT, refusal.to_string()),
+        CommandError::NotStored => Refused(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+    })
+}
+
+fn unexpected() -> Refused {
+    Refused(StatusCode::INTERNAL_SERVER_ERROR, "the detector gave another answer than was asked for".to_owned())
+}
+
+fn check_seconds(seconds: Option<u64>) -> Result<Option<Duration>, Refused> {
+    match seconds {
+        Some(0) => Err(Refused(StatusCode::BAD_REQUEST, "seconds must be at least 1".to_owned())),
+        seconds => Ok(seconds.map(Duration::from_secs)),
+    }
+}
+
+async fn ban(State(backing): State<Backing>, body: Result<Json<BanRequest>, JsonRejection>) -> Answer<BanReply> {
+    let Json(BanRequest { target, seconds, reason }) = body?;
+    let length = check_seconds(seconds)?;
+    match order(&backing, Command::Ban { target, length, reason }).await? {
+        Reply::Banned(ban) => Ok(Json(BanReply { ban: *ban })),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn unban(
+    State(backing): State<Backing>,
+    body: Result<Json<UnbanRequest>, JsonRejection>,
+) -> Answer<proto::api::UnbanReply> {
+    let Json(UnbanRequest { targets, all }) = body?;
+    if targets.is_empty() && !all {
+        return Err(Refused(StatusCode::BAD_REQUEST, "name targets, or set all".to_owned()));
+    }
+    let command = if all { Command::UnbanAll } else { Command::Unban(targets) };
+    match order(&backing, command).await? {
+        Reply::Unbanned(reply) => Ok(Json(reply)),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn allow(
+    State(backing): State<Backing>,
+    body: Result<Json<AllowRequest>, JsonRejection>,
+) -> Answer<proto::api::AllowReply> {
+    let Json(AllowRequest { target, seconds }) = body?;
+    let length = check_seconds(seconds)?;
+    match order(&backing, Command::Allow { target, length }).await? {
+        Reply::Allowed(reply) => Ok(Json(reply)),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn pause(State(backing): State<Backing>, body: Result<Json<PauseRequest>, JsonRejection>) -> Answer<PauseReply> {
+    let Json(PauseRequest { seconds }) = body?;
+    let length = check_seconds(seconds)?;
+    match order(&backing, Command::Pause(length)).await? {
+        Reply::Paused(paused) => Ok(Json(PauseReply { paused })),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn resume(State(backing): State<Backing>) -> Answer<PauseReply> {
+    match order(&backing, Command::Resume).await? {
+        Reply::Paused(paused) => Ok(Json(PauseReply { paused })),
+        _ => Err(unexpected()),
+    }
+}
+
+async fn bans(State(backing): State<Backing>) -> Json<BansReply> {
+    Json(BansReply { bans: backing.bans.all() })
+}
+
+async fn status(State(backing): State<Backing>) -> Json<StatusReply> {
+    Json(StatusReply { at: backing.clock.now(), nodes: backing.nodes.all() })
+}
+
+#[derive(Deserialize)]
+struct ExplainQuery {
+    address: IpAddr,
+}
+
+async fn explain(
+    State(backing): State<Backing>,
+    query: Result<Query<ExplainQuery>, QueryRejection>,
+) -> Answer<ExplainReply> {
+    let Query(ExplainQuery { address }) = query?;
+    let mut reply = ask(&backing, |reply| Request::Explain(address, reply)).await?;
+    let (question, answer) = oneshot::channel();
+    let asked = backing.questions.send_timeout(Question { address: reply.address, reply: question }, ANSWER_TIMEOUT);
+    if asked.await.is_ok()
+        && let Ok(Ok(holds)) = tokio::time::timeout(ANSWER_TIMEOUT, answer).await
+    {
+        reply.backends = holds;
+    }
+    Ok(Json(reply))
+}
+
+async fn tail(State(backing): State<Backing>) -> Response {
+    let events = backing.events.subscribe();
+    let stream = LineStream { events, shutdown: backing.shutdown };
+    let body = Body::from_stream(lines(stream));
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+/// Public events as lines, until the shutdown.
+struct LineStream {
+    events: broadcast::Receiver<Arc<CloudEvent>>,
+    shutdown: Shutdown,
+}
+
+impl LineStream {
+    async fn next(&mut self) -> Option<Bytes> {
+        let received = tokio::select! {
+            received = self.events.recv() => received,
+            () = self.shutdown.draining() => return None,
+        };
+        let line = match received {
+            Ok(event) => serde_json::to_string(&*event).unwrap_or_default(),
+            Err(RecvError::Lagged(missed)) => format!("{{\"missed\":{missed}}}"),
+            Err(RecvError::Closed) => return None,
+        };
+        Some(Bytes::from(line + "\n"))
+    }
+}
+
+fn lines(stream: LineStream) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
+    futures_util::stream::unfold(stream, |mut stream| async move { stream.next().await.map(|line| (Ok(line), stream)) })
+}

@@ -1,0 +1,478 @@
+//! The one owner of the engine and its state: feeds it batches, commands and time, makes what it decides durable, and
+//! then publishes it.
+//!
+//! Nothing is published before it is stored, so that no enforcer ever holds a ban that a restart does not know.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::api::ExplainReply;
+use proto::ban::{BanChange, Lists};
+use proto::bus::memory::{BanBucket, Nodes};
+use proto::envelope::{CloudEvent, EventType};
+use proto::event::{AccessBatch, Interest, Positions};
+use proto::report::{DetectReport, NodeReport, Problem, Role, RuleReport};
+use proto::time::{Clock, Timestamp};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::config::DetectConfig;
+use crate::engine::command::{Command, Refusal, Reply};
+use crate::engine::{Engine, Output, hidden_text};
+use crate::error::{DetectError, StoreError};
+use crate::metrics::Metrics;
+use crate::resolve::Names;
+use crate::store::{Commit, Store};
+
+/// Batches handled before what they decided is made durable: bounds how long the first ban among them waits.
+const GROUP_MAX: usize = 16;
+/// How often progress without a decision is stored, and the report is renewed.
+const TICK: Duration = Duration::from_secs(1);
+/// How far the clock may go back before `status` says so.
+const CLOCK_STEP_MAX: Duration = Duration::from_secs(60);
+/// Requests that wait for the worker.
+pub const REQUESTS_MAX: usize = 256;
+
+/// A request to the worker.
+#[derive(Debug)]
+pub enum Request {
+    /// Carry out a command; answered once its effect is durable.
+    Command(Command, oneshot::Sender<Result<Reply, CommandError>>),
+    /// Explain an address.
+    Explain(IpAddr, oneshot::Sender<ExplainReply>),
+    /// A name of `never_ban` was looked up.
+    Resolved {
+        /// The name.
+        name: String,
+        /// Its addresses, or why there are none.
+        addrs: Result<Vec<IpAddr>, String>,
+    },
+    /// A new configuration.
+    Reload(Box<DetectConfig>),
+}
+
+/// Why a command had no effect.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// It must not be.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// It could not be stored; it has taken effect in memory and is stored with the next commit.
+    #[error("the state could not be written; the command is in force, but a restart may lose it")]
+    NotStored,
+}
+
+/// What the worker publishes to.
+#[derive(Clone, Debug)]
+pub struct Outlets {
+    /// The desired state.
+    pub bans: BanBucket,
+    /// What enforcers must know beside it.
+    pub lists: watch::Sender<Arc<Lists>>,
+    /// What the rules look at.
+    pub interest: watch::Sender<Arc<Interest>>,
+    /// Public events.
+    pub events: broadcast::Sender<Arc<CloudEvent>>,
+    /// Reports.
+    pub nodes: Nodes,
+    /// Names to resolve.
+    pub names: watch::Sender<Names>,
+}
+
+/// The worker, made before its tasks start so that ingest learns where to begin.
+#[derive(Debug)]
+pub struct Worker {
+    node: Arc<str>,
+    engine: Engine,
+    store: Store,
+    outlets: Outlets,
+    clock: Clock,
+    metrics: Metrics,
+    started_at: Timestamp,
+    problems: Vec<Problem>,
+    unresolved: BTreeMap<String, String>,
+    pending: Commit,
+    /// To be published once `pending` is stored.
+    changes: Vec<BanChange>,
+    told: Vec<(EventType, CloudEvent)>,
+    cause: Option<Timestamp>,
+    store_broken: bool,
+}
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Name of this node.
+    pub node: Arc<str>,
+    /// Rules and limits.
+    pub config: DetectConfig,
+    /// Where the state is kept; `None` = in memory.
+    pub state_dir: Option<std::path::PathBuf>,
+    /// What is published.
+    pub outlets: Outlets,
+    /// Time.
+    pub clock: Clock,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+impl Worker {
+    /// Opens the state and publishes what it holds, so that enforcers have the whole set before the first line is read.
+    ///
+    /// # Errors
+    /// When the state cannot be opened.
+    pub fn start(parts: Parts) -> Result<Self, StoreError> {
+        let Parts { node, config, state_dir, outlets, clock, metrics } = parts;
+        let now = clock.now();
+        let mut problems = Vec::new();
+        let (store, snapshot) = match state_dir {
+            Some(dir) => {
+                let opened = Store::open(&dir, now)?;
+                if let Some(aside) = opened.set_aside {
+                    let text = format!("the state was damaged and started anew; the old file is {}", aside.display());
+                    problems.push(Problem::degraded(text));
+                }
+                (opened.store, opened.snapshot)
+            }
+            None => (Store::in_memory()?, crate::engine::Snapshot::default()),
+        };
+        let restored = (snapshot.bans.len(), snapshot.offenders.len());
+        let names = Names { names: config.names.clone(), interval: config.resolve_interval };
+        let engine = Engine::restore(config.engine, snapshot, now);
+        tracing::info!(bans = restored.0, offenders = restored.1, "Detection started");
+        let mut worker = Self {
+            node,
+            engine,
+            store,
+            outlets,
+            clock,
+            metrics,
+            started_at: now,
+            problems,
+            unresolved: BTreeMap::new(),
+            pending: Commit::default(),
+            changes: Vec::new(),
+            told: Vec::new(),
+            cause: None,
+            store_broken: false,
+        };
+        worker.outlets.names.send_replace(names);
+        worker.outlets.interest.send_replace(Arc::new(worker.engine.config().interest()));
+        worker.outlets.lists.send_replace(Arc::new(worker.engine.lists()));
+        worker.collect();
+        worker.changes = worker.engine.bans().cloned().map(BanChange::Put).collect();
+        worker.settle(true);
+        worker.report(0);
+        Ok(worker)
+    }
+
+    /// Where ingest begins to read the files it knows.
+    pub fn read_positions(&mut self) -> Positions {
+        let since = self.started_at.saturating_sub(self.engine.config().horizon());
+        let node = self.node.clone();
+        self.engine.stream().read_positions(&node, since)
+    }
+
+    /// Works until every sender of batches is gone, then stores what is left.
+    ///
+    /// # Errors
+    /// When the last of the state cannot be stored.
+    pub async fn run(
+        mut self,
+        mut batches: mpsc::Receiver<AccessBatch>,
+        mut requests: mpsc::Receiver<Request>,
+    ) -> Result<(), DetectError> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let timeout = self.engine.poll_timeout().map(|at| at.since(self.clock.now()));
+            tokio::select! {
+                biased;
+                Some(request) = requests.recv() => self.handle_request(request),
+                batch = batches.recv() => match batch {
+                    Some(batch) => self.handle_batches(batch, &mut batches),
+                    None => break,
+                },
+                () = tokio::time::sleep(timeout.unwrap_or(TICK)) => {
+                    self.engine.handle_timeout(self.clock.now());
+                    self.collect();
+                    tokio::task::block_in_place(|| self.settle(false));
+                }
+                _ = tick.tick() => {
+                    self.watch_clock();
+                    tokio::task::block_in_place(|| self.settle(true));
+                    self.report(batches.len());
+                }
+            }
+        }
+        self.collect();
+        tokio::task::block_in_place(|| self.settle(true));
+        self.report(0);
+        if self.store_broken { Err(self.last_commit_error().into()) } else { Ok(()) }
+    }
+
+    fn last_commit_error(&mut self) -> StoreError {
+        match self.store.commit(&self.pending) {
+            Err(error) => error,
+            Ok(()) => StoreError::Access { action: "write", source: Box::new(redb::Error::PreviousIo) },
+        }
+    }
+
+    fn handle_batches(&mut self, first: AccessBatch, more: &mut mpsc::Receiver<AccessBatch>) {
+        let mut next = Some(first);
+        let mut handled = 0;
+        while let Some(batch) = next {
+            self.cause = Some(batch.read_at);
+            self.engine.handle_batch(&batch, self.clock.now());
+            self.collect();
+            handled += 1;
+            next = if handled < GROUP_MAX && self.changes.is_empty() { more.try_recv().ok() } else { None };
+        }
+        tokio::task::block_in_place(|| self.settle(false));
+        self.cause = None;
+    }
+
+    fn handle_request(&mut self, request: Request) {
+        let now = self.clock.now();
+        match request {
+            Request::Command(command, reply) => {
+                let result = self.engine.handle_command(command, now);
+                self.collect();
+                tokio::task::block_in_place(|| self.settle(false));
+                let stored = !self.store_broken;
+                let result = result.map_err(CommandError::from);
+                let result = if stored { result } else { result.and(Err(CommandError::NotStored)) };
+                // A caller that has gone away does not want the answer.
+                let _gone = reply.send(result);
+            }
+            Request::Explain(address, reply) => {
+                let _gone = reply.send(self.engine.explain(address, now));
+            }
+            Request::Resolved { name, addrs } => self.handle_resolved(name, addrs, now),
+            Request::Reload(config) => {
+                let names = config.names.clone();
+                self.outlets.names.send_replace(Names { names: names.clone(), interval: config.resolve_interval });
+                self.unresolved.retain(|name, _| names.contains(name));
+                let command = Command::Reload { config: Box::new(config.engine), names };
+                if let Err(error) = self.engine.handle_command(command, now) {
+                    tracing::error!(%error, "Configuration was not taken over");
+                }
+                self.collect();
+                tokio::task::block_in_place(|| self.settle(false));
+                self.outlets.interest.send_replace(Arc::new(self.engine.config().interest()));
+                tracing::info!(rules = self.engine.config().rules.len(), "Rules and lists reloaded");
+            }
+        }
+    }
+
+    fn handle_resolved(&mut self, name: String, addrs: Result<Vec<IpAddr>, String>, now: Timestamp) {
+        match addrs {
+            Ok(addrs) if !addrs.is_empty() => {
+                if self.unresolved.remove(&name).is_some() {
+                    tracing::info!(name, "Name in never_ban resolves again");
+                }
+                if self.engine.handle_command(Command::Resolved { name, addrs }, now).is_ok() {
+                    self.collect();
+                    tokio::task::block_in_place(|| self.settle(false));
+                }
+            }
+            failed => {
+                let error = failed.err().unwrap_or_else(|| "no addresses".to_owned());
+                if self.unresolved.insert(name.clone(), error.clone()).is_none() {
+                    tracing::warn!(name, error, "Name in never_ban cannot be resolved, its last addresses stay");
+                }
+            }
+        }
+    }
+
+    /// Takes over what the engine wants done.
+    fn collect(&mut self) {
+        while let Some(output) = self.engine.poll_output() {
+            match output {
+                Output::Record(change) => {
+                    let record = if let BanChange::Put(record) = &change { Some(record.clone()) } else { None };
+                    self.pending.records.insert(change.target(), record);
+                    self.changes.push(change);
+                }
+                Output::Offender(target, offender) => drop(self.pending.offenders.insert(target, offender)),
+                Output::Control => self.pending.control = Some(self.engine.control()),
+                Output::Told(kind, ban) => {
+                    let time = self.clock.now();
+                    self.told.push((kind, CloudEvent::of_ban(&self.node, kind, &ban, time)));
+                }
+                Output::Shadow(ban) => {
+                    tracing::info!(rule = ban.rule, target = %ban.target, reason = ban.reason, "Shadow rule would have banned");
+                }
+                Output::Over(ban) => {
+                    tracing::info!(rule = ban.rule, target = %ban.target, ended = ?ban.expires_at, "Ban was over when it was found");
+                }
+                Output::Alarm { kind, text } => {
+                    tracing::warn!(kind, text, "Alarm");
+                    let alarm = CloudEvent::of_alarm(&self.node, kind, text, self.clock.now());
+                    self.told.push((EventType::Alarm, alarm));
+                }
+            }
+        }
+    }
+
+    /// Stores what is pending, then publishes it. Progress alone is stored only when `all` is wanted.
+    fn settle(&mut self, all: bool) {
+        if all || self.pending.is_urgent() {
+            // The position moves with each decision, so it is stored with every one.
+            if self.pending.is_urgent() {
+                self.pending.control = Some(self.engine.control());
+            }
+            let (files, forgotten) = self.engine.stream().take_changes();
+            merge_files(&mut self.pending.files, files);
+            self.pending.forgotten.extend(forgotten);
+            self.commit();
+        }
+        if self.store_broken && !self.changes.is_empty() {
+            // A host that cannot write must still be protected: publish all the same.
+            tracing::warn!(changes = self.changes.len(), "Bans are published without being stored");
+        }
+        if !self.changes.is_empty() || self.outlets.bans.since(0).is_none() {
+            self.outlets.bans.publish(self.changes.drain(..), self.cause);
+        }
+        let lists = self.engine.lists();
+        self.outlets.lists.send_if_modified(|known| {
+            let changed = **known != lists;
+            if changed {
+                *known = Arc::new(lists);
+            }
+            changed
+        });
+        for (kind, event) in self.told.drain(..) {
+            log_event(kind, &event);
+            // Without a reader there is nobody to tell.
+            let _unread = self.outlets.events.send(Arc::new(event));
+        }
+    }
+
+    fn commit(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let begun = self.clock.now();
+        match self.store.commit(&self.pending) {
+            Ok(()) => {
+                self.metrics.committed(self.clock.now().since(begun).as_secs_f64());
+                self.pending = Commit::default();
+                if std::mem::take(&mut self.store_broken) {
+                    tracing::info!("State is written again");
+                }
+            }
+            Err(error) => {
+                self.metrics.commit_failed();
+                if !std::mem::replace(&mut self.store_broken, true) {
+                    let cause = std::error::Error::source(&error).map(ToString::to_string);
+                    tracing::error!(%error, cause, "State cannot be written, it is tried again");
+                }
+            }
+        }
+    }
+
+    fn watch_clock(&mut self) {
+        let behind = self.engine.now().since(self.clock.now());
+        if behind > CLOCK_STEP_MAX {
+            self.metrics.clock_stepped_back();
+        }
+    }
+
+    fn report(&self, queued: usize) {
+        self.metrics.observe(&self.engine, queued);
+        let now = self.clock.now();
+        let mut report = NodeReport::new(&self.node, Role::Detect, self.started_at);
+        report.at = now;
+        report.problems = self.current_problems(now);
+        let stats = self.engine.stats();
+        let (banned, clients, offenders) = self.engine.sizes();
+        let rules = self.engine.config().rules.iter().zip(&stats.rules);
+        report.detect = Some(DetectReport {
+            rules: rules
+                .map(|(rule, (matches, bans))| RuleReport {
+                    name: rule.name.to_string(),
+                    mode: rule.mode.as_str().to_owned(),
+                    matches: *matches,
+                    bans: *bans,
+                })
+                .collect(),
+            tracked_clients: clients as u64,
+            offenders: offenders as u64,
+            banned: banned as u64,
+            evicted_clients: stats.evicted_clients,
+            evicted_offenders: stats.evicted_offenders,
+            events: stats.events,
+            late: stats.late,
+            duplicates: stats.duplicates,
+            paused: self.engine.lists().paused,
+            hidden_behind: self.engine.hidden_behind().map(|(addr, share)| (addr.to_string(), share)),
+        });
+        self.outlets.nodes.put(report);
+    }
+
+    fn current_problems(&self, now: Timestamp) -> Vec<Problem> {
+        let mut problems = self.problems.clone();
+        let stats = self.engine.stats();
+        if self.store_broken {
+            let text = "the state cannot be written: bans are enforced, but a restart may lose them";
+            problems.push(Problem::degraded(text));
+        }
+        if self.engine.now().since(now) > CLOCK_STEP_MAX {
+            let text = "the clock went back by more than a minute: events look late; restart portcullis";
+            problems.push(Problem::degraded(text));
+        }
+        if stats.evicted_clients > 0 {
+            let text = format!(
+                "{} clients' windows were dropped at tracked_clients_max or window_events_max: they may go unbanned",
+                stats.evicted_clients
+            );
+            problems.push(Problem::degraded(text));
+        }
+        if stats.evicted_offenders > 0 {
+            let text = format!("{} ban histories were dropped at offenders_max", stats.evicted_offenders);
+            problems.push(Problem::warning(text));
+        }
+        if let Some((addr, share)) = self.engine.hidden_behind() {
+            problems.push(Problem::warning(hidden_text(addr, share)));
+        }
+        if self.engine.lists().paused.is_some() {
+            problems.push(Problem::warning("paused: all bans are lifted and nobody is banned"));
+        }
+        for (name, error) in &self.unresolved {
+            problems.push(Problem::warning(format!("{name} in never_ban cannot be resolved: {error}")));
+        }
+        problems
+    }
+}
+
+/// Joins two changes of one file that follow each other, where the first could not be stored.
+fn merge_files(pending: &mut Vec<crate::engine::stream::FileChange>, newer: Vec<crate::engine::stream::FileChange>) {
+    for mut change in newer {
+        if let Some(at) = pending.iter().position(|known| known.key == change.key) {
+            let former = pending.swap_remove(at);
+            let kept = former.marks.into_iter().filter(|mark| mark.offset < change.unsaved_from);
+            change.marks = kept.chain(std::mem::take(&mut change.marks)).collect();
+            change.unsaved_from = change.unsaved_from.min(former.unsaved_from);
+        }
+        pending.push(change);
+    }
+}
+
+fn log_event(kind: EventType, event: &CloudEvent) {
+    let proto::envelope::Data::Ban(ban) = &event.data else { return };
+    let (target, until) = (ban.target, ban.expires_at.map(|end| end.to_string()));
+    match kind {
+        EventType::Ban => tracing::info!(
+            %target, rule = ban.rule, count = ban.ban_count, seconds = ban.ban_seconds, until, reason = ban.reason,
+            "Client banned"
+        ),
+        EventType::Extend => tracing::info!(
+            %target, rule = ban.rule, count = ban.ban_count, seconds = ban.ban_seconds, until, reason = ban.reason,
+            "Ban extended"
+        ),
+        EventType::Unban => tracing::info!(%target, rule = ban.rule, reason = ban.reason, "Client unbanned"),
+        EventType::Alarm => {}
+    }
+}
