@@ -25,8 +25,11 @@ pub const SPAN_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Shortest `ban_time`.
 pub const BAN_TIME_MIN: Duration = Duration::from_secs(1);
 
+/// Shortest prefix an operator may ban, IPv4 and IPv6, where enforcement says nothing else.
+const PREFIX_MIN: (u8, u8) = (16, 32);
+
 /// Keys of `[detect]`.
-pub const KEYS: [&str; 12] = [
+pub const KEYS: [&str; 11] = [
     "never_ban",
     "never_ban_builtin",
     "resolve_interval",
@@ -38,10 +41,7 @@ pub const KEYS: [&str; 12] = [
     "builtin_rules",
     "rules",
     "escalation",
-    "operator_prefix_min",
 ];
-/// Keys of `[detect.operator_prefix_min]`.
-pub const PREFIX_KEYS: [&str; 2] = ["ipv4", "ipv6"];
 /// Keys of `[detect.rules.NAME]`.
 pub const RULE_KEYS: [&str; 10] =
     ["enabled", "match", "max_retry", "find_time", "ban_time", "distinct", "rate", "burst", "mode", "escalation"];
@@ -63,17 +63,6 @@ pub struct RawDetect {
     builtin_rules: Field<bool>,
     rules: Field<BTreeMap<String, RawRule>>,
     escalation: Field<RawEscalation>,
-    operator_prefix_min: Field<RawPrefixMin>,
-    #[serde(flatten)]
-    unknown: Unknown,
-}
-
-/// `[detect.operator_prefix_min]` as a file says it.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct RawPrefixMin {
-    ipv4: Field<u8>,
-    ipv6: Field<u8>,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -110,12 +99,12 @@ pub struct RawEscalation {
     unknown: Unknown,
 }
 
-section!(RawDetect, RawRule, RawEscalation, RawPrefixMin);
+section!(RawDetect, RawRule, RawEscalation);
 
 /// `[detect]`, checked.
 #[derive(Clone, Debug)]
 pub struct DetectConfig {
-    /// For the engine. `trusted_proxies` is empty until the caller fills it from `[ingest.client_ip]`.
+    /// For the engine. `trusted_proxies` and `operator_prefix_min` are other roles' settings, for the caller to fill in.
     pub engine: EngineConfig,
     /// DNS names in `never_ban`.
     pub names: Vec<String>,
@@ -164,7 +153,6 @@ impl RawDetect {
         let tracked_clients_max = limit(self.tracked_clients_max, "tracked_clients_max", 1_000_000);
         let window_events_max = limit(self.window_events_max, "window_events_max", 4_000_000);
         let offenders_max = limit(self.offenders_max, "offenders_max", 250_000);
-        let operator_prefix_min = check_prefix_min(self.operator_prefix_min, mistakes);
         let rules = check_rules(self.rules, self.builtin_rules, &escalation, mistakes);
         let engine = EngineConfig {
             rules,
@@ -175,25 +163,10 @@ impl RawDetect {
             tracked_clients_max,
             window_events_max,
             offenders_max,
-            operator_prefix_min,
+            operator_prefix_min: PREFIX_MIN,
         };
         DetectConfig { engine, names, resolve_interval }
     }
-}
-
-fn check_prefix_min(field: Field<RawPrefixMin>, mistakes: &mut Mistakes) -> (u8, u8) {
-    let raw = field.or("operator_prefix_min", RawPrefixMin::default(), mistakes);
-    mistakes.within("operator_prefix_min", |m| {
-        raw.unknown.check(&PREFIX_KEYS, m);
-        let (ipv4, ipv6) = (raw.ipv4.or("ipv4", 8, m), raw.ipv6.or("ipv6", 16, m));
-        if !(1..=32).contains(&ipv4) {
-            m.add("ipv4", "expected 1 to 32 bits");
-        }
-        if !(1..=128).contains(&ipv6) {
-            m.add("ipv6", "expected 1 to 128 bits");
-        }
-        (ipv4, ipv6)
-    })
 }
 
 fn check_never_ban(entries: Vec<String>, builtin: bool, mistakes: &mut Mistakes) -> (Vec<IpNet>, Vec<String>) {

@@ -76,6 +76,12 @@ impl ClientIpPolicy {
         self.trusted_proxies.contains(addr) || self.cdn_headers.iter().any(|cdn| cdn.from.contains(addr))
     }
 
+    /// All proxies that may speak for others, merged.
+    pub fn proxies(&self) -> NetSet {
+        let cdn = self.cdn_headers.iter().flat_map(|cdn| cdn.from.nets());
+        NetSet::new(self.trusted_proxies.nets().into_iter().chain(cdn))
+    }
+
     /// The client of a line. `header` gives the logged value of a request header by its configured name, `None` when it
     /// is absent, empty or redacted.
     pub fn resolve<'a>(

@@ -83,6 +83,8 @@ pub struct SourceReport {
     pub unparsed_sample: Option<String>,
     /// Lines longer than the limit, skipped.
     pub oversized: u64,
+    /// The newest client that was resolved, and its peer where that is another: shows that proxies are configured right.
+    pub sample_client: Option<String>,
     /// Events without a client, by reason.
     pub no_client: BTreeMap<String, u64>,
     /// When the newest line was read.

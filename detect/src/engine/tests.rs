@@ -203,7 +203,7 @@ fn who_may_not_be_banned_is_not_even_counted() {
     assert!(refused.unwrap_err().to_string().contains("10.0.0.0/8 is in never_ban"));
     let refused =
         bench.command(Command::Ban { target: "0.0.0.0/1".parse().unwrap(), length: None, reason: String::new() }, 9);
-    assert_eq!(refused.unwrap_err().to_string(), "0.0.0.0/1 is too wide: an operator may ban /8 or narrower");
+    assert_eq!(refused.unwrap_err().to_string(), "0.0.0.0/1 is too wide: an operator may ban /16 or narrower");
 }
 
 #[test]

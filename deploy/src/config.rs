@@ -1,0 +1,309 @@
+//! The configuration of the whole process: raw sections as read, and the checked [`Config`].
+//!
+//! A [`Config`] comes only out of [`Location::load`], which reports every mistake at once. Each role checks its own
+//! section; this module knows the keys that belong to no role. Nothing is opened here but configuration files.
+
+mod load;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use detect::config::{DetectConfig, RawDetect};
+use enforce::config::{EnforceConfig, RawEnforce};
+use ingest::config::{IngestConfig, RawIngest};
+use nix::unistd::gethostname;
+use proto::section;
+use proto::settings::{Field, FromValue, Mistake, Mistakes, Unknown};
+use proto::subject::{is_name, name_from_host};
+use serde::Deserialize;
+use serde_json::Value;
+use tracing_subscriber::EnvFilter;
+
+pub use self::load::{DEFAULT_FILE, Location};
+use crate::socket;
+
+/// Where state is kept unless configured.
+pub const STATE_DIR: &str = "/var/lib/portcullis";
+/// The log level unless configured.
+const LOG_LEVEL: &str = "info";
+
+/// Everything the process needs to know, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of this host on the bus, in events and in `status`.
+    pub node: String,
+    /// Directory of bans, offenders, positions. Need not exist yet.
+    pub state_dir: PathBuf,
+    /// The operator API.
+    pub api: ApiConfig,
+    /// Logs, health, metrics.
+    pub telemetry: TelemetryConfig,
+    /// Reading logs.
+    pub ingest: IngestConfig,
+    /// Deciding bans.
+    pub detect: DetectConfig,
+    /// Applying them.
+    pub enforce: EnforceConfig,
+}
+
+impl Config {
+    /// Refuses a configuration that reads no log: `run` would do nothing.
+    pub fn require_sources(&self) -> Result<(), Invalid> {
+        if !self.ingest.sources.is_empty() {
+            return Ok(());
+        }
+        let text = "no log to read: configure a source, or name the files: `portcullis run LOG`";
+        Err(Invalid(vec![Mistake { key: "ingest.sources".to_owned(), text: text.to_owned() }]))
+    }
+}
+
+/// The operator API.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiConfig {
+    /// Path of the unix socket.
+    pub socket: PathBuf,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+impl FromValue for LogFormat {
+    fn from_value(value: Value) -> Result<Self, String> {
+        match value.as_str() {
+            Some("text") => Ok(Self::Text),
+            Some("json") => Ok(Self::Json),
+            _ => Err(format!("expected \"text\" or \"json\", got {value}")),
+        }
+    }
+}
+
+/// Logs, health, metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TelemetryConfig {
+    /// Where `/live`, `/ready` and `/metrics` are served; `None` = nowhere.
+    pub listen: Option<SocketAddr>,
+    /// How log lines are written.
+    pub log_format: LogFormat,
+    /// Which log lines are written, as `tracing_subscriber::EnvFilter` reads it; valid.
+    pub log_level: String,
+}
+
+/// A configuration with mistakes.
+#[derive(Debug)]
+pub struct Invalid(Vec<Mistake>);
+
+impl Invalid {
+    /// All mistakes, by key. Never empty.
+    pub fn mistakes(&self) -> &[Mistake] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, mistake) in self.0.iter().enumerate() {
+            write!(f, "{}{mistake}", if i == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+/// Known keys, by section.
+const KEYS: &[&str] = &["node", "state_dir", "bus", "api", "telemetry", "ingest", "detect", "enforce"];
+const BUS_KEYS: &[&str] = &["kind"];
+const API_KEYS: &[&str] = &["socket"];
+const TELEMETRY_KEYS: &[&str] = &["listen", "log_format", "log_level"];
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawConfig {
+    node: Field<String>,
+    state_dir: Field<PathBuf>,
+    bus: Field<RawBus>,
+    api: Field<RawApi>,
+    telemetry: Field<RawTelemetry>,
+    ingest: Field<RawIngest>,
+    detect: Field<RawDetect>,
+    enforce: Field<RawEnforce>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+/// Keys that later versions will know: named, so that nobody looks for a typing error.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawBus {
+    kind: Field<BusKind>,
+    urls: Field<NotYet>,
+    prefix: Field<NotYet>,
+    replicas: Field<NotYet>,
+    credentials_file: Field<NotYet>,
+    tls: Field<NotYet>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawApi {
+    socket: Field<PathBuf>,
+    listen: Field<NotYet>,
+    tokens_file: Field<NotYet>,
+    tls: Field<NotYet>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawTelemetry {
+    listen: Field<ListenAddr>,
+    log_format: Field<LogFormat>,
+    log_level: Field<String>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+section!(RawBus, RawApi, RawTelemetry);
+
+const NOT_YET: &str = "not available in this version, which runs on one host without NATS";
+
+#[derive(Debug)]
+enum NotYet {}
+
+impl FromValue for NotYet {
+    fn from_value(_: Value) -> Result<Self, String> {
+        Err(NOT_YET.to_owned())
+    }
+}
+
+#[derive(Debug)]
+struct BusKind;
+
+impl FromValue for BusKind {
+    fn from_value(value: Value) -> Result<Self, String> {
+        match value.as_str() {
+            Some("local") => Ok(Self),
+            Some("nats") => Err(NOT_YET.to_owned()),
+            _ => Err(format!("expected \"local\", got {value}")),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ListenAddr(SocketAddr);
+
+impl FromValue for ListenAddr {
+    fn from_value(value: Value) -> Result<Self, String> {
+        let addr = value.as_str().and_then(|text| text.parse().ok());
+        addr.map(Self).ok_or_else(|| format!("expected an address and a port such as \"127.0.0.1:9477\", got {value}"))
+    }
+}
+
+/// Checks everything. `logs`, when there are any, take the place of the configured sources.
+fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config> {
+    let raw: RawConfig = match serde_json::from_value(raw) {
+        Ok(raw) => raw,
+        Err(error) => {
+            mistakes.add("", error.to_string());
+            return None;
+        }
+    };
+    raw.unknown.check(KEYS, mistakes);
+    let node = check_node(raw.node.take("node", mistakes), mistakes);
+    let state_dir = raw.state_dir.or("state_dir", PathBuf::from(STATE_DIR), mistakes);
+    if let Some(bus) = raw.bus.take("bus", mistakes) {
+        mistakes.within("bus", |m| bus.check(m));
+    }
+    let api = raw.api.take("api", mistakes).unwrap_or_default();
+    let api = mistakes.within("api", |m| api.check(m));
+    let telemetry = raw.telemetry.take("telemetry", mistakes).unwrap_or_default();
+    let telemetry = mistakes.within("telemetry", |m| telemetry.check(m));
+    let ingest = raw.ingest.take("ingest", mistakes).unwrap_or_default();
+    let ingest = mistakes.within("ingest", |m| ingest.check(m));
+    let detect = raw.detect.take("detect", mistakes).unwrap_or_default();
+    let mut detect = mistakes.within("detect", |m| detect.check(m));
+    let enforce = raw.enforce.take("enforce", mistakes).unwrap_or_default();
+    let enforce = mistakes.within("enforce", |m| enforce.check(m));
+    let mut ingest = ingest?;
+    if !logs.is_empty() {
+        ingest.set_files(logs.to_vec());
+    }
+    // One setting for two: whom ingest looks behind, and what enforcement refuses, detection may not ban.
+    let enforce = enforce?;
+    detect.engine.trusted_proxies = ingest.client_ip.proxies();
+    detect.engine.operator_prefix_min = (enforce.firewall.prefix_min_v4, enforce.firewall.prefix_min_v6);
+    Some(Config { node, state_dir, api, telemetry, ingest, detect, enforce })
+}
+
+fn check_node(given: Option<String>, mistakes: &mut Mistakes) -> String {
+    let Some(node) = given else {
+        return name_from_host(&gethostname().unwrap_or_default().to_string_lossy());
+    };
+    if !is_name(&node) {
+        mistakes.add("node", format!("expected 1 to 63 of a-z, 0-9 and -, got {node:?}"));
+    }
+    node
+}
+
+impl RawBus {
+    fn check(self, mistakes: &mut Mistakes) {
+        self.unknown.check(BUS_KEYS, mistakes);
+        self.kind.take("kind", mistakes);
+        for (key, field) in [
+            ("urls", self.urls),
+            ("prefix", self.prefix),
+            ("replicas", self.replicas),
+            ("credentials_file", self.credentials_file),
+            ("tls", self.tls),
+        ] {
+            field.take(key, mistakes);
+        }
+    }
+}
+
+impl RawApi {
+    fn check(self, mistakes: &mut Mistakes) -> ApiConfig {
+        self.unknown.check(API_KEYS, mistakes);
+        for (key, field) in [("listen", self.listen), ("tokens_file", self.tokens_file), ("tls", self.tls)] {
+            field.take(key, mistakes);
+        }
+        let socket = self.socket.take("socket", mistakes).unwrap_or_else(socket::default_path);
+        if socket.as_os_str().len() > SOCKET_PATH_MAX {
+            mistakes.add("socket", format!("expected a path of at most {SOCKET_PATH_MAX} bytes"));
+        }
+        ApiConfig { socket }
+    }
+}
+
+impl RawTelemetry {
+    fn check(self, mistakes: &mut Mistakes) -> TelemetryConfig {
+        self.unknown.check(TELEMETRY_KEYS, mistakes);
+        let log_level = self.log_level.or("log_level", LOG_LEVEL.to_owned(), mistakes);
+        if let Err(error) = EnvFilter::builder().parse(&log_level) {
+            let text =
+                format!("expected a level such as \"info\" or \"info,detect=debug\", got {log_level:?} ({error})");
+            mistakes.add("log_level", text);
+        }
+        TelemetryConfig {
+            listen: self.listen.take("listen", mistakes).map(|ListenAddr(addr)| addr),
+            log_format: self.log_format.or("log_format", LogFormat::Text, mistakes),
+            log_level,
+        }
+    }
+}
+
+/// Longest path of the socket in bytes: `sun_path` of `unix(7)` holds 108 with its end, and the socket is made under a
+/// name up to 7 bytes longer first.
+const SOCKET_PATH_MAX: usize = 100;

@@ -1,0 +1,80 @@
+//! `check`: every mistake of a configuration at once, or a summary of what it would run.
+
+use detect::engine::rule::{Mode, Rule, Threshold};
+use enforce::config::{BackendKind, Chains, FirewallConfig};
+use ingest::config::{SourceConfig, SourceKind};
+use proto::time::render_duration;
+
+use super::Exit;
+use crate::args::CheckArgs;
+use crate::config::{Config, Location};
+use crate::output::Output;
+
+pub(super) fn run(args: CheckArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
+    let config = Location::new(args.config.config, Vec::new()).load()?;
+    show(&config, out)?;
+    Ok(Exit::Done)
+}
+
+fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
+    let mut say = |what: &str, text: &str| out.line(&format!("{what:<10} {text}"));
+    say("node", &config.node)?;
+    say("state", &config.state_dir.display().to_string())?;
+    say("api", &config.api.socket.display().to_string())?;
+    if let Some(listen) = config.telemetry.listen {
+        say("telemetry", &listen.to_string())?;
+    }
+    for source in &config.ingest.sources {
+        say("source", &describe_source(source))?;
+    }
+    if config.ingest.sources.is_empty() {
+        say("source", "none: `portcullis run` needs LOG arguments")?;
+    }
+    for rule in &config.detect.engine.rules {
+        say("rule", &describe_rule(rule))?;
+    }
+    if config.detect.engine.rules.is_empty() {
+        say("rule", "none: nobody will be banned but by operators")?;
+    }
+    say(
+        "never ban",
+        &format!("{} networks, {} names", config.detect.engine.never_ban.len(), config.detect.names.len()),
+    )?;
+    say("firewall", &describe_firewall(&config.enforce.firewall))
+}
+
+fn describe_source(source: &SourceConfig) -> String {
+    let SourceKind::File(file) = &source.kind;
+    let include: Vec<String> = file.include.iter().map(|path| path.display().to_string()).collect();
+    format!("{}: {}", source.name, include.join(", "))
+}
+
+fn describe_rule(rule: &Rule) -> String {
+    let threshold = match rule.threshold {
+        Threshold::Window { max_retry, find_time, distinct } => {
+            let different = if distinct.is_some() { " different" } else { "" };
+            format!("{max_retry}{different} in {}", render_duration(find_time))
+        }
+        Threshold::Rate { period, burst } => format!("more than {burst} at once or one in {}", render_duration(period)),
+    };
+    let shadow = match rule.mode {
+        Mode::Enforce => "",
+        Mode::Shadow => " (shadow: counted, not banned)",
+    };
+    format!("{}: {threshold}, first ban {}{shadow}", rule.name, render_duration(rule.ban_time))
+}
+
+fn describe_firewall(firewall: &FirewallConfig) -> String {
+    let backend = match firewall.backend {
+        BackendKind::Auto => "auto",
+        BackendKind::Iptables => "iptables",
+        BackendKind::None => return "none: bans are decided, and dropped nowhere".to_owned(),
+    };
+    match &firewall.chains {
+        Chains::Auto => format!("{backend}, chains auto"),
+        Chains::Listed(chains) => {
+            let chains: Vec<String> = chains.iter().map(ToString::to_string).collect();
+            format!("{backend}, chains {}", chains.join(", "))
+        }
+    }
+}

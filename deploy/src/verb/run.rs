@@ -1,0 +1,40 @@
+//! `run`: all roles in one process, until a signal.
+
+use std::path::{self, PathBuf};
+
+use anyhow::Context;
+use proto::shutdown::Shutdown;
+use proto::time::Clock;
+use tokio::sync::watch;
+
+use super::Exit;
+use crate::args::RunArgs;
+use crate::config::Location;
+use crate::role::{self, Process};
+use crate::signals::Signals;
+use crate::{socket, telemetry};
+
+pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
+    let location = Location::new(args.config.config, absolute(args.logs)?);
+    let config = location.load()?;
+    config.require_sources()?;
+    socket::prepare(&config.api.socket)?;
+    telemetry::install(&config.telemetry)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;
+    let result = runtime.block_on(async {
+        let shutdown = Shutdown::new();
+        let (hangups, reload) = watch::channel(0);
+        let signals = Signals::install().context("cannot install the signal handlers")?;
+        tokio::spawn(signals.run(shutdown.clone(), hangups));
+        role::run(Process { config, location, dry_run: args.dry_run, clock: Clock::system(), shutdown, reload }).await
+    });
+    // Everything in flight has ended or missed its deadline: wait for no thread.
+    runtime.shutdown_background();
+    result.map(|()| Exit::Done)
+}
+
+/// Log files as named from where we stand now; a reload reads the list again.
+fn absolute(logs: Vec<PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
+    let absolute = |log: PathBuf| path::absolute(&log).with_context(|| format!("cannot use the log {}", log.display()));
+    logs.into_iter().map(absolute).collect()
+}

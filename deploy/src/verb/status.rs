@@ -1,0 +1,235 @@
+//! `status`: the health of every role. Exit 1 when anything is degraded, silent or missing.
+
+use std::cmp::Reverse;
+use std::time::Duration;
+
+use proto::api::StatusReply;
+use proto::report::{BackendReport, DetectReport, NodeReport, Problem, Role, RuleReport, Severity, SourceReport};
+use proto::time::{Timestamp, render_duration};
+use serde::Serialize;
+
+use super::{Exit, connect, describe_pause};
+use crate::args::ClientArgs;
+use crate::output::Output;
+
+/// A report older than this is no sign of life. Roles report every few seconds.
+const REPORT_AGE_MAX: Duration = Duration::from_secs(15);
+
+/// What `--json` prints: the reports, and what follows from them.
+#[derive(Debug, Serialize)]
+struct Health<'a> {
+    at: Timestamp,
+    degraded: bool,
+    problems: Vec<Finding>,
+    nodes: &'a [NodeReport],
+}
+
+/// A problem, and whose.
+#[derive(Debug, Serialize)]
+struct Finding {
+    node: String,
+    role: Role,
+    #[serde(flatten)]
+    problem: Problem,
+}
+
+pub(super) async fn run(args: ClientArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
+    let reply = connect(&args)?.status().await?;
+    let problems = find_problems(&reply);
+    let degraded = problems.iter().any(|finding| finding.problem.severity == Severity::Degraded);
+    let health = Health { at: reply.at, degraded, problems, nodes: &reply.nodes };
+    if args.json {
+        out.json(&health)?;
+    } else {
+        show(&health, out)?;
+    }
+    Ok(if degraded { Exit::Failed } else { Exit::Done })
+}
+
+/// What the roles say, and what they do not say any more. The worst first.
+fn find_problems(reply: &StatusReply) -> Vec<Finding> {
+    let finding = |node: &str, role, problem| Finding { node: node.to_owned(), role, problem };
+    let mut findings = Vec::new();
+    for report in &reply.nodes {
+        let said = report.problems.iter().cloned();
+        findings.extend(said.map(|problem| finding(&report.node, report.role, problem)));
+        let age = reply.at.since(report.at);
+        if age > REPORT_AGE_MAX {
+            let text = format!("has said nothing for {}", render_duration(age));
+            findings.push(finding(&report.node, report.role, Problem::degraded(text)));
+        }
+    }
+    for role in [Role::Ingest, Role::Detect, Role::Enforce] {
+        if !reply.nodes.iter().any(|report| report.role == role) {
+            findings.push(finding("-", role, Problem::degraded("does not run")));
+        }
+    }
+    findings.sort_by_key(|finding| Reverse(finding.problem.severity));
+    findings
+}
+
+fn show(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
+    let warnings = health.problems.iter().filter(|finding| finding.problem.severity == Severity::Warning).count();
+    out.line(match (health.degraded, warnings) {
+        (true, _) => "degraded",
+        (false, 0) => "well",
+        (false, _) => "well, with warnings",
+    })?;
+    for Finding { node, role, problem } in &health.problems {
+        let severity = match problem.severity {
+            Severity::Warning => "warning",
+            Severity::Degraded => "degraded",
+        };
+        out.line(&format!("  {severity}: {} on {node}: {}", role.as_str(), problem.text))?;
+    }
+    out.line("")?;
+    let roles = health.nodes.iter().map(|report| role_row(report, health.at));
+    out.table(["role", "node", "version", "up", "reported"], roles)?;
+    let sources: Vec<_> = of_nodes(health, |report| &report.sources).collect();
+    show_sources(&sources, health.at, out)?;
+    for report in health.nodes {
+        if let Some(detect) = &report.detect {
+            show_detect(detect, health.at, out)?;
+        }
+    }
+    let backends: Vec<_> = of_nodes(health, |report| &report.backends).collect();
+    show_backends(&backends, out)
+}
+
+/// Parts of all reports, each with its node.
+fn of_nodes<'a, T: 'a>(
+    health: &Health<'a>,
+    parts: impl Fn(&'a NodeReport) -> &'a Vec<T>,
+) -> impl Iterator<Item = (&'a str, &'a T)> {
+    health.nodes.iter().flat_map(move |report| parts(report).iter().map(move |part| (report.node.as_str(), part)))
+}
+
+fn role_row(report: &NodeReport, at: Timestamp) -> [String; 5] {
+    [
+        report.role.as_str().to_owned(),
+        report.node.clone(),
+        report.version.clone(),
+        age(Some(report.started_at), at),
+        format!("{} ago", age(Some(report.at), at)),
+    ]
+}
+
+/// How long ago, in whole seconds; `-` when never.
+fn age(time: Option<Timestamp>, at: Timestamp) -> String {
+    time.map_or_else(|| "-".to_owned(), |time| render_duration(Duration::from_secs(at.since(time).as_secs())))
+}
+
+fn show_sources(sources: &[(&str, &SourceReport)], at: Timestamp, out: &mut Output<'_>) -> anyhow::Result<()> {
+    if sources.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    let header = [
+        "source",
+        "node",
+        "kind",
+        "format",
+        "files",
+        "lines",
+        "events",
+        "unparsed",
+        "oversized",
+        "last line",
+        "behind",
+    ];
+    let rows = sources.iter().map(|(node, source)| {
+        [
+            source.name.clone(),
+            (*node).to_owned(),
+            source.kind.clone(),
+            if source.format.is_empty() { "-".to_owned() } else { source.format.clone() },
+            source.files.to_string(),
+            source.lines.to_string(),
+            source.events.to_string(),
+            source.unparsed.to_string(),
+            source.oversized.to_string(),
+            source.last_line_at.map_or_else(|| "-".to_owned(), |time| format!("{} ago", age(Some(time), at))),
+            bytes(source.behind_bytes),
+        ]
+    });
+    out.table(header, rows)?;
+    for (_, source) in sources {
+        if let Some(client) = &source.sample_client {
+            out.line(&format!("{}: newest client: {client}", source.name))?;
+        }
+        if let Some(sample) = &source.unparsed_sample {
+            out.line(&format!("{}: newest line that is no access entry: {sample}", source.name))?;
+        }
+        for (reason, count) in &source.no_client {
+            out.line(&format!("{}: {count} events without a client: {reason}", source.name))?;
+        }
+        if source.lost_bytes > 0 {
+            let lost = bytes(source.lost_bytes);
+            out.line(&format!("{}: {lost} lost in files that were deleted or cut before they were read", source.name))?;
+        }
+    }
+    Ok(())
+}
+
+fn show_detect(detect: &DetectReport, at: Timestamp, out: &mut Output<'_>) -> anyhow::Result<()> {
+    out.line("")?;
+    let row = |RuleReport { name, mode, matches, bans }: &RuleReport| {
+        [name.clone(), mode.clone(), matches.to_string(), bans.to_string()]
+    };
+    out.table(["rule", "mode", "matches", "bans"], detect.rules.iter().map(row))?;
+    out.line(&format!(
+        "{} banned now, {} clients tracked, {} with a history; {} events: {} late, {} seen before",
+        detect.banned, detect.tracked_clients, detect.offenders, detect.events, detect.late, detect.duplicates
+    ))?;
+    if detect.evicted_clients + detect.evicted_offenders > 0 {
+        out.line(&format!(
+            "state was cut: {} windows (tracked_clients_max), {} histories (offenders_max)",
+            detect.evicted_clients, detect.evicted_offenders
+        ))?;
+    }
+    if let Some((peer, share)) = &detect.hidden_behind {
+        out.line(&format!(
+            "{share} % of recent lines come from {peer}, which may not be banned and is no trusted proxy"
+        ))?;
+    }
+    if let Some(pause) = &detect.paused {
+        out.line(&describe_pause(pause, at))?;
+    }
+    Ok(())
+}
+
+fn show_backends(backends: &[(&str, &BackendReport)], out: &mut Output<'_>) -> anyhow::Result<()> {
+    if backends.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    let header = ["back end", "node", "members", "desired", "guarded", "dropped packets", "dropped", "repairs"];
+    let rows = backends.iter().map(|(node, backend)| {
+        [
+            backend.name.clone(),
+            (*node).to_owned(),
+            backend.members.to_string(),
+            backend.desired.to_string(),
+            backend.guarded.to_string(),
+            backend.dropped_packets.to_string(),
+            bytes(backend.dropped_bytes),
+            backend.repairs.to_string(),
+        ]
+    });
+    out.table(header, rows)?;
+    for (_, backend) in backends {
+        for detail in &backend.detail {
+            out.line(&format!("{}: {detail}", backend.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// A number of bytes in the largest binary unit of which there is at least one.
+fn bytes(count: u64) -> String {
+    let unit = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")].into_iter().find(|(size, _)| count >= *size);
+    match unit {
+        Some((size, name)) => format!("{}.{} {name}", count / size, count % size * 10 / size),
+        None => format!("{count} B"),
+    }
+}

@@ -1,0 +1,280 @@
+//! Kernel sets through the program `ipset`: members go through `ipset restore`, one process a batch.
+//!
+//! `restore` stops at the first line that the kernel refuses, and may forget lines before it that it had not sent yet.
+//! Such a batch is taken up again around the refused line: members may be added twice without harm.
+//! Listing needs the whole set's time in the kernel, so it is for [`Ipset::observe`] only.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::time::Clock;
+
+use crate::backend::{Applied, Refused};
+use crate::command::{self, CommandError};
+use crate::plan::{Family, Held, Kernel, KernelSet, SetId, Step};
+
+/// Refused lines of one batch after which the rest of it is left for the next look.
+const REFUSED_MAX: usize = 100;
+/// Steps of one process at most, so that a batch that has to be taken up again stays cheap.
+const BATCH_MAX: usize = 16_384;
+
+/// The program.
+#[derive(Clone, Debug)]
+pub(crate) struct Ipset {
+    program: PathBuf,
+}
+
+/// A set's header, as `ipset list -t` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) maxelem: u32,
+    pub(crate) well_formed: bool,
+    /// Members, some of which may have just ended.
+    pub(crate) count: usize,
+}
+
+enum Batch {
+    Done,
+    /// The line of this index (from 0) was refused.
+    Refused(usize, String),
+}
+
+impl Ipset {
+    /// Where the program is found.
+    pub(crate) fn find() -> Option<Self> {
+        command::find("ipset").map(|program| Self { program })
+    }
+
+    /// Carries the steps out, in order.
+    pub(crate) async fn apply(&self, steps: &[Step]) -> Applied {
+        let mut applied = Applied::default();
+        let mut start = 0;
+        while start < steps.len() {
+            // A swap or removal may not be done twice, so it has a process of its own.
+            let repeatable = steps[start..].iter().take(BATCH_MAX).take_while(|step| is_repeatable(step)).count();
+            let end = start + repeatable.max(1);
+            if let Err(error) = self.apply_batch(steps, start..end, &mut applied.refused).await {
+                applied.stopped = Some((start, error));
+                break;
+            }
+            if applied.refused.len() >= REFUSED_MAX && end < steps.len() {
+                let said = "too many of its lines were refused".to_owned();
+                let error = CommandError::Failed { command: "ipset restore".to_owned(), said };
+                applied.stopped = Some((end, error));
+                break;
+            }
+            start = end;
+        }
+        applied
+    }
+
+    async fn apply_batch(
+        &self,
+        steps: &[Step],
+        range: std::ops::Range<usize>,
+        refused: &mut Vec<Refused>,
+    ) -> Result<(), CommandError> {
+        let mut start = range.start;
+        let mut again_until = None;
+        while start < range.end {
+            let end = again_until.unwrap_or(range.end);
+            match self.restore(&steps[start..end]).await? {
+                Batch::Done if end == range.end => return Ok(()),
+                // What came before the refused line is in now; go on after it.
+                Batch::Done => {
+                    start = end + 1;
+                    again_until = None;
+                }
+                Batch::Refused(line, why) => {
+                    let step = (start + line).min(end - 1);
+                    refused.push(Refused { step, why });
+                    if refused.len() >= REFUSED_MAX {
+                        let rest = (step + 1..range.end).map(|step| Refused { step, why: "not tried".to_owned() });
+                        refused.extend(rest);
+                        refused.sort_by_key(|refused| refused.step);
+                        return Ok(());
+                    }
+                    if line == 0 {
+                        start = step + 1;
+                        again_until = None;
+                    } else {
+                        again_until = Some(step);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn restore(&self, steps: &[Step]) -> Result<Batch, CommandError> {
+        let mut input = String::with_capacity(steps.len() * 64);
+        for step in steps {
+            render(step, &mut input);
+        }
+        let ended = command::run(&self.program, &["-exist", "restore"], Some(input.into_bytes())).await?;
+        if ended.success {
+            return Ok(Batch::Done);
+        }
+        match parse_refusal(&ended.stderr) {
+            Some((line, why)) => Ok(Batch::Refused(line, why)),
+            None => Err(CommandError::Failed { command: "ipset restore".to_owned(), said: ended.stderr }),
+        }
+    }
+
+    /// Headers of our sets.
+    pub(crate) async fn headers(&self) -> Result<BTreeMap<SetId, Header>, CommandError> {
+        let listed = command::succeed(&self.program, &["list", "-t"]).await?;
+        Ok(parse_headers(&String::from_utf8_lossy(&listed)))
+    }
+
+    /// Everything in our sets.
+    pub(crate) async fn observe(&self, clock: &Clock) -> Result<Kernel, CommandError> {
+        let mut kernel = Kernel::default();
+        for (set, header) in self.headers().await? {
+            let now = clock.now();
+            let saved = command::succeed(&self.program, &["save", set.name()]).await?;
+            let members = String::from_utf8_lossy(&saved)
+                .lines()
+                .filter_map(|line| parse_member(line, set))
+                .map(|(target, timeout_s, comment)| {
+                    let ends = timeout_s.map(|seconds| now.saturating_add(Duration::from_secs(seconds)));
+                    (target, Held { ends, comment })
+                })
+                .collect();
+            let Header { maxelem, well_formed, .. } = header;
+            kernel.sets.insert(set, KernelSet { maxelem, well_formed, members });
+        }
+        Ok(kernel)
+    }
+
+    /// Whether the kernel's set holds the address.
+    pub(crate) async fn test(&self, set: SetId, address: IpAddr) -> Result<bool, CommandError> {
+        let ended = command::run(&self.program, &["test", set.name(), &address.to_string()], None).await?;
+        Ok(ended.success)
+    }
+}
+
+fn is_repeatable(step: &Step) -> bool {
+    !matches!(step, Step::Swap(_) | Step::Destroy(_))
+}
+
+fn render(step: &Step, out: &mut String) {
+    let written = match step {
+        Step::Create { set, maxelem } => {
+            let family = render_family(set.family());
+            let extras = if set.holds_bans() { " timeout 0 comment" } else { "" };
+            writeln!(out, "create {} hash:net family {family} maxelem {maxelem}{extras}", set.name())
+        }
+        Step::Swap(family) => writeln!(out, "swap {} {}", SetId::Fresh(*family).name(), SetId::Bans(*family).name()),
+        Step::Destroy(set) => writeln!(out, "destroy {}", set.name()),
+        Step::Flush(set) => writeln!(out, "flush {}", set.name()),
+        Step::Add { set, target, timeout_s: Some(timeout_s), comment } => {
+            writeln!(out, "add {} {target} timeout {timeout_s} comment \"{comment}\"", set.name())
+        }
+        Step::Add { set, target, timeout_s: None, .. } => writeln!(out, "add {} {target}", set.name()),
+        Step::Delete { set, target } => writeln!(out, "del {} {target}", set.name()),
+    };
+    // Writing to a string cannot fail.
+    debug_assert!(written.is_ok());
+}
+
+fn render_family(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "inet",
+        Family::V6 => "inet6",
+    }
+}
+
+/// `ipset v7.17: Error in line 3: Hash is full, cannot add more elements` -> (2, "Hash is full, ...").
+fn parse_refusal(stderr: &str) -> Option<(usize, String)> {
+    let (_, rest) = stderr.split_once("Error in line ")?;
+    let (line, why) = rest.split_once(": ")?;
+    let line: usize = line.parse().ok()?;
+    Some((line.checked_sub(1)?, why.to_owned()))
+}
+
+fn parse_headers(listed: &str) -> BTreeMap<SetId, Header> {
+    let mut headers = BTreeMap::new();
+    for block in listed.split("\n\n") {
+        let value = |key: &str| block.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+        let Some(set) = SetId::ALL.into_iter().find(|set| value("Name:") == Some(set.name())) else { continue };
+        let words: Vec<&str> = value("Header:").unwrap_or_default().split(' ').collect();
+        let after = |key: &str| words.iter().skip_while(|word| **word != key).nth(1).copied();
+        let has = |key: &str| words.contains(&key);
+        let well_formed = value("Type:") == Some("hash:net")
+            && after("family") == Some(render_family(set.family()))
+            && has("timeout") == set.holds_bans()
+            && has("comment") == set.holds_bans();
+        let maxelem = after("maxelem").and_then(|number| number.parse().ok()).unwrap_or(0);
+        let count = value("Number of entries:").and_then(|number| number.parse().ok()).unwrap_or(0);
+        headers.insert(set, Header { maxelem, well_formed, count });
+    }
+    headers
+}
+
+/// `add portcullis-v4 192.0.2.0/24 timeout 99 comment "rule"`
+fn parse_member(line: &str, set: SetId) -> Option<(proto::net::Target, Option<u64>, Arc<str>)> {
+    let rest = line.strip_prefix("add ")?.strip_prefix(set.name())?.trim_start();
+    let (target, mut rest) = rest.split_once(' ').unwrap_or((rest, ""));
+    let target = target.parse().ok()?;
+    let mut timeout_s = None;
+    if let Some(after) = rest.strip_prefix("timeout ") {
+        let (seconds, after) = after.split_once(' ').unwrap_or((after, ""));
+        // 0 stands for a member without an end.
+        timeout_s = seconds.parse().ok().filter(|seconds| *seconds > 0);
+        rest = after;
+    }
+    let comment = rest.strip_prefix("comment \"").and_then(|rest| rest.strip_suffix('"')).unwrap_or_default();
+    Some((target, timeout_s, comment.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_read_as_they_are_listed() {
+        let set = SetId::Bans(Family::V4);
+        let member = |line| parse_member(line, set).map(|(target, end, comment)| (target.to_string(), end, comment));
+        let full = member("add portcullis-v4 192.0.2.0/24 timeout 99 comment \"a-b\"").unwrap();
+        assert_eq!(full, ("192.0.2.0/24".to_owned(), Some(99), "a-b".into()));
+        assert_eq!(member("add portcullis-v4 192.0.2.1 timeout 0").unwrap().1, None);
+        assert_eq!(member("add portcullis-v4 192.0.2.1").unwrap(), ("192.0.2.1".to_owned(), None, "".into()));
+        assert_eq!(member("create portcullis-v4 hash:net family inet"), None);
+        let guard = parse_member("add portcullis-guard-v6 2001:db8::/64", SetId::Guard(Family::V6)).unwrap();
+        assert_eq!(guard.0.to_string(), "2001:db8::/64");
+    }
+
+    #[test]
+    fn headers_tell_ours_from_others_and_right_from_wrong() {
+        let listed = "Name: portcullis-v4\nType: hash:net\nRevision: 7\nHeader: family inet hashsize 1024 maxelem 135168 \
+            timeout 0 comment bucketsize 12 initval 0x4346bb28\nSize in memory: 456\nReferences: 0\nNumber of entries: 7\n\n\
+            Name: portcullis-guard-v6\nType: hash:net\nHeader: family inet hashsize 1024 maxelem 65536\nNumber of entries: 0\n\n\
+            Name: other\nType: hash:ip\nHeader: family inet hashsize 1024 maxelem 65536\nNumber of entries: 1\n";
+        let headers = parse_headers(listed);
+        let good = Header { maxelem: 135_168, well_formed: true, count: 7 };
+        let bad = Header { maxelem: 65_536, well_formed: false, count: 0 };
+        assert_eq!(headers, [(SetId::Guard(Family::V6), bad), (SetId::Bans(Family::V4), good)].into());
+    }
+
+    #[test]
+    fn the_refused_line_is_found() {
+        let said = "ipset v7.17: Error in line 3: Hash is full, cannot add more elements";
+        assert_eq!(parse_refusal(said), Some((2, "Hash is full, cannot add more elements".to_owned())));
+        assert_eq!(parse_refusal("ipset v7.17: Kernel error received: Operation not permitted"), None);
+    }
+
+    #[test]
+    fn what_is_rendered_is_what_is_read() {
+        let set = SetId::Bans(Family::V6);
+        let target = "2001:db8::/64".parse().unwrap();
+        let step = Step::Add { set, target, timeout_s: Some(5), comment: "rule-1".into() };
+        let mut line = String::new();
+        render(&step, &mut line);
+        assert_eq!(parse_member(line.trim(), set), Some((target, Some(5), "rule-1".into())));
+    }
+}

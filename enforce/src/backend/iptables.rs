@@ -1,0 +1,376 @@
+//! Chains and jumps through iptables, for both families, in the variant that the host uses.
+//!
+//! It is looked at with `iptables-save -c`, one process a variant, and changed through the crate `iptables`. Legacy
+//! tables are never woken: even listing them would create them, so `/proc` is asked first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use iptables::IPTables;
+use proto::report::Problem;
+use proto::time::{Clock, Timestamp};
+
+use crate::command::{self, CommandError};
+use crate::config::{CHAIN, FirewallConfig, Table};
+use crate::host;
+use crate::plan::Family;
+use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
+
+/// Seconds that iptables waits for the lock that all its users share.
+const LOCK_WAIT_S: u32 = 5;
+/// After that a call that does not return is given up.
+const CALL_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The programs of one family in one variant.
+#[derive(Clone, Copy, Debug)]
+struct Programs {
+    change: &'static str,
+    save: &'static str,
+}
+
+/// What a look at the rules brought about.
+#[derive(Debug, Default)]
+pub(crate) struct RulesOutcome {
+    /// What is not as it should be.
+    pub(crate) problems: Vec<Problem>,
+    /// What was chosen and why, a line a family.
+    pub(crate) detail: Vec<String>,
+    /// Steps taken, by kind.
+    pub(crate) steps: Vec<&'static str>,
+    /// Families in which something had drifted.
+    pub(crate) repairs: u64,
+    /// Packets and bytes dropped since our chains were made.
+    pub(crate) dropped: (u64, u64),
+    /// Where each family's bans stand, for people.
+    pub(crate) places: BTreeMap<Family, String>,
+}
+
+/// Keeps our rules in place.
+#[derive(Debug)]
+pub(crate) struct Iptables {
+    config: FirewallConfig,
+    dry_run: bool,
+    clock: Clock,
+    programs: BTreeMap<(Family, Variant), Programs>,
+    lifts: BTreeMap<Family, Lifts>,
+    /// Families whose rules were in place at the last look.
+    placed: BTreeSet<Family>,
+    /// What each family's rules counted at the last look, and before they were last made anew.
+    counted: BTreeMap<Family, ((u64, u64), (u64, u64))>,
+}
+
+impl Iptables {
+    /// Knows nothing yet.
+    pub(crate) fn new(config: FirewallConfig, dry_run: bool, clock: Clock) -> Self {
+        Self {
+            config,
+            dry_run,
+            clock,
+            programs: BTreeMap::new(),
+            lifts: BTreeMap::new(),
+            placed: BTreeSet::new(),
+            counted: BTreeMap::new(),
+        }
+    }
+
+    /// Looks at the rules of these families and puts right what differs.
+    pub(crate) async fn resync(&mut self, families: &[Family]) -> RulesOutcome {
+        let mut outcome = RulesOutcome::default();
+        for &family in families {
+            if let Err(error) = self.resync_family(family, &mut outcome).await {
+                self.placed.remove(&family);
+                tracing::warn!(family = family.as_str(), error = %error, cause = cause(&error), "Firewall rules not in place");
+                outcome.problems.push(Problem::degraded(format!("{}: {}", family.as_str(), chain_of(&error))));
+            }
+        }
+        for (former, now) in self.counted.values() {
+            outcome.dropped = (outcome.dropped.0 + former.0 + now.0, outcome.dropped.1 + former.1 + now.1);
+        }
+        outcome
+    }
+
+    async fn resync_family(&mut self, family: Family, outcome: &mut RulesOutcome) -> Result<(), CommandError> {
+        let (views, unreadable) = self.look(family).await;
+        let (nft, legacy) = (views.get(&Variant::Nft), views.get(&Variant::Legacy));
+        let chosen = rules::choose_variant(nft, legacy).or_else(|| self.sleeping_legacy(family));
+        let Some((variant, why)) = chosen else {
+            let name = program_name(family);
+            self.placed.remove(&family);
+            return unreadable.map_or_else(
+                || {
+                    let text = format!("{}: {name} is not installed; nobody is banned there", family.as_str());
+                    outcome.problems.push(Problem::degraded(text));
+                    Ok(())
+                },
+                Err,
+            );
+        };
+        let empty = View::default();
+        let view = views.get(&variant).unwrap_or(&empty);
+        let usable = self.usable_tables(family, variant, view).await;
+        let layout = Layout::new(&self.config, family, view, &usable);
+        self.report(family, (variant, why), &layout, outcome);
+        self.count(family, view);
+
+        let mut lifts = self.lifts.remove(&family).unwrap_or_default();
+        let plan = rules::plan_rules(&layout, view, &mut lifts, self.clock.now());
+        self.lifts.insert(family, lifts);
+        for place in &plan.overtaken {
+            let text = format!(
+                "{}: a rule above ours in {place} may let banned clients in; we moved up {LIFTS_MAX} times in ten minutes \
+                 and someone moves above us each time",
+                family.as_str()
+            );
+            outcome.problems.push(Problem::degraded(text));
+        }
+        self.carry_out(family, variant, &plan, outcome).await?;
+        self.leave_others(family, variant, &views, outcome).await
+    }
+
+    /// The rules of every variant that is there.
+    async fn look(&mut self, family: Family) -> (BTreeMap<Variant, View>, Option<CommandError>) {
+        self.find_programs(family).await;
+        let (mut views, mut unreadable) = (BTreeMap::new(), None);
+        for variant in [Variant::Nft, Variant::Legacy] {
+            let Some(programs) = self.programs.get(&(family, variant)) else { continue };
+            if variant == Variant::Legacy && !host::legacy_is_awake(family) {
+                continue;
+            }
+            match save(programs).await {
+                Ok(view) => drop(views.insert(variant, view)),
+                Err(error) => unreadable = Some(error),
+            }
+        }
+        (views, unreadable)
+    }
+
+    /// Legacy tables may be woken where there is nothing else.
+    fn sleeping_legacy(&self, family: Family) -> Option<(Variant, &'static str)> {
+        let there = self.programs.contains_key(&(family, Variant::Legacy));
+        there.then_some((Variant::Legacy, "nft is not available"))
+    }
+
+    async fn find_programs(&mut self, family: Family) {
+        let name = program_name(family);
+        for (variant, suffix) in [(Variant::Nft, "-nft"), (Variant::Legacy, "-legacy")] {
+            if self.programs.contains_key(&(family, variant)) {
+                continue;
+            }
+            let full = format!("{name}{suffix}");
+            if let (Some(change), Some(save)) = (command::find(&full), command::find(&format!("{full}-save"))) {
+                self.add_programs(family, variant, (change, save));
+            }
+        }
+        // Hosts with one variant may have only the plain name.
+        let known =
+            [Variant::Nft, Variant::Legacy].iter().any(|variant| self.programs.contains_key(&(family, *variant)));
+        if !known && let (Some(change), Some(save)) = (command::find(name), command::find(&format!("{name}-save"))) {
+            let version = command::succeed(&change, &["--version"]).await.unwrap_or_default();
+            let is_nft = String::from_utf8_lossy(&version).contains("nf_tables");
+            self.add_programs(family, if is_nft { Variant::Nft } else { Variant::Legacy }, (change, save));
+        }
+    }
+
+    fn add_programs(&mut self, family: Family, variant: Variant, (change, save): (PathBuf, PathBuf)) {
+        // The crate wants names that live for ever. There are at most eight, found once.
+        let forever = |path: PathBuf| path.into_os_string().into_string().ok().map(|name| &*name.leak());
+        if let (Some(change), Some(save)) = (forever(change), forever(save)) {
+            self.programs.insert((family, variant), Programs { change, save });
+        }
+    }
+
+    /// Tables that are there or come with their first use.
+    async fn usable_tables(&self, family: Family, variant: Variant, view: &View) -> BTreeSet<Table> {
+        let mut usable: BTreeSet<Table> = view.tables.keys().copied().collect();
+        for table in Layout::tables(&self.config) {
+            let may_ask = !self.dry_run || variant == Variant::Nft;
+            if !usable.contains(&table)
+                && may_ask
+                && let Some(programs) = self.programs.get(&(family, variant))
+                && call(programs, table, "-S".to_owned()).await.is_ok()
+            {
+                usable.insert(table);
+            }
+        }
+        usable
+    }
+
+    fn report(&self, family: Family, (variant, why): (Variant, &str), layout: &Layout, outcome: &mut RulesOutcome) {
+        let family_name = family.as_str();
+        let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
+        let places = places.join(", ");
+        outcome.detail.push(format!("{family_name}: {} ({why}), {places}", variant.as_str()));
+        outcome.places.insert(family, format!("{places} ({})", variant.as_str()));
+        for missing in &layout.missing {
+            let text = format!("{family_name}: chain {missing} does not exist; bans will apply there once it does");
+            outcome.problems.push(Problem::warning(text));
+        }
+        if layout.places.is_empty() {
+            let text = format!("{family_name}: none of the configured chains exists; nobody is banned there");
+            outcome.problems.push(Problem::degraded(text));
+        }
+    }
+
+    fn count(&mut self, family: Family, view: &View) {
+        let (former, last) = self.counted.entry(family).or_default();
+        if view.dropped.0 < last.0 || view.dropped.1 < last.1 {
+            // Our rules were made anew and count from zero again.
+            *former = (former.0 + last.0, former.1 + last.1);
+        }
+        *last = view.dropped;
+    }
+
+    async fn carry_out(
+        &mut self,
+        family: Family,
+        variant: Variant,
+        plan: &RulePlan,
+        outcome: &mut RulesOutcome,
+    ) -> Result<(), CommandError> {
+        if plan.steps.is_empty() {
+            self.placed.insert(family);
+            return Ok(());
+        }
+        let drifted = self.placed.remove(&family);
+        if self.dry_run {
+            if !drifted {
+                for step in &plan.steps {
+                    tracing::info!(family = family.as_str(), variant = variant.as_str(), ?step, "Would change a rule");
+                }
+            }
+            self.placed.insert(family);
+            return Ok(());
+        }
+        self.apply(family, variant, &plan.steps, outcome).await?;
+        if drifted {
+            outcome.repairs += 1;
+            tracing::warn!(family = family.as_str(), steps = plan.steps.len(), "Repaired firewall rules");
+        } else {
+            tracing::info!(family = family.as_str(), variant = variant.as_str(), "Placed firewall rules");
+        }
+        self.look_again(family, variant, outcome).await
+    }
+
+    /// After a change nothing should be left to do.
+    async fn look_again(
+        &mut self,
+        family: Family,
+        variant: Variant,
+        outcome: &mut RulesOutcome,
+    ) -> Result<(), CommandError> {
+        let Some(programs) = self.programs.get(&(family, variant)) else { return Ok(()) };
+        let view = save(programs).await?;
+        let usable = view.tables.keys().copied().collect();
+        let layout = Layout::new(&self.config, family, &view, &usable);
+        let left = rules::plan_rules(&layout, &view, &mut Lifts::default(), Timestamp::EPOCH).steps;
+        if left.is_empty() {
+            self.placed.insert(family);
+        } else {
+            tracing::warn!(family = family.as_str(), ?left, "Firewall rules differ right after they were placed");
+            let text = format!("{}: iptables does not show our rules as they were placed", family.as_str());
+            outcome.problems.push(Problem::degraded(text));
+        }
+        Ok(())
+    }
+
+    /// Removes what is ours from the variant that is not in use.
+    async fn leave_others(
+        &mut self,
+        family: Family,
+        chosen: Variant,
+        views: &BTreeMap<Variant, View>,
+        outcome: &mut RulesOutcome,
+    ) -> Result<(), CommandError> {
+        for (&variant, view) in views.iter().filter(|(variant, _)| **variant != chosen) {
+            let steps = rules::plan_removal(view, |_| false, |_| false);
+            if !self.dry_run {
+                self.apply(family, variant, &steps, outcome).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply(
+        &self,
+        family: Family,
+        variant: Variant,
+        steps: &[RuleStep],
+        outcome: &mut RulesOutcome,
+    ) -> Result<(), CommandError> {
+        let Some(programs) = self.programs.get(&(family, variant)) else { return Ok(()) };
+        for step in steps {
+            apply_step(programs, step).await?;
+            outcome.steps.push(step.kind());
+        }
+        Ok(())
+    }
+
+    /// Removes all that is ours from both variants of a family; returns what was removed.
+    pub(crate) async fn teardown(&mut self, family: Family) -> Result<Vec<RuleStep>, CommandError> {
+        let (views, unreadable) = self.look(family).await;
+        let mut removed = Vec::new();
+        for (variant, view) in &views {
+            let Some(programs) = self.programs.get(&(family, *variant)) else { continue };
+            for step in rules::plan_removal(view, |_| false, |_| false) {
+                apply_step(programs, &step).await?;
+                removed.push(step);
+            }
+        }
+        unreadable.map_or(Ok(removed), Err)
+    }
+}
+
+fn program_name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables",
+        Family::V6 => "ip6tables",
+    }
+}
+
+async fn save(programs: &Programs) -> Result<View, CommandError> {
+    let saved = command::succeed(programs.save.as_ref(), &["-c"]).await?;
+    Ok(View::parse(&String::from_utf8_lossy(&saved)))
+}
+
+async fn apply_step(programs: &Programs, step: &RuleStep) -> Result<(), CommandError> {
+    match step {
+        RuleStep::NewChain(table) => call(programs, *table, format!("-N {CHAIN}")).await,
+        RuleStep::Insert { table, position, rule } => {
+            call(programs, *table, format!("-I {CHAIN} {position} {rule}")).await
+        }
+        RuleStep::DeleteAt { table, position } => call(programs, *table, format!("-D {CHAIN} {position}")).await,
+        RuleStep::Jump(place) => call(programs, place.table, format!("-I {} 1 -j {CHAIN}", place.chain)).await,
+        RuleStep::Unjump(place) => call(programs, place.table, format!("-D {} -j {CHAIN}", place.chain)).await,
+        RuleStep::RemoveChain(table) => {
+            call(programs, *table, format!("-F {CHAIN}")).await?;
+            call(programs, *table, format!("-X {CHAIN}")).await
+        }
+    }
+}
+
+/// One call through the crate. It blocks, so it has a thread and a deadline; `-w` bounds the wait for the lock, which the
+/// crate's own `--wait` would not.
+async fn call(programs: &Programs, table: Table, command: String) -> Result<(), CommandError> {
+    let tables = IPTables { cmd: programs.change, has_check: true, has_wait: false, is_numeric: true };
+    let line = format!("{} -t {} {command}", programs.change, table.as_str());
+    let failed = |said: String| CommandError::Failed { command: line.clone(), said };
+    let work = tokio::task::spawn_blocking(move || {
+        let output = tables.execute(table.as_str(), &format!("-w {LOCK_WAIT_S} {command}"));
+        output.map_err(|error| error.to_string())
+    });
+    let output = tokio::time::timeout(CALL_DEADLINE, work)
+        .await
+        .map_err(|_| CommandError::Deadline { program: programs.change.to_owned() })?
+        .map_err(|error| failed(error.to_string()))?
+        .map_err(failed)?;
+    if output.status.success() { Ok(()) } else { Err(failed(command::one_line(&output.stderr))) }
+}
+
+fn cause(error: &CommandError) -> Option<String> {
+    std::error::Error::source(error).map(ToString::to_string)
+}
+
+fn chain_of(error: &CommandError) -> String {
+    cause(error).map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+}

@@ -1,0 +1,393 @@
+//! The enforcing role of one host: follows the bus, looks at the kernel at intervals, reports, and keeps the last set.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::ban::Lists;
+use proto::bus::memory::{BanBucket, Nodes, Question};
+use proto::net::NetSet;
+use proto::report::{BackendReport, NodeReport, Problem, Role};
+use proto::shutdown::Shutdown;
+use proto::time::{Clock, Timestamp};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinHandle};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::backend::iptables::{Iptables, RulesOutcome};
+use crate::config::{BackendKind, EnforceConfig};
+use crate::error::EnforceError;
+use crate::host;
+use crate::last_set::{self, LastSet, LastSetError};
+use crate::metrics::EnforceMetrics;
+use crate::plan::Family;
+use crate::reconcile::{Observed, Reconciler, chain_of};
+
+/// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
+const TICK: Duration = Duration::from_secs(1);
+/// Keeping the last set may take one part in so many of the time: large sets are kept less often.
+const STORE_SHARE: u32 = 20;
+
+/// What the role works on.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Name of this node.
+    pub node: Arc<str>,
+    /// The ban set.
+    pub bans: BanBucket,
+    /// What detect publishes beside bans. Detect sets it before it publishes its first ban set.
+    pub lists: watch::Receiver<Arc<Lists>>,
+    /// Questions of `explain`.
+    pub questions: mpsc::Receiver<Question>,
+    /// Where the report goes.
+    pub nodes: Nodes,
+    /// Never banned.
+    pub trusted_proxies: NetSet,
+    /// Where the last set is kept; `None` = nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Change nothing, neither the firewall nor `state_dir`.
+    pub dry_run: bool,
+    /// The time.
+    pub clock: Clock,
+    /// Counters.
+    pub metrics: EnforceMetrics,
+    /// When to end. Begin it after detect has published its last, which is then still put in force.
+    pub shutdown: Shutdown,
+}
+
+/// Enforces until the shutdown begins; bans stay in force after that. What the host lacks is said in the report and does
+/// not end the role.
+///
+/// # Errors
+/// When a background job panics.
+pub async fn run(config: EnforceConfig, inputs: Inputs) -> Result<(), EnforceError> {
+    let mut role = Enforcer::new(config, inputs);
+    role.start().await?;
+    role.follow().await?;
+    role.end().await;
+    Ok(())
+}
+
+struct Enforcer {
+    config: EnforceConfig,
+    inputs: Inputs,
+    reconciler: Reconciler,
+    /// At home, or away in `rules_job`.
+    rules: Option<Iptables>,
+    rules_job: Option<JoinHandle<(Iptables, RulesOutcome)>>,
+    /// Families of the last look at rules.
+    rules_families: Vec<Family>,
+    observe_job: Option<JoinHandle<Observed>>,
+    store_job: Option<JoinHandle<Result<(), LastSetError>>>,
+    outcome: RulesOutcome,
+    rules_repairs: u64,
+    dropped: (u64, u64),
+    observed_at: Timestamp,
+    stored_at: Timestamp,
+    store_took: Duration,
+    unstored: bool,
+    store_problem: Option<Problem>,
+    started_at: Timestamp,
+}
+
+impl Enforcer {
+    fn new(config: EnforceConfig, inputs: Inputs) -> Self {
+        let Inputs { trusted_proxies, dry_run, clock, metrics, .. } = &inputs;
+        let firewall = config.firewall.clone();
+        let reconciler =
+            Reconciler::new(firewall.clone(), trusted_proxies.clone(), *dry_run, clock.clone(), metrics.clone());
+        let rules = Iptables::new(firewall, *dry_run, clock.clone());
+        let now = clock.now();
+        Self {
+            config,
+            reconciler,
+            rules: Some(rules),
+            rules_job: None,
+            rules_families: Vec::new(),
+            observe_job: None,
+            store_job: None,
+            outcome: RulesOutcome::default(),
+            rules_repairs: 0,
+            dropped: (0, 0),
+            observed_at: now,
+            stored_at: now,
+            store_took: Duration::ZERO,
+            unstored: false,
+            store_problem: None,
+            started_at: now,
+            inputs,
+        }
+    }
+
+    async fn start(&mut self) -> Result<(), EnforceError> {
+        let last = self.load();
+        let bans = last.bans.len();
+        self.reconciler.start(last).await;
+        self.begin_rules();
+        if self.rules_job.is_some() {
+            let done = finish(&mut self.rules_job).await;
+            self.take_rules(done)?;
+        }
+        let families: Vec<&str> = self.reconciler.frame.families.iter().map(|family| family.as_str()).collect();
+        tracing::info!(
+            backend = self.reconciler.backend_name(),
+            families = families.join(", "),
+            rules = self.outcome.detail.join("; "),
+            guarded = self.reconciler.frame.guard_nets.len(),
+            bans,
+            "Enforcing"
+        );
+        self.report();
+        Ok(())
+    }
+
+    async fn follow(&mut self) -> Result<(), EnforceError> {
+        let shutdown = self.inputs.shutdown.clone();
+        let mut revision = self.inputs.bans.watch();
+        let mut tick = ticks(TICK);
+        let mut resync = ticks(self.config.firewall.resync_interval);
+        // What was published before we followed.
+        revision.mark_changed();
+        let (mut lists_open, mut questions_open) = (true, true);
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.draining() => return Ok(()),
+                changed = revision.changed() => if changed.is_ok() { self.take_bans().await },
+                changed = self.inputs.lists.changed(), if lists_open => match changed {
+                    Ok(()) => self.take_lists().await,
+                    Err(_) => lists_open = false,
+                },
+                question = self.inputs.questions.recv(), if questions_open => match question {
+                    Some(question) => self.answer(question),
+                    None => questions_open = false,
+                },
+                done = finish(&mut self.rules_job) => self.take_rules(done)?,
+                done = finish(&mut self.observe_job) => self.take_observed(done).await?,
+                done = finish(&mut self.store_job) => self.take_stored(done)?,
+                _ = tick.tick() => self.handle_tick().await,
+                _ = resync.tick() => self.handle_resync().await,
+            }
+        }
+    }
+
+    /// Puts in force what came last, and keeps it.
+    async fn end(mut self) {
+        let shutdown = self.inputs.shutdown.clone();
+        let work = async {
+            self.take_bans().await;
+            if let Some(job) = self.store_job.take() {
+                let _ = job.await;
+            }
+            if let Some(state_dir) = self.state_dir() {
+                let set = self.reconciler.last_set();
+                let stored = tokio::task::spawn_blocking(move || last_set::store(&state_dir, set)).await;
+                if let Ok(Err(error)) = stored {
+                    tracing::error!(error = %chain_of(&error), "Last ban set not kept");
+                }
+            }
+            self.report();
+        };
+        tokio::select! {
+            () = work => tracing::info!("Stopped enforcing; bans stay in force"),
+            () = shutdown.forced() => tracing::warn!("Stopped enforcing before the last changes; bans stay in force"),
+        }
+    }
+
+    fn state_dir(&self) -> Option<PathBuf> {
+        self.inputs.state_dir.clone().filter(|_| !self.inputs.dry_run)
+    }
+
+    fn load(&mut self) -> LastSet {
+        let Some(state_dir) = self.state_dir() else { return LastSet::default() };
+        last_set::load(&state_dir).map(Option::unwrap_or_default).unwrap_or_else(|error| {
+            tracing::error!(error = %chain_of(&error), "Last ban set not used");
+            self.store_problem = Some(Problem::warning(chain_of(&error)));
+            LastSet::default()
+        })
+    }
+
+    async fn take_bans(&mut self) {
+        let Some(update) = self.inputs.bans.since(self.reconciler.desired.revision()) else { return };
+        if !self.reconciler.desired.is_whole() {
+            // From now on the bus knows better than the last set.
+            self.take_lists().await;
+        }
+        self.reconciler.handle_bans(&update).await;
+        self.unstored = true;
+    }
+
+    async fn take_lists(&mut self) {
+        let lists = self.inputs.lists.borrow_and_update().clone();
+        self.reconciler.handle_lists(lists).await;
+        self.unstored = true;
+    }
+
+    async fn handle_tick(&mut self) {
+        self.reconciler.handle_time().await;
+        self.store();
+        self.report();
+    }
+
+    async fn handle_resync(&mut self) {
+        self.reconciler.handle_host().await;
+        self.begin_rules();
+        if self.observe_job.is_none() {
+            let now = self.inputs.clock.now();
+            let all = now.since(self.observed_at) >= self.config.firewall.full_check_interval;
+            if all {
+                self.observed_at = now;
+            }
+            self.begin_observation(all);
+        }
+    }
+
+    fn begin_observation(&mut self, all: bool) {
+        if let Some(observation) = self.reconciler.observe(all) {
+            self.observe_job = Some(tokio::spawn(observation.run(self.inputs.clock.clone())));
+        }
+    }
+
+    async fn take_observed(&mut self, done: Result<Observed, JoinError>) -> Result<(), EnforceError> {
+        let observed = done.map_err(|source| EnforceError::Job { job: "looks at kernel sets", source })?;
+        if self.reconciler.handle_observed(observed).await {
+            self.begin_observation(true);
+        }
+        // Sets that have just come into being are of no use without rules.
+        if self.reconciler.families_ready() != self.rules_families {
+            self.begin_rules();
+        }
+        Ok(())
+    }
+
+    fn begin_rules(&mut self) {
+        let families = self.reconciler.families_ready();
+        let observable = !self.inputs.dry_run || host::may_change_firewall();
+        if families.is_empty() || !observable || self.config.firewall.backend == BackendKind::None {
+            return;
+        }
+        // Not at home: the last look still goes on.
+        let Some(mut rules) = self.rules.take() else { return };
+        self.rules_families.clone_from(&families);
+        self.rules_job = Some(tokio::spawn(async move {
+            let outcome = rules.resync(&families).await;
+            (rules, outcome)
+        }));
+    }
+
+    fn take_rules(&mut self, done: Result<(Iptables, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
+        let (rules, outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
+        self.rules = Some(rules);
+        let metrics = &self.inputs.metrics;
+        for kind in &outcome.steps {
+            metrics.count_step(kind);
+        }
+        metrics.repairs.inc_by(outcome.repairs);
+        metrics.dropped_packets.inc_by(outcome.dropped.0.saturating_sub(self.dropped.0));
+        metrics.dropped_bytes.inc_by(outcome.dropped.1.saturating_sub(self.dropped.1));
+        self.dropped = (self.dropped.0.max(outcome.dropped.0), self.dropped.1.max(outcome.dropped.1));
+        self.rules_repairs += outcome.repairs;
+        self.outcome = outcome;
+        self.report();
+        Ok(())
+    }
+
+    fn answer(&self, question: Question) {
+        let hold = self.reconciler.explain(question.address, &self.inputs.node, &self.outcome.places);
+        tokio::spawn(async move {
+            // Who asked may have gone.
+            let _ = question.reply.send(vec![hold.await]);
+        });
+    }
+
+    fn store(&mut self) {
+        let now = self.inputs.clock.now();
+        let rested = now.since(self.stored_at) >= self.store_took * STORE_SHARE;
+        let Some(state_dir) = self.state_dir().filter(|_| self.unstored && rested && self.store_job.is_none()) else {
+            return;
+        };
+        // Before the bus has answered, what is on disk is all there is.
+        if !self.reconciler.desired.is_whole() {
+            return;
+        }
+        let set = self.reconciler.last_set();
+        self.unstored = false;
+        self.stored_at = now;
+        self.store_job = Some(tokio::task::spawn_blocking(move || last_set::store(&state_dir, set)));
+    }
+
+    fn take_stored(&mut self, done: Result<Result<(), LastSetError>, JoinError>) -> Result<(), EnforceError> {
+        let stored = done.map_err(|source| EnforceError::Job { job: "keeps the last ban set", source })?;
+        self.store_took = self.inputs.clock.now().since(self.stored_at);
+        self.store_problem = stored.err().map(|error| {
+            self.unstored = true;
+            tracing::error!(error = %chain_of(&error), "Last ban set not kept");
+            Problem::degraded(chain_of(&error))
+        });
+        Ok(())
+    }
+
+    fn report(&self) {
+        let (desired, metrics) = (&self.reconciler.desired, &self.inputs.metrics);
+        let members = self.reconciler.members();
+        for (family, count) in &members {
+            metrics.set_members(family.as_str(), *count);
+        }
+        let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        metrics.desired.set(gauge(desired.count()));
+        metrics.guarded.set(gauge(desired.refused_count()));
+        metrics.left_out.set(gauge(desired.left_out()));
+
+        let mut report = NodeReport::new(&self.inputs.node, Role::Enforce, self.started_at);
+        report.at = self.inputs.clock.now();
+        report.problems = self.reconciler.problems();
+        report.problems.extend(self.outcome.problems.iter().cloned());
+        report.problems.extend(self.store_problem.clone());
+        report.backends = vec![BackendReport {
+            name: self.reconciler.backend_name().to_owned(),
+            detail: self.detail(&members),
+            members: members.values().sum::<usize>() as u64,
+            desired: desired.count() as u64,
+            guarded: desired.refused_count() as u64,
+            dropped_packets: self.dropped.0,
+            dropped_bytes: self.dropped.1,
+            revision: desired.revision(),
+            repairs: self.reconciler.repairs + self.rules_repairs,
+        }];
+        self.inputs.nodes.put(report);
+    }
+
+    fn detail(&self, members: &BTreeMap<Family, usize>) -> Vec<String> {
+        let mut detail = self.outcome.detail.clone();
+        if self.config.firewall.backend == BackendKind::None {
+            detail.push("no firewall is configured".to_owned());
+        }
+        if self.inputs.dry_run {
+            detail.push("dry run: nothing is changed".to_owned());
+        }
+        if !members.contains_key(&Family::V6) {
+            detail.push("ipv6: not on this host".to_owned());
+        }
+        detail
+    }
+}
+
+fn ticks(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Waits for a job and forgets it; without a job for ever. Dropping the wait leaves the job running.
+async fn finish<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, JoinError> {
+    match job {
+        None => pending().await,
+        Some(handle) => {
+            let done = handle.await;
+            *job = None;
+            done
+        }
+    }
+}

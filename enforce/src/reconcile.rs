@@ -1,0 +1,520 @@
+//! Keeps the kernel's sets equal to the desired set: takes changes, plans, applies, and compares with what is observed.
+//!
+//! The kernel is known from what was observed and what was applied since, so a change costs one process and no look.
+//! Observations take time; what was changed meanwhile ([`Reconciler::touched`]) is not overridden by them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proto::api::BackendHold;
+use proto::ban::Lists;
+use proto::bus::memory::BanUpdate;
+use proto::net::{NetSet, Target};
+use proto::report::Problem;
+use proto::time::{Clock, Timestamp};
+
+use crate::backend::dry_run::DryRun;
+use crate::backend::ipset::{Header, Ipset};
+use crate::backend::{Applied, Sets};
+use crate::config::{BackendKind, FirewallConfig};
+use crate::desired::Desired;
+use crate::guard::{Guard, GuardFacts};
+use crate::host;
+use crate::last_set::LastSet;
+use crate::metrics::EnforceMetrics;
+use crate::plan::{self, Family, Frame, Kernel, SetId, Step};
+
+/// Owns the desired set and what is known of the kernel's.
+#[derive(Debug)]
+pub(crate) struct Reconciler {
+    pub(crate) desired: Desired,
+    pub(crate) frame: Frame,
+    pub(crate) repairs: u64,
+    config: FirewallConfig,
+    clock: Clock,
+    metrics: EnforceMetrics,
+    dry_run: bool,
+    facts: GuardFacts,
+    guard: Guard,
+    lists: Arc<Lists>,
+    kernel: Kernel,
+    sets: Option<Sets>,
+    /// Why there are no sets.
+    unavailable: Option<Problem>,
+    /// Why the last batch failed.
+    failure: Option<String>,
+    refused: BTreeMap<Target, String>,
+    touched: BTreeSet<Target>,
+    /// Counts steps that change more than one ban; an observation begun before such a step is worth nothing.
+    generation: u64,
+    /// The kernel may differ from what we know.
+    doubtful: bool,
+}
+
+/// What an observation is compared with.
+#[derive(Debug)]
+pub(crate) struct Observation {
+    generation: u64,
+    sets: Sets,
+    /// Only headers.
+    brief: bool,
+}
+
+/// What was observed.
+#[derive(Debug)]
+pub(crate) enum Observed {
+    Headers(BTreeMap<SetId, Header>),
+    Members(u64, Kernel),
+    /// Nothing to observe.
+    Nothing,
+    Failed(String),
+}
+
+impl Observation {
+    /// Looks. Slow, so it runs beside everything else.
+    pub(crate) async fn run(self, clock: Clock) -> Observed {
+        let result = if self.brief {
+            self.sets.headers().await.map(|headers| headers.map(Observed::Headers))
+        } else {
+            let kernel = self.sets.observe(&clock).await;
+            kernel.map(|kernel| kernel.map(|kernel| Observed::Members(self.generation, kernel)))
+        };
+        match result {
+            Ok(observed) => observed.unwrap_or(Observed::Nothing),
+            Err(error) => Observed::Failed(chain_of(&error)),
+        }
+    }
+}
+
+impl Reconciler {
+    /// Knows the host, and nobody is banned.
+    pub(crate) fn new(
+        config: FirewallConfig,
+        trusted_proxies: NetSet,
+        dry_run: bool,
+        clock: Clock,
+        metrics: EnforceMetrics,
+    ) -> Self {
+        let facts = GuardFacts {
+            own: host::own_addresses(),
+            gateways: host::gateways(),
+            trusted_proxies,
+            never_ban: Vec::new(),
+            prefix_min_v4: config.prefix_min_v4,
+            prefix_min_v6: config.prefix_min_v6,
+        };
+        let guard = Guard::new(&facts);
+        let frame = Frame { families: host::families(), guard_nets: guard.nets(), bans_max: config.bans_max };
+        Self {
+            desired: Desired::new(config.bans_max as usize),
+            frame,
+            repairs: 0,
+            config,
+            clock,
+            metrics,
+            dry_run,
+            facts,
+            guard,
+            lists: Arc::default(),
+            kernel: Kernel::default(),
+            sets: None,
+            unavailable: None,
+            failure: None,
+            refused: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            generation: 0,
+            doubtful: true,
+        }
+    }
+
+    /// Takes over what the kernel holds and puts the last set in force.
+    pub(crate) async fn start(&mut self, last: LastSet) {
+        let now = self.clock.now();
+        self.lists = Arc::new(last.lists);
+        self.facts.never_ban.clone_from(&self.lists.never_ban);
+        self.guard = Guard::new(&self.facts);
+        self.frame.guard_nets = self.guard.nets();
+        self.desired.handle_last_set(last.bans, &self.guard, now);
+        self.desired.handle_pause(is_paused(&self.lists, now));
+        self.open();
+        if let Some(observation) = self.observe_members() {
+            let observed = observation.run(self.clock.clone()).await;
+            self.handle_observed(observed).await;
+        }
+        if self.dry_run {
+            self.apply_plan().await;
+        }
+    }
+
+    /// Finds the back end, if it was not there before.
+    pub(crate) fn open(&mut self) {
+        if self.sets.is_some() || self.config.backend == BackendKind::None {
+            return;
+        }
+        let opened = if self.dry_run {
+            Ok(Sets::DryRun(DryRun))
+        } else if !host::may_change_firewall() {
+            Err("cannot change the firewall: run as root or with CAP_NET_ADMIN; nobody is banned on this host")
+        } else {
+            Ipset::find().map(Sets::Ipset).ok_or("ipset is not installed; nobody is banned on this host until it is")
+        };
+        match opened {
+            Ok(sets) => {
+                self.sets = Some(sets);
+                self.unavailable = None;
+            }
+            Err(text) => {
+                if self.unavailable.is_none() {
+                    tracing::error!(reason = text, "No firewall back end");
+                }
+                self.unavailable = Some(Problem::degraded(text));
+            }
+        }
+    }
+
+    /// Takes changes of the ban set: one look-up a change and one process in all.
+    pub(crate) async fn handle_bans(&mut self, update: &BanUpdate) {
+        let now = self.clock.now();
+        let first = !self.desired.is_whole();
+        let touched = self.desired.handle_update(update, &self.guard, now);
+        let done = if first || update.snapshot {
+            // What the kernel holds besides the former set has to be looked at too.
+            self.apply_plan().await
+        } else {
+            let steps = plan::plan_targets(&touched, &self.desired, &self.kernel, now);
+            self.apply(steps).await
+        };
+        self.refused.retain(|target, _| self.desired.wanted(target).is_some());
+        if let (true, Some(cause), false) = (done, update.cause, self.dry_run) {
+            self.metrics.log_to_kernel_seconds.observe(self.clock.now().since(cause).as_secs_f64());
+        }
+    }
+
+    /// Takes new lists.
+    pub(crate) async fn handle_lists(&mut self, lists: Arc<Lists>) {
+        if lists == self.lists {
+            return;
+        }
+        self.lists = lists;
+        let mut facts = self.facts.clone();
+        facts.never_ban.clone_from(&self.lists.never_ban);
+        let guarded = self.take_facts(facts);
+        let paused = self.take_pause();
+        if guarded || paused {
+            self.apply_plan().await;
+        }
+    }
+
+    /// Forgets bans that are over, and ends a pause.
+    pub(crate) async fn handle_time(&mut self) {
+        let touched = self.desired.handle_time(self.clock.now());
+        if self.take_pause() {
+            self.apply_plan().await;
+        } else if !touched.is_empty() {
+            // Most have ended in the kernel already; others may have come in for them.
+            let steps = plan::plan_targets(&touched, &self.desired, &self.kernel, self.clock.now());
+            self.apply(steps).await;
+        }
+    }
+
+    /// Looks at the host anew.
+    pub(crate) async fn handle_host(&mut self) {
+        self.open();
+        let facts = GuardFacts { own: host::own_addresses(), gateways: host::gateways(), ..self.facts.clone() };
+        let families = host::families();
+        let family_came = families != self.frame.families;
+        self.frame.families = families;
+        if self.take_facts(facts) || family_came {
+            self.apply_plan().await;
+        }
+    }
+
+    fn take_facts(&mut self, facts: GuardFacts) -> bool {
+        if facts == self.facts {
+            return false;
+        }
+        self.facts = facts;
+        self.guard = Guard::new(&self.facts);
+        self.frame.guard_nets = self.guard.nets();
+        self.desired.handle_guard(&self.guard);
+        true
+    }
+
+    fn take_pause(&mut self) -> bool {
+        let paused = is_paused(&self.lists, self.clock.now());
+        let new = self.desired.handle_pause(paused);
+        if new {
+            tracing::info!(paused, "Pause changed");
+        }
+        new
+    }
+
+    /// What is to be observed now: everything when in doubt or asked, else the headers.
+    pub(crate) fn observe(&mut self, all: bool) -> Option<Observation> {
+        if all || self.doubtful {
+            return self.observe_members();
+        }
+        self.touched.clear();
+        let sets = self.sets.clone()?;
+        Some(Observation { generation: self.generation, sets, brief: true })
+    }
+
+    fn observe_members(&mut self) -> Option<Observation> {
+        self.touched.clear();
+        let sets = self.sets.clone()?;
+        Some(Observation { generation: self.generation, sets, brief: false })
+    }
+
+    /// Takes an observation and puts right what differs. Returns whether everything should be observed at once.
+    pub(crate) async fn handle_observed(&mut self, observed: Observed) -> bool {
+        match observed {
+            Observed::Nothing => self.doubtful = false,
+            Observed::Failed(text) => self.fail(text),
+            Observed::Headers(headers) => return !self.agrees(&headers),
+            Observed::Members(generation, _) if generation != self.generation => self.doubtful = true,
+            Observed::Members(_, kernel) => {
+                self.doubtful = false;
+                self.failure = None;
+                self.take_kernel(kernel).await;
+            }
+        }
+        false
+    }
+
+    async fn take_kernel(&mut self, mut observed: Kernel) {
+        for target in &self.touched {
+            let Some(set) = observed.sets.get_mut(&SetId::Bans(Family::of(target))) else { continue };
+            match self.kernel.held(target) {
+                Some(held) => drop(set.members.insert(*target, held.clone())),
+                None => drop(set.members.remove(target)),
+            }
+        }
+        let now = self.clock.now();
+        let known = !self.kernel.sets.is_empty();
+        let expected = plan::plan(&self.frame, &self.desired, &self.kernel, now);
+        self.kernel = observed;
+        let steps = plan::plan(&self.frame, &self.desired, &self.kernel, now);
+        let drifted = known && expected.is_empty() && !steps.is_empty();
+        let count = steps.len();
+        if self.apply(steps).await && drifted {
+            self.repairs += 1;
+            self.metrics.repairs.inc();
+            tracing::warn!(steps = count, "Repaired kernel sets");
+        }
+    }
+
+    /// Whether the sets are there and as large as we know them to be. Bans that have just ended may still be counted.
+    fn agrees(&self, headers: &BTreeMap<SetId, Header>) -> bool {
+        let now = self.clock.now();
+        let slack = self.touched.len();
+        self.frame.families.iter().all(|&family| {
+            let fits = |set: SetId, maxelem: u32, least: usize| {
+                let most = self.kernel.sets.get(&set).map_or(0, |set| set.members.len());
+                headers.get(&set).is_some_and(|header| {
+                    let counts = least.saturating_sub(slack)..=most + slack;
+                    header.well_formed && header.maxelem == maxelem && counts.contains(&header.count)
+                })
+            };
+            let guard = SetId::Guard(family);
+            let guarded = self.kernel.sets.get(&guard).map_or(0, |set| set.members.len());
+            fits(guard, plan::GUARD_NETS_MAX, guarded)
+                && fits(SetId::Bans(family), self.frame.maxelem(), self.kernel.bans(family, now))
+        })
+    }
+
+    async fn apply_plan(&mut self) -> bool {
+        let steps = plan::plan(&self.frame, &self.desired, &self.kernel, self.clock.now());
+        self.apply(steps).await
+    }
+
+    /// The one place from which kernel sets are changed. Returns whether every step was taken.
+    async fn apply(&mut self, steps: Vec<Step>) -> bool {
+        let Some(sets) = self.sets.clone().filter(|_| !steps.is_empty()) else { return self.sets.is_some() };
+        let started = self.clock.now();
+        let applied = sets.apply(&steps).await;
+        let took = self.clock.now().since(started);
+        self.metrics.apply_seconds.observe(took.as_secs_f64());
+        let done = self.note(&steps, &applied, started);
+        tracing::debug!(steps = steps.len(), done, took_us = took.as_micros(), "Applied steps");
+        if !applied.refused.is_empty() {
+            self.doubtful = true;
+            self.metrics.refused.inc_by(applied.refused.len() as u64);
+            let why = &applied.refused[0].why;
+            tracing::warn!(steps = applied.refused.len(), first = why, "Kernel refused steps");
+        }
+        match applied.stopped {
+            Some((_, error)) => self.fail(chain_of(&error)),
+            None => self.failure = None,
+        }
+        done == steps.len()
+    }
+
+    fn note(&mut self, steps: &[Step], applied: &Applied, started: Timestamp) -> usize {
+        let stop = applied.stopped.as_ref().map_or(steps.len(), |(step, _)| *step);
+        let mut refused = applied.refused.iter().peekable();
+        let mut done = 0;
+        for (index, step) in steps.iter().enumerate() {
+            if let Step::Add { set: SetId::Bans(_), target, .. } | Step::Delete { set: SetId::Bans(_), target } = step {
+                self.touched.insert(*target);
+                self.refused.remove(target);
+            } else {
+                self.generation += 1;
+            }
+            if let Some(refusal) = refused.next_if(|refusal| refusal.step == index) {
+                if let Step::Add { target, .. } = step {
+                    self.refused.insert(*target, refusal.why.clone());
+                }
+            } else if index < stop {
+                self.kernel.note(step, started);
+                self.metrics.count_step(step.kind());
+                done += 1;
+            }
+        }
+        done
+    }
+
+    fn fail(&mut self, text: String) {
+        self.doubtful = true;
+        self.metrics.failed.inc();
+        tracing::error!(reason = text, "Kernel sets not in force");
+        self.failure = Some(text);
+    }
+
+    /// Families whose sets exist, so that rules may refer to them.
+    pub(crate) fn families_ready(&self) -> Vec<Family> {
+        let has = |set: SetId| self.kernel.sets.contains_key(&set);
+        let ready = |family: &Family| has(SetId::Guard(*family)) && has(SetId::Bans(*family));
+        self.frame.families.iter().copied().filter(ready).collect()
+    }
+
+    /// Bans in the kernel, by family.
+    pub(crate) fn members(&self) -> BTreeMap<Family, usize> {
+        let now = self.clock.now();
+        self.frame.families.iter().map(|family| (*family, self.kernel.bans(*family, now))).collect()
+    }
+
+    /// What is to be kept for the next start.
+    pub(crate) fn last_set(&self) -> LastSet {
+        let bans = self.desired.all().map(|(target, entry)| (*target, entry.clone())).collect();
+        LastSet { lists: Lists::clone(&self.lists), bans }
+    }
+
+    /// What is not as it should be.
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self.unavailable.iter().cloned().collect();
+        if let Some(failure) = &self.failure {
+            problems.push(Problem::degraded(format!("kernel sets: {failure}")));
+        }
+        if let Some((target, why)) = self.refused.first_key_value() {
+            let text = format!("the kernel refuses {} bans, such as {target}: {why}", self.refused.len());
+            problems.push(Problem::degraded(text));
+        }
+        let left_out = self.desired.left_out();
+        if left_out > 0 {
+            let text = format!(
+                "{left_out} bans are not in force because bans_max is {}; those that end soonest are left out",
+                self.config.bans_max
+            );
+            problems.push(Problem::degraded(text));
+        }
+        for &family in &self.frame.families {
+            let overflow = self.frame.guard_overflow(family);
+            if overflow > 0 {
+                let text = format!(
+                    "{overflow} {} networks of never_ban do not fit into the kernel; a wider ban could catch them",
+                    family.as_str()
+                );
+                problems.push(Problem::degraded(text));
+            }
+        }
+        problems
+    }
+
+    /// Which ban holds the address here, and why or why not. The kernel is asked when the answer is awaited.
+    pub(crate) fn explain(
+        &self,
+        address: IpAddr,
+        node: &str,
+        places: &BTreeMap<Family, String>,
+    ) -> impl Future<Output = BackendHold> + use<> {
+        let now = self.clock.now();
+        let host = Target::host(address);
+        let candidates = (0..=host.prefix()).rev().map(|prefix| Target::new(host.addr(), prefix));
+        let banned = candidates.clone().find(|target| self.desired.contains(target));
+        let entry = candidates.clone().find(|target| self.desired.wanted(target).is_some());
+        let held = entry.and_then(|target| self.kernel.held(&target));
+        let family = Family::of(&host);
+        let set = SetId::Bans(family);
+        let detail = match (entry, banned) {
+            _ if self.sets.is_none() => "no firewall back end".to_owned(),
+            _ if self.desired.is_paused() => "paused".to_owned(),
+            (Some(target), _) => match (held, self.refused.get(&target), self.guard.refuse(&host)) {
+                (_, Some(why), _) => format!("{target} was refused by the kernel: {why}"),
+                (_, _, Some(refusal)) => format!("let through although {target} is banned: {refusal}"),
+                (Some(held), ..) => {
+                    let left = held.ends.map_or(0, |end| end.since(now).as_secs());
+                    let place = places.get(&family).map_or("no chain", String::as_str);
+                    format!("in set {}, {left} s left of its timeout, dropped in {place}", set.name())
+                }
+                (None, ..) => "about to be added".to_owned(),
+            },
+            (None, Some(target)) => self.desired.refusal(&target).map_or_else(
+                || format!("{target} does not fit: bans_max is reached"),
+                |refusal| format!("{target} is not banned here: {refusal}"),
+            ),
+            (None, None) => "not banned".to_owned(),
+        };
+        let in_force = held.is_some_and(|held| held.ends.is_none_or(|end| now < end));
+        let hold = BackendHold {
+            node: node.to_owned(),
+            backend: self.backend_name().to_owned(),
+            entry: entry.filter(|_| in_force),
+            detail,
+        };
+        let sets = self.sets.clone();
+        async move { ask_kernel(hold, sets, set, host.addr()).await }
+    }
+
+    /// `iptables`, `dry-run` or `none`.
+    pub(crate) fn backend_name(&self) -> &'static str {
+        match (self.config.backend, self.dry_run) {
+            (BackendKind::None, _) => "none",
+            (_, true) => "dry-run",
+            (_, false) => "iptables",
+        }
+    }
+}
+
+/// Adds what the kernel itself says, where that is not what we know.
+async fn ask_kernel(mut hold: BackendHold, sets: Option<Sets>, set: SetId, address: IpAddr) -> BackendHold {
+    let Some(sets) = sets else { return hold };
+    match sets.test(set, address).await {
+        Ok(Some(in_kernel)) if in_kernel != hold.entry.is_some() => {
+            let said = if in_kernel { "the kernel's set holds it" } else { "the kernel's set does not hold it" };
+            hold.detail = format!("{}; yet {said}", hold.detail);
+            if !in_kernel {
+                hold.entry = None;
+            }
+        }
+        Ok(_) => {}
+        Err(error) => hold.detail = format!("{}; the kernel could not be asked: {}", hold.detail, chain_of(&error)),
+    }
+    hold
+}
+
+fn is_paused(lists: &Lists, now: Timestamp) -> bool {
+    lists.paused.is_some_and(|pause| pause.until.is_none_or(|until| now < until))
+}
+
+/// An error with its causes, for problems that people read.
+pub(crate) fn chain_of(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,80 @@
+//! Removes all that is ours from this host: rules, chains, sets, and the last set.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use proto::time::Clock;
+
+use crate::backend::ipset::Ipset;
+use crate::backend::iptables::Iptables;
+use crate::config::EnforceConfig;
+use crate::error::EnforceError;
+use crate::host;
+use crate::last_set;
+use crate::plan::{Family, Step};
+
+/// What was removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TeardownReport {
+    /// Rules and chains removed.
+    pub rules: usize,
+    /// Names of the sets removed.
+    pub sets: Vec<String>,
+    /// Whether a last set was kept and is gone.
+    pub last_set: bool,
+}
+
+/// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
+/// stay, as others may have come to use them. The enforcing role must not be running: it would put everything back.
+///
+/// # Errors
+/// When something could not be looked at or removed; what could be removed is gone then. It may be run again.
+pub async fn teardown(config: &EnforceConfig, state_dir: Option<&Path>) -> Result<TeardownReport, EnforceError> {
+    if !host::may_change_firewall() {
+        return Err(EnforceError::NotPermitted);
+    }
+    let mut report = TeardownReport::default();
+    let mut rules = Iptables::new(config.firewall.clone(), false, Clock::system());
+    let mut first_error = None;
+    for family in Family::ALL {
+        match rules.teardown(family).await {
+            Ok(removed) => report.rules += removed.len(),
+            Err(source) => {
+                let what = format!("our {} rules", family.as_str());
+                first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
+            }
+        }
+    }
+    if let Some(ipset) = Ipset::find() {
+        let sets = ipset.headers().await.map_err(|source| EnforceError::Observe { what: "kernel sets", source })?;
+        let steps: Vec<Step> = sets.keys().map(|set| Step::Destroy(*set)).collect();
+        let applied = ipset.apply(&steps).await;
+        if let Some((_, error)) = applied.stopped {
+            return Err(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
+        }
+        for (index, set) in sets.keys().enumerate() {
+            match applied.refused.iter().find(|refused| refused.step == index) {
+                None => report.sets.push(set.name().to_owned()),
+                Some(refused) => {
+                    let what = format!("set {}", set.name());
+                    let source = refused.why.clone().into();
+                    first_error.get_or_insert(EnforceError::Remove { what, source });
+                }
+            }
+        }
+    }
+    if let Some(state_dir) = state_dir {
+        report.last_set = remove_last_set(state_dir)?;
+    }
+    first_error.map_or(Ok(report), Err)
+}
+
+fn remove_last_set(state_dir: &Path) -> Result<bool, EnforceError> {
+    let path = state_dir.join(last_set::FILE);
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(EnforceError::Remove { what: path.display().to_string(), source: source.into() }),
+    }
+}

@@ -1,0 +1,108 @@
+//! Counters and gauges of ingest. Labels are the names of sources and fixed reasons, never a path or an address.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+use proto::client_ip::NoClient;
+
+/// Label of a family.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SourceLabel {
+    /// Configured name.
+    pub source: String,
+}
+
+/// Labels of events without a client.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabel {
+    /// Configured name.
+    pub source: String,
+    /// A word of a fixed list.
+    pub reason: &'static str,
+}
+
+/// All of ingest. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Metrics {
+    lines: Family<SourceLabel, Counter>,
+    events: Family<SourceLabel, Counter>,
+    unparsed: Family<SourceLabel, Counter>,
+    oversized: Family<SourceLabel, Counter>,
+    bytes: Family<SourceLabel, Counter>,
+    lost_bytes: Family<SourceLabel, Counter>,
+    no_client: Family<ReasonLabel, Counter>,
+    behind_bytes: Family<SourceLabel, Gauge>,
+    files: Family<SourceLabel, Gauge>,
+    /// Batches that wait for detect.
+    pub(crate) queued_batches: Gauge,
+}
+
+impl Metrics {
+    /// Registers every family in `registry`, whose prefix names the program.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let registry = registry.sub_registry_with_prefix("ingest");
+        registry.register("lines", "Log lines read", metrics.lines.clone());
+        registry.register("events", "Lines that were accesses", metrics.events.clone());
+        registry.register("unparsed", "Lines that were no accesses", metrics.unparsed.clone());
+        registry.register("oversized", "Lines skipped for their length", metrics.oversized.clone());
+        registry.register_with_unit("read", "Bytes of lines read", Unit::Bytes, metrics.bytes.clone());
+        registry.register_with_unit("lost", "Bytes gone unread", Unit::Bytes, metrics.lost_bytes.clone());
+        registry.register("no_client", "Events without a client, by reason", metrics.no_client.clone());
+        registry.register_with_unit("behind", "Bytes that wait to be read", Unit::Bytes, metrics.behind_bytes.clone());
+        registry.register("files", "Files followed", metrics.files.clone());
+        registry.register("queued_batches", "Batches that wait for detect", metrics.queued_batches.clone());
+        metrics
+    }
+
+    pub(crate) fn of_source(&self, name: &str) -> SourceMetrics {
+        let label = SourceLabel { source: name.to_owned() };
+        let no_client = |reason: NoClient| {
+            let label = ReasonLabel { source: name.to_owned(), reason: reason_label(reason) };
+            self.no_client.get_or_create_owned(&label)
+        };
+        SourceMetrics {
+            lines: self.lines.get_or_create_owned(&label),
+            events: self.events.get_or_create_owned(&label),
+            unparsed: self.unparsed.get_or_create_owned(&label),
+            oversized: self.oversized.get_or_create_owned(&label),
+            bytes: self.bytes.get_or_create_owned(&label),
+            lost_bytes: self.lost_bytes.get_or_create_owned(&label),
+            no_client: NO_CLIENT.map(no_client),
+            behind_bytes: self.behind_bytes.get_or_create_owned(&label),
+            files: self.files.get_or_create_owned(&label),
+            queued_batches: self.queued_batches.clone(),
+        }
+    }
+}
+
+/// Every reason, in the order of its declaration.
+pub(crate) const NO_CLIENT: [NoClient; 4] =
+    [NoClient::Absent, NoClient::NotAnAddress, NoClient::OnlyProxies, NoClient::UnvouchedChain];
+
+fn reason_label(reason: NoClient) -> &'static str {
+    match reason {
+        NoClient::Absent => "absent",
+        NoClient::NotAnAddress => "not_an_address",
+        NoClient::OnlyProxies => "only_proxies",
+        NoClient::UnvouchedChain => "unvouched_chain",
+    }
+}
+
+/// The figures of one source, looked up once.
+#[derive(Clone, Debug)]
+pub(crate) struct SourceMetrics {
+    pub(crate) lines: Counter,
+    pub(crate) events: Counter,
+    pub(crate) unparsed: Counter,
+    pub(crate) oversized: Counter,
+    pub(crate) bytes: Counter,
+    pub(crate) lost_bytes: Counter,
+    /// In the order of [`NO_CLIENT`].
+    pub(crate) no_client: [Counter; 4],
+    pub(crate) behind_bytes: Gauge,
+    pub(crate) files: Gauge,
+    pub(crate) queued_batches: Gauge,
+}

@@ -1,0 +1,411 @@
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+use proto::client_ip::{CdnHeader, Client, NoClient};
+use proto::net::NetSet;
+use proto::time::Timestamp;
+
+use super::*;
+
+const JSON: &str = include_str!("../../testdata/traefik.json.log");
+const CLF: &str = include_str!("../../testdata/traefik.clf.log");
+
+fn parser(interest: &[&str]) -> Parser {
+    let interest = Interest { headers: interest.iter().map(ToString::to_string).collect() };
+    Parser::new(Format::Auto, 4096, policy(), Arc::new(interest))
+}
+
+fn policy() -> Arc<ClientIpPolicy> {
+    let cdn = NetSet::new(["203.0.113.0/24".parse().unwrap()]);
+    Arc::new(ClientIpPolicy {
+        trusted_proxies: NetSet::new(["10.0.0.0/8".parse().unwrap(), "203.0.113.0/24".parse().unwrap()]),
+        cdn_headers: vec![CdnHeader { from: cdn, header: "Cf-Connecting-Ip".to_owned() }],
+        clf_behind_proxy: false,
+    })
+}
+
+/// Outcome and rendering of one line.
+fn show(parser: &mut Parser, line: &str) -> Outcome<String> {
+    parser.with_event(line.as_bytes(), 7, render)
+}
+
+fn render(event: &Event<'_>) -> String {
+    let Text { method, path, query, host, protocol, user_agent, router, service, entry_point, username } = event.text;
+    let time = event.time.map_or("-".to_owned(), |time| time.to_string());
+    let client = match event.client {
+        Ok(client) => client.addr.to_string(),
+        Err(reason) => format!("({})", reason.as_str()),
+    };
+    let (status, origin) = (event.status, event.origin_status);
+    format!(
+        "{time} {client} {status}/{origin} {method} {host} {path}?{query} {protocol} [{user_agent}] [{router}] {service} \
+         {entry_point} {username}"
+    )
+}
+
+fn event(text: &str) -> Outcome<String> {
+    Outcome::Event(text.to_owned())
+}
+
+fn client(parser: &mut Parser, line: &str) -> Result<Client, NoClient> {
+    match parser.with_event(line.as_bytes(), 0, |event| event.client) {
+        Outcome::Event(client) => client,
+        other => panic!("{other:?}: {line}"),
+    }
+}
+
+fn addr(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn every_json_sample_has_its_fields() {
+    let mut parser = parser(&[]);
+    let shown: Vec<Outcome<String>> = JSON.lines().map(|line| show(&mut parser, line)).collect();
+    assert_eq!(
+        shown,
+        [
+            event(
+                "2021-12-08T14:02:43.587Z 172.17.0.1 200/200 GET test.docker.localhost /594VAEoi.save? HTTP/1.1 [Nikto] \
+                 [test@docker] test@docker http -"
+            ),
+            event(
+                "2021-12-08T14:02:43.589Z 172.17.0.1 200/200 GET test.docker.localhost /594VAEoi.local? HTTP/1.1 [Nikto] \
+                 [test@docker] test@docker http -"
+            ),
+            event(
+                "2026-01-08T14:19:15.980Z 192.168.65.1 200/200 GET whoami.localhost /? HTTP/1.1 [-] [root@file -> \
+                 intermediate1@file -> intermediate2@file -> leaf@file] whoami@file web -"
+            ),
+            event(
+                "2026-01-08T14:20:00.000Z 192.168.65.1 200/200 POST api.localhost /api/data? HTTP/1.1 [-] [parent@file \
+                 -> child@file] api@file web -"
+            ),
+            event(
+                "2026-01-14T09:45:33.759Z 192.168.1.115 404/0 GET admin.mydomain.com /? HTTP/2.0 [-] [-] - https -"
+            ),
+            Outcome::Unparsed(Refusal::NotClf),
+            event(
+                "2025-11-28T09:21:55.645Z 172.71.122.85 204/0 OPTIONS example.com /_matrix/client/v3/sync? HTTP/2.0 [-] \
+                 [matrix-synapse-public-client-api@docker] matrix-synapse-client-api@docker web-secure -"
+            ),
+        ]
+    );
+    assert_eq!(parser.seen_format(), Some(SeenFormat::Json));
+    // The last one came through Cloudflare with a chain: with its ranges trusted the chain counts.
+    let nets = proto::net::NamedSet::Cloudflare.nets();
+    let policy = ClientIpPolicy { trusted_proxies: NetSet::new(nets), ..ClientIpPolicy::default() };
+    parser.set_rules(Arc::new(policy), Arc::default());
+    let last = JSON.lines().next_back().unwrap();
+    assert_eq!(client(&mut parser, last), Ok(Client { addr: addr("10.0.0.50"), via_proxy: true }));
+}
+
+#[test]
+fn every_clf_sample_has_its_fields() {
+    let mut parser = parser(&[]);
+    let shown: Vec<Outcome<String>> = CLF.lines().map(|line| show(&mut parser, line)).collect();
+    assert_eq!(
+        shown,
+        [
+            event("2021-12-08T09:16:05.000Z 172.17.0.1 200/0 GET - /scripts/cpshost.dll? HTTP/1.1 [-] [test@docker] - - -"),
+            event(
+                "2021-12-08T09:16:05.000Z 172.17.0.1 200/0 GET - /upload.asp?test=toto&tata=test HTTP/1.1 [-] \
+                 [test@docker] - - -"
+            ),
+            event("2021-12-08T13:59:39.000Z 172.17.0.1 200/0 GET - /cgi.cgi/? HTTP/1.1 [Nikto] [test@docker] - - -"),
+            event("2021-12-08T13:59:39.000Z 172.17.0.1 200/0 GET - /index?toto=tata HTTP/1.1 [Nikto] [test@docker] - - -"),
+            event(
+                "2022-09-28T13:38:04.000Z 172.17.1.1 0/0 GET - /mobileadmin/home.cs? HTTP/1.1 [Mozilla/5.00 (Nikto/2.1.5) \
+                 (Evasions:None) (Test:006607)] [-] - - -"
+            ),
+            event("2024-11-24T13:38:04.000Z 172.17.1.2 200/0 GET - /birthday? HTTP/2 [Nikto] [test@docker -> leaf@docker] - - -"),
+            event(
+                "2024-11-24T13:40:15.000Z 172.17.1.3 200/0 GET - /api/users? HTTP/1.1 [curl/7.68.0] [root@docker -> \
+                 intermediate1@docker -> intermediate2@docker -> leaf@docker] - - -"
+            ),
+            Outcome::Blank,
+            Outcome::Blank,
+        ]
+    );
+    assert_eq!(parser.seen_format(), Some(SeenFormat::Clf));
+}
+
+#[test]
+fn keys_in_any_order_with_escapes_and_strange_values() {
+    let mut parser = parser(&[]);
+    let line = r#"{"new":{"a":[1,{"b":null}]},"time":"2026-01-14T10:45:33+01:00","RequestPath":"/a\u0026b?x=\"1\"&?",
+        "DownstreamStatus":"404","OriginStatus":-1,"RequestAddr":"[2001:db8::1]:8443","ClientAddr":"[2001:db8::7]:5",
+        "RequestMethod":7,"RequestProtocol":null,"ClientUsername":"REDACTED","Client\u0048ost":"x","RouterName":[]}"#
+        .replace('\n', " ");
+    assert_eq!(
+        show(&mut parser, &line),
+        event(r#"2026-01-14T09:45:33.000Z 2001:db8::7 404/0 - 2001:db8::1 /a&b?x="1"&? - [-] [-] - - -"#)
+    );
+    for status in ["65536", "99999999999999999999999", "-404", "404.5", "true", "\"x\"", "{}", "1000"] {
+        let line = format!(r#"{{"ClientAddr":"192.0.2.1:1","DownstreamStatus":{status}}}"#);
+        let status = parser.with_event(line.as_bytes(), 0, |event| event.status);
+        assert_eq!(status, Outcome::Event(0), "{line}");
+    }
+}
+
+#[test]
+fn start_utc_before_start_local_before_time() {
+    let mut parser = parser(&[]);
+    let time = |parser: &mut Parser, keys: &str| {
+        let line = format!(r#"{{"ClientAddr":"192.0.2.1:1",{keys}}}"#);
+        parser.with_event(line.as_bytes(), 0, |event| event.time.map(Timestamp::as_millis))
+    };
+    let (utc, local, written) = (
+        r#""StartUTC":"1970-01-01T00:00:01Z""#,
+        r#""StartLocal":"1970-01-01T01:00:02+01:00""#,
+        r#""time":"1970-01-01T00:00:03Z""#,
+    );
+    assert_eq!(time(&mut parser, &format!("{written},{local},{utc}")), Outcome::Event(Some(1000)));
+    assert_eq!(time(&mut parser, &format!("{written},{local}")), Outcome::Event(Some(2000)));
+    assert_eq!(time(&mut parser, written), Outcome::Event(Some(3000)));
+    assert_eq!(time(&mut parser, r#""time":"yesterday""#), Outcome::Event(None));
+}
+
+#[test]
+fn hosts_lose_their_port() {
+    for (host, expected) in [
+        ("example.net", "example.net"),
+        ("example.net:8443", "example.net"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:db8::1", "2001:db8::1"),
+        (":80", "-"),
+        ("[", "["),
+    ] {
+        assert_eq!(without_port(host), expected);
+    }
+}
+
+#[test]
+fn other_lines_are_refused_with_a_reason() {
+    let mut parser = parser(&[]);
+    for (line, refusal) in [
+        (r#"{"level":"info","msg":"Starting provider","entryPointName":"web","time":"2026-01-01T00:00:00Z"}"#, Refusal::NotAccess),
+        ("{}", Refusal::NotAccess),
+        (r#"{"ClientAddr":"192.0.2.1:1"} x"#, Refusal::NotJson),
+        (r#"{"ClientAddr":"192.0.2.1:1""#, Refusal::NotJson),
+        ("time=\"2026-01-01\" level=info", Refusal::NotClf),
+        (r#"{"log":"x"#, Refusal::BrokenEnvelope),
+    ] {
+        assert_eq!(show(&mut parser, line), Outcome::Unparsed(refusal), "{line}");
+    }
+    let invalid = b"{\"ClientAddr\":\"192.0.2.1:1\",\"RequestPath\":\"/\xff\"}";
+    assert_eq!(parser.with_event(invalid, 0, render), Outcome::Unparsed(Refusal::NotJson));
+    for blank in ["", " \t", "\r"] {
+        assert_eq!(show(&mut parser, blank), Outcome::Blank);
+    }
+}
+
+#[test]
+fn a_clf_line_does_not_escape_by_not_being_utf8() {
+    let line = b"192.0.2.1 - - [08/Dec/2021:09:16:05 +0000] \"GET /\xff HTTP/1.1\" 404 0 \"-\" \"\xfe\"";
+    let path = parser(&[]).with_event(line, 0, |event| event.text.path.to_owned());
+    assert_eq!(path, Outcome::Event("/\u{fffd}".to_owned()));
+}
+
+#[test]
+fn the_format_can_be_fixed() {
+    let mut json = Parser::new(Format::Json, 4096, policy(), Arc::default());
+    let clf_line = CLF.lines().next().unwrap();
+    assert_eq!(show(&mut json, clf_line), Outcome::Unparsed(Refusal::NotJson));
+    let mut clf = Parser::new(Format::Clf, 4096, policy(), Arc::default());
+    assert_eq!(show(&mut clf, JSON.lines().next().unwrap()), Outcome::Unparsed(Refusal::NotClf));
+}
+
+#[test]
+fn a_forged_chain_from_an_untrusted_peer_changes_nothing() {
+    let line = r#"{"ClientAddr":"192.0.2.1:1","ClientHost":"198.51.100.9","request_X-Forwarded-For":"198.51.100.8",
+        "request_Cf-Connecting-Ip":"198.51.100.7","DownstreamStatus":404}"#
+        .replace('\n', "");
+    assert_eq!(client(&mut parser(&[]), &line), Ok(Client { addr: addr("192.0.2.1"), via_proxy: false }));
+}
+
+#[test]
+fn chains_of_trusted_peers() {
+    let mut parser = parser(&[]);
+    let mut chain = |fields: &str| client(&mut parser, &format!(r#"{{"ClientAddr":"10.0.0.1:1",{fields}}}"#));
+    let found = |text: &str| Ok(Client { addr: addr(text), via_proxy: true });
+    assert_eq!(chain(r#""ClientHost":"198.51.100.9, 192.0.2.5, 10.0.0.2""#), found("192.0.2.5"));
+    // Only the first of two header lines is in ClientHost; the header, where it is logged, has both.
+    assert_eq!(chain(r#""ClientHost":"198.51.100.9","request_X-Forwarded-For":"198.51.100.9,192.0.2.5""#), found("192.0.2.5"));
+    assert_eq!(chain(r#""ClientHost":"192.0.2.5","request_X-Forwarded-For":"REDACTED""#), found("192.0.2.5"));
+    assert_eq!(chain(r#""ClientHost":"::ffff:192.0.2.5""#), found("192.0.2.5"));
+    assert_eq!(chain(r#""ClientHost":"fe80::1%eth0""#), found("fe80::1"));
+    assert_eq!(chain(r#""ClientHost":"victim.example.net""#), Err(NoClient::NotAnAddress));
+    assert_eq!(chain(r#""ClientHost":"10.0.0.1""#), Err(NoClient::OnlyProxies));
+    assert_eq!(chain(r#""ClientHost":"-""#), Err(NoClient::OnlyProxies));
+}
+
+#[test]
+fn a_cdn_header_counts_only_from_that_cdn() {
+    let mut parser = parser(&[]);
+    let mut from = |peer: &str| {
+        let line = format!(
+            r#"{{"ClientAddr":"{peer}:1","ClientHost":"192.0.2.5","request_Cf-Connecting-Ip":"198.51.100.7"}}"#
+        );
+        client(&mut parser, &line).map(|client| client.addr)
+    };
+    assert_eq!(from("203.0.113.1"), Ok(addr("198.51.100.7")));
+    assert_eq!(from("10.0.0.1"), Ok(addr("192.0.2.5")));
+    assert_eq!(from("192.0.2.1"), Ok(addr("192.0.2.1")));
+}
+
+#[test]
+fn only_headers_of_interest_are_kept() {
+    let line = r#"{"ClientAddr":"192.0.2.1:1","request_User-Agent":"curl","request_Referer":"http://a","request_Cookie":"s",
+        "request_Cf-Connecting-Ip":"198.51.100.7","request_X-Api-Key":"REDACTED","origin_Referer":"x"}"#
+        .replace('\n', "");
+    let headers = |parser: &mut Parser, line: &str| {
+        parser.with_event(line.as_bytes(), 0, |event| {
+            let text = event.headers.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>();
+            (text.join(" "), event.text.user_agent.to_owned())
+        })
+    };
+    let mut parser = parser(&["referer", "user-agent", "x-api-key"]);
+    let expected = ("User-Agent=curl Referer=http://a".to_owned(), "curl".to_owned());
+    assert_eq!(headers(&mut parser, &line), Outcome::Event(expected.clone()));
+    assert_eq!(headers(&mut parser, &line), Outcome::Event(expected), "the buffers are used again");
+    let clf = r#"192.0.2.1 - - [08/Dec/2021:09:16:05 +0000] "GET / HTTP/1.1" 404 0 "http://a" "curl""#;
+    assert_eq!(headers(&mut parser, clf), Outcome::Event(("Referer=http://a User-Agent=curl".to_owned(), "curl".to_owned())));
+    parser.set_rules(policy(), Arc::default());
+    assert_eq!(headers(&mut parser, &line), Outcome::Event((String::new(), "curl".to_owned())));
+}
+
+#[test]
+fn envelopes_are_opened_and_pieces_joined_for_each_stream() {
+    let line = JSON.lines().next().unwrap();
+    let expected = show(&mut parser(&[]), line);
+    let mut parser = parser(&[]);
+    let docker = |text: &str, stream: &str| serde_json::json!({"log": text, "stream": stream, "time": "x"}).to_string();
+    assert_eq!(show(&mut parser, &docker(&format!("{line}\n"), "stdout")), expected);
+    assert_eq!(show(&mut parser, &format!("2026-01-01T00:00:00Z stdout F {line}")), expected);
+    let (head, tail) = line.split_at(300);
+    let piece = |stream: &str, tag: &str, text: &str| format!("2026-01-01T00:00:00Z {stream} {tag} {text}");
+    assert_eq!(show(&mut parser, &piece("stdout", "P", head)), Outcome::Partial);
+    assert!(parser.is_joining());
+    assert_eq!(show(&mut parser, &piece("stderr", "F", "noise")), Outcome::Unparsed(Refusal::NotClf));
+    assert_eq!(show(&mut parser, &piece("stdout", "F", tail)), expected);
+    assert!(!parser.is_joining());
+    assert_eq!(show(&mut parser, &docker(head, "stdout")), Outcome::Partial);
+    assert_eq!(show(&mut parser, &docker(&format!("{tail}\n"), "stdout")), expected);
+    assert_eq!(show(&mut parser, &piece("stdout", "P", head)), Outcome::Partial);
+    assert_eq!(parser.abandon(), 1);
+    assert_eq!(show(&mut parser, &piece("stdout", "F", tail)), Outcome::Unparsed(Refusal::NotClf));
+}
+
+#[test]
+fn pieces_are_bounded_together() {
+    let mut parser = Parser::new(Format::Auto, 100, policy(), Arc::default());
+    let piece = |tag: &str, length: usize| format!("2026-01-01T00:00:00Z stdout {tag} {}", "x".repeat(length));
+    assert_eq!(show(&mut parser, &piece("P", 60)), Outcome::Partial);
+    assert_eq!(show(&mut parser, &piece("P", 60)), Outcome::Partial);
+    assert!(parser.pieces[0].bytes.is_empty());
+    assert_eq!(show(&mut parser, &piece("F", 1)), Outcome::Unparsed(Refusal::PiecesTooLong));
+    assert_eq!(show(&mut parser, &piece("F", 1)), Outcome::Unparsed(Refusal::NotClf));
+}
+
+#[test]
+fn samples_are_escaped_and_cut() {
+    assert_eq!(escape_sample(b"a\x1b[31m\"\n"), "a\\u{1b}[31m\"\\n");
+    assert_eq!(escape_sample(&[b'x'; 1000]).len(), 200);
+    assert!(escape_sample("é".repeat(1000).as_bytes()).chars().count() == 200);
+    assert!(escape_sample(&[0x1b; 1000]).chars().count() <= 200);
+}
+
+/// Bytes that look like log lines here and there.
+fn almost_lines() -> impl Strategy<Value = Vec<u8>> {
+    let samples: Vec<&'static str> = JSON.lines().chain(CLF.lines()).filter(|line| !line.is_empty()).collect();
+    const ENVELOPES: [&str; 4] =
+        ["", "{\"log\":\"", "2026-01-01T00:00:00Z stdout F ", "2026-01-01T00:00:00Z stderr P "];
+    let edits = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 0..6);
+    (proptest::sample::select(samples), proptest::sample::select(&ENVELOPES[..]), edits).prop_map(
+        |(line, envelope, edits)| {
+            let mut bytes = [envelope.as_bytes(), line.as_bytes()].concat();
+            for (index, byte, edit) in edits {
+                let at = index.index(bytes.len());
+                match edit {
+                    0 => bytes[at] = byte,
+                    1 => bytes.insert(at, byte),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            bytes
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_panic(line in proptest::collection::vec(any::<u8>(), 0..200)) {
+        for format in [Format::Auto, Format::Json, Format::Clf] {
+            let _ = Parser::new(format, 64, policy(), Arc::default()).with_event(&line, 0, render);
+        }
+    }
+
+    #[test]
+    fn no_broken_line_panics(lines in proptest::collection::vec(almost_lines(), 1..4)) {
+        let mut parser = parser(&["referer"]);
+        for line in lines {
+            let _ = parser.with_event(&line, 0, render);
+            prop_assert!(escape_sample(&line).chars().count() <= 200);
+        }
+    }
+
+    #[test]
+    fn no_header_of_an_untrusted_peer_changes_the_client(
+        peer in any::<[u8; 4]>().prop_map(IpAddr::from),
+        chain in "[0-9a-f.:, %-]{0,40}",
+        cdn in "[0-9a-f.:]{0,20}",
+    ) {
+        prop_assume!(!policy().is_trusted(peer));
+        let line = serde_json::json!({
+            "ClientAddr": format!("{peer}:1"), "ClientHost": chain, "request_X-Forwarded-For": chain,
+            "request_Cf-Connecting-Ip": cdn,
+        });
+        prop_assert_eq!(client(&mut parser(&[]), &line.to_string()), Ok(Client { addr: peer, via_proxy: false }));
+    }
+
+    #[test]
+    fn a_trusted_proxy_is_never_the_client(
+        peer in proptest::option::of(prop_oneof![Just("10.1.2.3:4"), Just("203.0.113.5:1"), Just("192.0.2.1:9")]),
+        chain in proptest::collection::vec(prop_oneof!["10\\.0\\.0\\.[0-9]", "203\\.0\\.113\\.[0-9]", "192\\.0\\.2\\.[0-9]", "x"], 0..4),
+        cdn in prop_oneof!["10\\.0\\.0\\.[0-9]", "192\\.0\\.2\\.[0-9]", "-"],
+    ) {
+        let line = serde_json::json!({
+            "ClientAddr": peer, "ClientHost": chain.join(", "), "request_Cf-Connecting-Ip": cdn, "RequestMethod": "GET",
+        });
+        if let Ok(client) = client(&mut parser(&[]), &line.to_string()) {
+            prop_assert!(!policy().is_trusted(client.addr), "{}", client.addr);
+        }
+    }
+
+    #[test]
+    fn json_and_clf_of_one_request_agree(
+        path in "/[!-~&&[^?]]{0,20}", query in "[!-~]{0,10}", user in "[ -~]{1,20}", agent in "[ -~]{1,20}", status in 100..600_u16,
+    ) {
+        prop_assume!(![&user, &agent].iter().any(|text| is_blank_or_special(text)) && !user.contains(" - "));
+        let target = if query.is_empty() { path } else { format!("{path}?{query}") };
+        let json = serde_json::json!({
+            "ClientHost": "192.0.2.1", "ClientUsername": user, "RequestMethod": "GET", "RequestPath": target,
+            "RequestProtocol": "HTTP/1.1", "DownstreamStatus": status, "request_User-Agent": agent,
+            "RouterName": "r@file", "StartUTC": "2021-12-08T09:16:05Z",
+        });
+        let escaped = agent.replace('"', "\\\"");
+        let clf = format!(
+            "192.0.2.1 - {user} [08/Dec/2021:09:16:05 +0000] \"GET {target} HTTP/1.1\" {status} 7 \"-\" \"{escaped}\" \
+             5 \"r@file\" \"http://x\" 3ms"
+        );
+        let unescaped_ambiguity = agent.contains("\\\"");
+        prop_assume!(!unescaped_ambiguity);
+        prop_assert_eq!(show(&mut parser(&[]), &json.to_string()), show(&mut parser(&[]), &clf));
+    }
+}
+
+fn is_blank_or_special(text: &str) -> bool {
+    matches!(text, "-" | "REDACTED") || text.trim().is_empty()
+}

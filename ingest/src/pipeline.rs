@@ -1,0 +1,211 @@
+//! The role: runs every source, reports on them, and ends in order.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use proto::bus::memory::Nodes;
+use proto::client_ip::ClientIpPolicy;
+use proto::event::{AccessBatch, Interest, Position, Positions};
+use proto::report::{NodeReport, Problem, Role, SourceReport};
+use proto::shutdown::Shutdown;
+use proto::time::{Clock, Timestamp, render_duration};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{Id, JoinError, JoinSet};
+
+use crate::config::{FileConfig, IngestConfig, SourceConfig, SourceKind};
+use crate::error::IngestError;
+use crate::metrics::Metrics;
+use crate::source::batch::{Batcher, Stopped};
+use crate::source::file::{FileSource, Rules};
+
+/// How often the role says how it is.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What the role is connected to.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Name of this node.
+    pub node: Arc<str>,
+    /// Where known files begin.
+    pub positions: Positions,
+    /// To detect.
+    pub batches: mpsc::Sender<AccessBatch>,
+    /// What the rules look at.
+    pub interest: watch::Receiver<Arc<Interest>>,
+    /// How clients are told from proxies; begins with the configuration's and changes on a reload.
+    pub client_ip: watch::Receiver<Arc<ClientIpPolicy>>,
+    /// The time.
+    pub clock: Clock,
+    /// Takes the role's reports.
+    pub nodes: Nodes,
+    /// Registered figures.
+    pub metrics: Metrics,
+    /// When to end.
+    pub shutdown: Shutdown,
+}
+
+/// What a source shares with the reporter.
+pub(crate) struct Shared {
+    pub(crate) node: Arc<str>,
+    pub(crate) source: Arc<str>,
+    pub(crate) clock: Clock,
+    pub(crate) shutdown: Shutdown,
+    silent_after: Duration,
+    status: Mutex<SourceStatus>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct SourceStatus {
+    pub(crate) report: SourceReport,
+    pub(crate) problems: Vec<Problem>,
+}
+
+impl Shared {
+    pub(crate) fn status(&self) -> MutexGuard<'_, SourceStatus> {
+        // Counters stay usable whatever happened to another thread.
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs all sources until the shutdown begins; what was read whole by then is handed over before this returns.
+///
+/// Returns early with an error when nobody takes batches any more or a source panics.
+pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError> {
+    if config.sources.is_empty() {
+        return Err(IngestError::NoSources);
+    }
+    let reporter = Reporter::new(&inputs);
+    let mut tasks = JoinSet::new();
+    let mut running: Vec<(Id, Arc<Shared>)> = Vec::new();
+    for source in config.sources {
+        let shared = Shared::new(&source, &inputs);
+        let id = match source.kind {
+            SourceKind::File(file) => start_file(&mut tasks, file, shared.clone(), &inputs),
+        };
+        running.push((id, shared));
+    }
+    let shutdown = inputs.shutdown.clone();
+    // Only the sources hold the sender now: the channel closes when the last of them ends.
+    drop(inputs);
+    let mut ticks = tokio::time::interval(REPORT_INTERVAL);
+    let mut ended = Ok(());
+    loop {
+        let joined = tokio::select! {
+            joined = tasks.join_next_with_id() => joined,
+            _ = ticks.tick() => {
+                reporter.report(&running);
+                continue;
+            }
+        };
+        let Some(joined) = joined else { break };
+        let id = joined.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+        let source_name = running.iter().find(|(known, _)| *known == id);
+        let source_name = source_name.map(|(_, shared)| shared.source.to_string()).unwrap_or_default();
+        let result = match joined {
+            Ok((_, Ok(()) | Err(Stopped::Forced))) => Ok(()),
+            Ok((_, Err(Stopped::ReceiverGone))) => Err(IngestError::ReceiverGone { source_name }),
+            Err(cause) => Err(IngestError::Panicked { source_name, cause }),
+        };
+        if result.is_err() {
+            shutdown.begin();
+        }
+        ended = ended.and(result);
+    }
+    reporter.report(&running);
+    ended
+}
+
+fn start_file(
+    tasks: &mut JoinSet<Result<(), Stopped>>,
+    config: FileConfig,
+    shared: Arc<Shared>,
+    inputs: &Inputs,
+) -> Id {
+    let positions = positions_of(&inputs.positions, &shared.source);
+    let rules = Rules { interest: inputs.interest.clone(), client_ip: inputs.client_ip.clone() };
+    let metrics = inputs.metrics.of_source(&shared.source);
+    let batches = inputs.batches.clone();
+    let handle = Handle::current();
+    let task = tasks.spawn_blocking(move || {
+        let format = (config.format, config.line_bytes_max);
+        let batcher = Batcher::new(shared, batches, handle.clone(), metrics, format);
+        FileSource::new(config, positions, rules, batcher).run(&handle)
+    });
+    task.id()
+}
+
+fn positions_of(positions: &Positions, source: &str) -> BTreeMap<u64, Position> {
+    let range = positions.range((source.to_owned(), 0)..=(source.to_owned(), u64::MAX));
+    range.map(|((_, generation), position)| (*generation, *position)).collect()
+}
+
+/// Writes the role's report.
+struct Reporter {
+    node: Arc<str>,
+    nodes: Nodes,
+    clock: Clock,
+    started_at: Timestamp,
+}
+
+impl Reporter {
+    fn new(inputs: &Inputs) -> Self {
+        let started_at = inputs.clock.now();
+        Self { node: inputs.node.clone(), nodes: inputs.nodes.clone(), clock: inputs.clock.clone(), started_at }
+    }
+
+    fn report(&self, running: &[(Id, Arc<Shared>)]) {
+        let now = self.clock.now();
+        let mut report = NodeReport::new(&self.node, Role::Ingest, self.started_at);
+        report.at = now;
+        for (_, shared) in running {
+            let status = shared.status();
+            report.sources.push(status.report.clone());
+            report.problems.extend(status.problems.iter().cloned());
+            report.problems.extend(shared.silence(&status.report, now));
+        }
+        self.nodes.put(report);
+    }
+}
+
+impl Shared {
+    fn new(source: &SourceConfig, inputs: &Inputs) -> Arc<Self> {
+        let (kind, silent_after) = match &source.kind {
+            SourceKind::File(file) => ("file", file.silent_after),
+        };
+        let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
+        Arc::new(Self {
+            node: inputs.node.clone(),
+            source: source.name.as_str().into(),
+            clock: inputs.clock.clone(),
+            shutdown: inputs.shutdown.clone(),
+            silent_after,
+            status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
+        })
+    }
+
+    /// A source that had lines and has none any more: its writer may have lost the file.
+    fn silence(&self, report: &SourceReport, now: Timestamp) -> Option<Problem> {
+        let silent = now.since(report.last_line_at?);
+        (silent >= self.silent_after).then(|| {
+            let (name, silent) = (&self.source, render_duration(silent));
+            Problem::warning(format!("source {name} has been silent for {silent}; does Traefik still write its log?"))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_those_of_the_source() {
+        let position = Position { offset: 7, needed: true };
+        let all: Positions = [("a", 3), ("b", 0), ("b", u64::MAX), ("c", 1)]
+            .map(|(source, generation)| ((source.to_owned(), generation), position))
+            .into();
+        assert_eq!(positions_of(&all, "b").into_keys().collect::<Vec<_>>(), [0, u64::MAX]);
+        assert!(positions_of(&all, "bb").is_empty());
+    }
+}

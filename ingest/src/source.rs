@@ -1,0 +1,7 @@
+//! Where lines come from. One file a kind of source; this version has `file`.
+
+pub(crate) mod batch;
+mod discover;
+pub mod file;
+pub mod tail;
+mod watch;

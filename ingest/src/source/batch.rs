@@ -1,0 +1,262 @@
+//! From lines to batches: one lane a file, cut so that a batch is small, covers one stretch, and never ends between the
+//! pieces of a line.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use proto::client_ip::{ClientIpPolicy, NoClient};
+use proto::event::{AccessBatch, FileSpan, Interest, LineCounts};
+use proto::report::Problem;
+use proto::time::Timestamp;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+use super::tail::{FileKey, Piece};
+use crate::metrics::{NO_CLIENT, SourceMetrics};
+use crate::parse::{Format, Outcome, Parser, escape_sample};
+use crate::pipeline::Shared;
+
+/// Events of a batch. With the queue's length this bounds what waits in memory: some ten megabytes at worst.
+const BATCH_EVENTS_MAX: usize = 512;
+/// Bytes of text in a batch, beyond which no further line is added.
+const BATCH_TEXT_BYTES_MAX: usize = 64 << 10;
+/// Lines of a batch, for files that hold no accesses.
+const BATCH_LINES_MAX: u64 = 8192;
+
+/// Nobody takes batches any more, or the end was forced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// The receiver is gone.
+    ReceiverGone,
+    /// The shutdown was forced while the queue was full.
+    Forced,
+}
+
+/// Batches of one source.
+pub(crate) struct Batcher {
+    shared: Arc<Shared>,
+    batches: mpsc::Sender<AccessBatch>,
+    handle: Handle,
+    metrics: SourceMetrics,
+    format: Format,
+    line_bytes_max: usize,
+    policy: Arc<ClientIpPolicy>,
+    interest: Arc<Interest>,
+    lanes: BTreeMap<FileKey, Lane>,
+    lost_bytes: u64,
+}
+
+struct Lane {
+    parser: Parser,
+    batch: Option<AccessBatch>,
+    tally: Tally,
+    /// Whether pieces of a line waited at the last tick already.
+    waited: bool,
+}
+
+/// What a batch brought, for reports and metrics.
+#[derive(Debug, Default)]
+struct Tally {
+    events: u64,
+    sample: Option<String>,
+    no_client: [u64; NO_CLIENT.len()],
+}
+
+impl Batcher {
+    /// Batches for `batches`, cut from lines of at most `line_bytes_max` bytes in `format`.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        batches: mpsc::Sender<AccessBatch>,
+        handle: Handle,
+        metrics: SourceMetrics,
+        (format, line_bytes_max): (Format, usize),
+    ) -> Self {
+        let (policy, interest) = Default::default();
+        let lanes = BTreeMap::new();
+        Self { shared, batches, handle, metrics, format, line_bytes_max, policy, interest, lanes, lost_bytes: 0 }
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    pub(crate) fn set_rules(&mut self, policy: Arc<ClientIpPolicy>, interest: Arc<Interest>) {
+        for lane in self.lanes.values_mut() {
+            lane.parser.set_rules(policy.clone(), interest.clone());
+        }
+        (self.policy, self.interest) = (policy, interest);
+    }
+
+    /// Takes a line that was read at `now`.
+    pub(crate) fn push(&mut self, piece: &Piece<'_>, now: Timestamp) -> Result<(), Stopped> {
+        let lane = self.lanes.entry(piece.file).or_insert_with(|| {
+            let (policy, interest) = (self.policy.clone(), self.interest.clone());
+            let parser = Parser::new(self.format, self.line_bytes_max, policy, interest);
+            Lane { parser, batch: None, tally: Tally::default(), waited: false }
+        });
+        if lane.must_cut(piece) {
+            self.cut(piece.file)?;
+        }
+        let Some(lane) = self.lanes.get_mut(&piece.file) else { return Ok(()) };
+        let shared = &self.shared;
+        let new = || AccessBatch::new(shared.node.clone(), shared.source.clone(), now);
+        let batch = lane.batch.get_or_insert_with(new);
+        let start = batch.span.map_or(piece.frame.start, |span| span.start);
+        batch.span = Some(FileSpan { generation: piece.generation, start, end: piece.frame.end });
+        batch.read_at = now;
+        batch.counts.lines += 1;
+        let Some(line) = piece.frame.line else {
+            batch.counts.oversized += 1;
+            return Ok(());
+        };
+        let outcome = lane.parser.with_event(line, piece.frame.start, |event| {
+            batch.push(event);
+            event.client.err()
+        });
+        lane.tally.note(outcome, line, &mut batch.counts);
+        Ok(())
+    }
+
+    /// Sends what there is of a file, unless a line is in pieces.
+    pub(crate) fn flush(&mut self, file: FileKey) -> Result<(), Stopped> {
+        let is_whole = self.lanes.get(&file).is_some_and(|lane| !lane.parser.is_joining());
+        if is_whole { self.cut(file) } else { Ok(()) }
+    }
+
+    /// Gives up on lines whose end has not come for a whole interval.
+    pub(crate) fn tick(&mut self) -> Result<(), Stopped> {
+        let mut overdue = Vec::new();
+        for (file, lane) in &mut self.lanes {
+            let waits = lane.parser.is_joining();
+            if waits && lane.waited {
+                overdue.push(*file);
+            }
+            lane.waited = waits;
+        }
+        overdue.into_iter().try_for_each(|file| self.cut(file))
+    }
+
+    /// Sends what there is of a file and forgets it.
+    pub(crate) fn close(&mut self, file: FileKey) -> Result<(), Stopped> {
+        let sent = self.cut(file);
+        self.lanes.remove(&file);
+        sent
+    }
+
+    /// At the end: sends what is whole. Lines in pieces are read again at the next start.
+    pub(crate) fn finish(&mut self) {
+        let files: Vec<FileKey> = self.lanes.keys().copied().collect();
+        for file in files {
+            if self.flush(file).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn cut(&mut self, file: FileKey) -> Result<(), Stopped> {
+        let Some(lane) = self.lanes.get_mut(&file) else { return Ok(()) };
+        let Some(mut batch) = lane.batch.take() else { return Ok(()) };
+        batch.counts.unparsed += lane.parser.abandon();
+        let tally = std::mem::take(&mut lane.tally);
+        let format = lane.parser.seen_format().map_or("", |format| format.as_str());
+        self.count(&batch, tally, format);
+        self.send(batch)
+    }
+
+    fn count(&self, batch: &AccessBatch, tally: Tally, format: &str) {
+        let LineCounts { lines, unparsed, oversized } = batch.counts;
+        let metrics = &self.metrics;
+        metrics.lines.inc_by(lines);
+        metrics.events.inc_by(tally.events);
+        metrics.unparsed.inc_by(unparsed);
+        metrics.oversized.inc_by(oversized);
+        metrics.bytes.inc_by(batch.span.map_or(0, |span| span.end - span.start));
+        let mut status = self.shared.status();
+        let report = &mut status.report;
+        report.lines += lines;
+        report.events += tally.events;
+        report.unparsed += unparsed;
+        report.oversized += oversized;
+        report.last_line_at = Some(batch.read_at);
+        if report.format != format {
+            format.clone_into(&mut report.format);
+        }
+        if tally.sample.is_some() {
+            report.unparsed_sample = tally.sample;
+        }
+        for (index, reason) in NO_CLIENT.iter().enumerate().filter(|(index, _)| tally.no_client[*index] > 0) {
+            metrics.no_client[index].inc_by(tally.no_client[index]);
+            *report.no_client.entry(reason.as_str().to_owned()).or_default() += tally.no_client[index];
+        }
+    }
+
+    fn send(&self, batch: AccessBatch) -> Result<(), Stopped> {
+        let sent = match self.batches.try_send(batch) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Closed(_)) => Err(Stopped::ReceiverGone),
+            Err(TrySendError::Full(batch)) => self.handle.block_on(async {
+                tokio::select! {
+                    sent = self.batches.send(batch) => sent.map_err(|_| Stopped::ReceiverGone),
+                    () = self.shared.shutdown.forced() => Err(Stopped::Forced),
+                }
+            }),
+        };
+        let queued = self.batches.max_capacity() - self.batches.capacity();
+        self.metrics.queued_batches.set(queued as i64);
+        sent
+    }
+
+    /// Notes what waits in the files, and what was lost in them since the start.
+    pub(crate) fn set_behind(&mut self, behind_bytes: u64, lost_bytes: u64) {
+        self.metrics.behind_bytes.set(behind_bytes as i64);
+        self.metrics.lost_bytes.inc_by(lost_bytes - self.lost_bytes);
+        if lost_bytes > self.lost_bytes {
+            let lost = lost_bytes - self.lost_bytes;
+            tracing::warn!(source = %self.shared.source, lost_bytes = lost, "A log file was truncated before it was read");
+        }
+        self.lost_bytes = lost_bytes;
+        let mut status = self.shared.status();
+        status.report.behind_bytes = behind_bytes;
+        status.report.lost_bytes = lost_bytes;
+    }
+
+    /// Replaces the problems of the source.
+    pub(crate) fn publish(&self, files: u64, problems: Vec<Problem>) {
+        self.metrics.files.set(files as i64);
+        let mut status = self.shared.status();
+        status.report.files = files;
+        status.problems = problems;
+    }
+}
+
+impl Lane {
+    fn must_cut(&self, piece: &Piece<'_>) -> bool {
+        let Some(batch) = &self.batch else { return false };
+        let is_other = batch.span.is_some_and(|span| span.generation != piece.generation);
+        let is_full = batch.len() >= BATCH_EVENTS_MAX
+            || batch.text_bytes() >= BATCH_TEXT_BYTES_MAX
+            || batch.counts.lines >= BATCH_LINES_MAX;
+        is_other || (is_full && !self.parser.is_joining())
+    }
+}
+
+impl Tally {
+    fn note(&mut self, outcome: Outcome<Option<NoClient>>, line: &[u8], counts: &mut LineCounts) {
+        match outcome {
+            Outcome::Event(no_client) => {
+                self.events += 1;
+                let index = no_client.and_then(|reason| NO_CLIENT.iter().position(|known| *known == reason));
+                if let Some(index) = index {
+                    self.no_client[index] += 1;
+                }
+            }
+            Outcome::Unparsed(_) => {
+                counts.unparsed += 1;
+                // One of each batch is enough.
+                self.sample.get_or_insert_with(|| escape_sample(line));
+            }
+            Outcome::Blank | Outcome::Partial => {}
+        }
+    }
+}

@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# Everything that holds this repository together, in one command. Needs Rust; the rest it installs on Debian when missing.
+#
+#   ./tests/run.sh             every stage
+#   ./tests/run.sh STAGE...    some of: fmt clippy deny test start fuzz
+#
+# The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
+# nothing outside of them is touched. Ends with `N passed, N failed, N skipped`; fails when anything failed, and under
+# CI=true also when anything was skipped.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+# Pinned, so that a new version cannot turn a good tree red. Advisories change by the day all the same.
+cargo_deny_version=0.20.2
+# Long enough to find a parser's shallow mistakes; longer runs are for the desk: see ingest/fuzz.
+fuzz_seconds=15
+
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never} CARGO_TERM_PROGRESS_WHEN=never
+export PATH="$PATH:/usr/sbin:/sbin"
+target=${CARGO_TARGET_DIR:-$PWD/target}
+export CARGO_TARGET_DIR=$target
+tools=$target/tools
+passed=0 failed=0 skipped=0
+
+heading() { printf '\n==> %s\n' "$*"; }
+pass() { passed=$((passed + 1)); }
+fail() { failed=$((failed + 1)); printf 'FAILED: %s\n' "$*"; }
+skip() { skipped=$((skipped + 1)); printf 'SKIPPED: %s\n' "$*"; }
+# check NAME COMMAND...: one result.
+check() { local name=$1; shift; if "$@"; then pass; else fail "$name"; fi; }
+
+as_root=()
+[ "$(id -u)" -eq 0 ] || as_root=(sudo -n)
+can_be_root() { [ ${#as_root[@]} -eq 0 ] || sudo -n true 2>/dev/null; }
+
+# What the build and the tests call, by command and package. gcc alone brings no headers.
+install_packages() {
+  local entry missing=()
+  for entry in cc=gcc cc=libc6-dev c++=g++ iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
+    conntrack=conntrack ps=procps curl=curl jq=jq; do
+    command -v "${entry%%=*}" >/dev/null || missing+=("${entry#*=}")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null || { echo "please install: ${missing[*]}"; return 1; }
+  can_be_root || { echo "please install, as root: apt-get install ${missing[*]}"; return 1; }
+  echo "installing ${missing[*]}"
+  local log
+  log=$(mktemp)
+  if ! { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+    cat "$log"
+    return 1
+  fi
+  rm -f "$log"
+}
+
+prepare() {
+  command -v cargo >/dev/null || [ ! -f "$HOME/.cargo/env" ] || . "$HOME/.cargo/env"
+  command -v cargo >/dev/null || { echo "Rust is missing: see https://rustup.rs"; return 1; }
+  local component
+  for component in fmt clippy; do
+    cargo "$component" --version >/dev/null 2>&1 \
+      || { echo "cargo $component is missing: rustup component add rustfmt clippy"; return 1; }
+  done
+  install_packages
+}
+
+stage_fmt() { check fmt cargo fmt --all --check; }
+
+stage_clippy() { check clippy cargo clippy --quiet --locked --workspace --all-targets -- -D warnings; }
+
+stage_deny() {
+  local deny=$tools/bin/cargo-deny
+  if [ "$("$deny" --version 2>/dev/null)" != "cargo-deny $cargo_deny_version" ]; then
+    echo "building cargo-deny $cargo_deny_version"
+    # Unoptimised: it checks this tree in a second, and builds in a third of the time.
+    CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_DEBUG=0 \
+      CARGO_TARGET_DIR=$tools/build cargo install --quiet --locked --root "$tools" --force \
+      cargo-deny --version "$cargo_deny_version" || { fail "cargo-deny could not be built"; return; }
+    rm -rf "$tools/build"
+  fi
+  # Wrappers that are not there yet are kept: they forbid everybody else.
+  check deny "$deny" --locked check --allow unused-wrapper --hide-inclusion-graph licenses bans sources
+  local database=${CARGO_HOME:-$HOME/.cargo}/advisory-dbs
+  if [ -d "$database" ]; then
+    check advisories "$deny" --locked --offline check --hide-inclusion-graph advisories
+  else
+    echo "advisories: not checked, their database is not on this machine (cargo deny fetch)"
+  fi
+}
+
+# Adds up what libtest counted.
+count_tests() {
+  local p f i
+  read -r p f i < <(awk '/^test result:/ { p += $4; f += $6; i += $8 } END { print p + 0, f + 0, i + 0 }' "$1")
+  passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + i))
+  [ $((p + f)) -gt 0 ]
+}
+
+# run_tests NAME COMMAND...: libtest's counts, plus one failure when it did not get that far.
+run_tests() {
+  local name=$1 log code before=$failed
+  shift
+  log=$(mktemp)
+  "$@" 2>&1 | grep --line-buffered -vE '^ +(Compiling|Downloaded|Downloading|Blocking|Locking)|^test .* \.\.\. ok$|^$' | tee "$log"
+  code=${PIPESTATUS[0]}
+  if ! count_tests "$log" || { [ "$code" -ne 0 ] && [ "$failed" -eq "$before" ]; }; then fail "$name"; fi
+  rm -f "$log"
+}
+
+can_make_namespaces() {
+  local name=portcullis-probe-$$
+  "${as_root[@]}" ip netns add "$name" 2>/dev/null && "${as_root[@]}" ip netns delete "$name"
+}
+
+stage_test() {
+  # The binary that the end-to-end tests start.
+  cargo build --quiet --locked --package deploy || { fail "portcullis does not build"; return; }
+  if [ "$(id -u)" -eq 0 ] && can_make_namespaces; then
+    run_tests tests cargo test --locked --workspace
+    return
+  fi
+  run_tests tests cargo test --locked --workspace -- --skip netns
+  if can_be_root && can_make_namespaces; then
+    # Built above; only run as root.
+    local tests
+    tests=$(cargo test --locked --package tests --test main --no-run --message-format json 2>/dev/null \
+      | jq -r 'select(.executable and .target.name == "main") | .executable')
+    run_tests netns "${as_root[@]}" env "PATH=$PATH" PORTCULLIS_BUILT=1 "$tests" netns
+  else
+    skip "tests in network namespaces: they need root and the right to make namespaces"
+  fi
+}
+
+# The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.
+stage_start() {
+  local out run
+  for run in first second; do
+    if ! out=$(./start.sh 2>&1); then
+      printf '%s\n' "$out"
+      fail "start.sh, $run run"
+    elif ! grep -q '203\.0\.113\.66.*forceful-browsing' <<<"$out"; then
+      printf '%s\n' "$out"
+      fail "start.sh, $run run: the sample's scanner is not among the banned"
+    else
+      [ "$run" = second ] || printf '%s\n' "$out"
+      pass
+    fi
+  done
+}
+
+# Fuzz targets on the stable compiler: libFuzzer needs only coverage counters, which rustc has. No address sanitizer: the
+# workspace forbids unsafe code.
+stage_fuzz() {
+  local flags="--cfg fuzzing -Cpasses=sancov-module -Cdebug-assertions -Ccodegen-units=1"
+  local option name corpus
+  for option in level=4 inline-8bit-counters pc-table trace-compares; do
+    flags+=" -Cllvm-args=-sanitizer-coverage-$option"
+  done
+  # With a target named, the flags stay away from build scripts.
+  local host
+  host=$(rustc -vV | sed -n 's/^host: //p')
+  RUSTFLAGS=$flags CARGO_TARGET_DIR=$target/fuzz cargo build --quiet --release --target "$host" --bins \
+    --manifest-path ingest/fuzz/Cargo.toml || { fail "fuzz targets do not build"; return; }
+  for name in ingest/fuzz/fuzz_targets/*.rs; do
+    name=$(basename "$name" .rs)
+    corpus=$(mktemp -d)
+    [ ! -d "ingest/fuzz/corpus/$name" ] || cp -r "ingest/fuzz/corpus/$name/." "$corpus"
+    echo "$name, $fuzz_seconds s from $(find "$corpus" -type f | wc -l) seeds"
+    if "$target/fuzz/$host/release/$name" -max_total_time="$fuzz_seconds" -timeout=5 -rss_limit_mb=1024 \
+      -artifact_prefix="$target/fuzz/" -print_final_stats=0 "$corpus" >"$corpus.log" 2>&1; then
+      pass
+    else
+      tail -n 60 "$corpus.log"
+      fail "fuzz target $name; its input is in $target/fuzz/"
+    fi
+    rm -rf "$corpus" "$corpus.log"
+  done
+}
+
+stages=(fmt clippy deny test start fuzz)
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
+  "") ;;
+  *) stages=("$@") ;;
+esac
+for stage in "${stages[@]}"; do
+  declare -F "stage_$stage" >/dev/null || { echo "unknown stage $stage" >&2; exit 2; }
+done
+
+heading "prepare"
+if prepare; then
+  for stage in "${stages[@]}"; do
+    heading "$stage"
+    SECONDS=0
+    "stage_$stage"
+    printf '    %s: %d min %02d s\n' "$stage" $((SECONDS / 60)) $((SECONDS % 60))
+  done
+else
+  fail "prepare"
+fi
+
+printf '\n%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+[ "$failed" -eq 0 ] && { [ "${CI:-}" != true ] || [ "$skipped" -eq 0 ]; }

@@ -1,0 +1,8 @@
+//! End to end: the built binary, real packets, the repository itself. One binary, so that it links once.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is how a test fails")]
+
+mod cli;
+mod netns;
+mod replay;
+mod tidy;
