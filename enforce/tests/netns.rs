@@ -1,1 +1,471 @@
-fn main() {}
+//! Enforcement on a real kernel, in network namespaces of its own, with real packets, for both variants of iptables.
+//!
+//! The program runs itself again inside the namespaces. Where that is not possible it prints `SKIPPED: reason` and, with
+//! `CI=true`, fails. Arguments choose scenarios by part of their name.
+
+#![expect(clippy::print_stdout, clippy::unwrap_used, clippy::panic, reason = "a test with its own main")]
+
+#[path = "netns/inside.rs"]
+mod inside;
+
+use std::env;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Polls of a state that has to come, 50 ms apart.
+const POLLS_MAX: usize = 200;
+const QUICK: &str = r#"{"firewall":{"resync_interval":"1s"}}"#;
+
+type Scenario = fn(&Host);
+
+const SCENARIOS: [(&str, Scenario); 11] = [
+    ("a_ban_cuts_new_and_open_connections_and_spares_others", cuts_connections),
+    ("a_wider_ban_does_not_catch_guarded_addresses", guards),
+    ("drift_is_repaired_and_foreign_rules_stay", repairs_drift),
+    ("a_restart_takes_over_without_a_gap", takes_over),
+    ("the_last_set_is_in_force_before_the_bus_answers", loads_last_set),
+    ("a_chain_that_appears_is_picked_up", picks_up_docker),
+    ("ports_and_spare_ports_are_kept_apart_after_address_translation", keeps_ports_apart),
+    ("pause_lifts_every_ban_and_resume_restores_them", pauses),
+    ("teardown_leaves_the_ruleset_as_it_was", tears_down),
+    ("a_dry_run_changes_nothing", dry_runs),
+    ("a_refused_member_does_not_take_its_batch_along", survives_refusals),
+];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    if args.first().is_some_and(|arg| arg == "--inside") {
+        inside::main(&args[1..]);
+        return ExitCode::SUCCESS;
+    }
+    if args.iter().any(|arg| arg == "--list") {
+        SCENARIOS.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    if let Some(reason) = obstacle() {
+        println!("SKIPPED: {reason}");
+        return if env::var("CI").is_ok_and(|ci| ci == "true") { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
+    let mut failed = 0;
+    for variant in ["nft", "legacy"] {
+        for (name, scenario) in SCENARIOS {
+            let full = format!("{name} ({variant})");
+            if !filters.is_empty() && !filters.iter().any(|filter| full.contains(filter.as_str())) {
+                continue;
+            }
+            let passed = catch_unwind(AssertUnwindSafe(|| scenario(&Host::new(variant)))).is_ok();
+            println!("test {full} ... {}", if passed { "ok" } else { "FAILED" });
+            failed += usize::from(!passed);
+        }
+    }
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn obstacle() -> Option<String> {
+    for program in ["ip", "ipset", "iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"] {
+        if Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+            return Some(format!("{program} is not installed"));
+        }
+    }
+    let probe = format!("pc-probe-{}", std::process::id());
+    if !Command::new("ip").args(["netns", "add", &probe]).stderr(Stdio::null()).status().unwrap().success() {
+        return Some("network namespaces cannot be made here (not root?)".to_owned());
+    }
+    let args = ["netns", "exec", &probe, "ipset", "create", "probe", "hash:net", "timeout", "0"];
+    let works = Command::new("ip").args(args).status().unwrap().success();
+    Command::new("ip").args(["netns", "del", &probe]).status().unwrap();
+    (!works).then(|| "the kernel has no ipset".to_owned())
+}
+
+/// A host with a client's namespace at its other end.
+struct Host {
+    name: String,
+    variant: &'static str,
+    state: TempDir,
+}
+
+impl Host {
+    fn new(variant: &'static str) -> Self {
+        let host =
+            Self { name: format!("pc-host-{}", std::process::id()), variant, state: tempfile::tempdir().unwrap() };
+        let peer = host.peer();
+        for ns in [&host.name, &peer] {
+            run("ip", &["netns", "add", ns]);
+            run("ip", &["-n", ns, "link", "set", "lo", "up"]);
+        }
+        run("ip", &["-n", &host.name, "link", "add", "pc0", "type", "veth", "peer", "name", "pc1", "netns", &peer]);
+        for (ns, link, addresses) in [
+            (&host.name, "pc0", &["10.77.0.1/24", "fd77::1/64"][..]),
+            (&peer, "pc1", &["10.77.0.2/24", "10.77.0.3/24", "fd77::2/64", "fd77::3/64"][..]),
+        ] {
+            for address in addresses {
+                let v6: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
+                run("ip", &[&["-n", ns, "addr", "add", address, "dev", link][..], v6].concat());
+            }
+            run("ip", &["-n", ns, "link", "set", link, "up"]);
+        }
+        // A rule of someone else decides which variant is in use.
+        host.iptables("4", "-A INPUT -s 198.18.0.1 -j DROP");
+        host.iptables("6", "-A INPUT -s 2001:db8::bad -j DROP");
+        host
+    }
+
+    fn peer(&self) -> String {
+        self.name.replace("host", "peer")
+    }
+
+    /// Runs a command in the host's namespace; its output, if it succeeded.
+    fn try_run(&self, line: &str) -> Option<String> {
+        let output = Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')).output().unwrap();
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    }
+
+    fn run(&self, line: &str) -> String {
+        self.try_run(line).unwrap_or_else(|| panic!("`{line}` failed"))
+    }
+
+    fn iptables(&self, family: &str, rest: &str) -> String {
+        let name = if family == "4" { "iptables" } else { "ip6tables" };
+        self.run(&format!("{name}-{} -w 5 {rest}", self.variant))
+    }
+
+    /// Rules of both families, without comments and counters.
+    fn rules(&self) -> Vec<String> {
+        let saved = ["iptables", "ip6tables"].map(|name| self.run(&format!("{name}-{}-save", self.variant)));
+        saved.iter().flat_map(|saved| saved.lines()).filter(|line| line.starts_with("-A")).map(str::to_owned).collect()
+    }
+
+    fn foreign(&self) -> Vec<String> {
+        self.rules().into_iter().filter(|rule| !rule.contains("PORTCULLIS")).collect()
+    }
+
+    fn enforcer(&self, config: &str) -> Part {
+        let part = Part::new(&self.name, &["enforcer", config, self.state.path().to_str().unwrap(), "for-real"]);
+        part.ask("publish");
+        part.wait_for_report();
+        part
+    }
+
+    fn client(&self, from: &str) -> Part {
+        let to = if from.contains(':') { "fd77::1" } else { "10.77.0.1" };
+        Part::new(&self.peer(), &["client", from, to])
+    }
+
+    fn server(&self) -> Part {
+        let server = Part::new(&self.name, &["server"]);
+        server.read();
+        server
+    }
+
+    fn holds(&self, address: &str) -> bool {
+        let set = if address.contains(':') { "portcullis-v6" } else { "portcullis-v4" };
+        self.try_run(&format!("ipset -q test {set} {address}")).is_some()
+    }
+
+    fn timeout(&self, address: &str) -> Option<u64> {
+        let saved = self.run("ipset save portcullis-v4");
+        let line = saved.lines().find(|line| line.starts_with(&format!("add portcullis-v4 {address} ")))?;
+        line.split(' ').skip_while(|word| *word != "timeout").nth(1)?.parse().ok()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for ns in [&self.name, &self.peer()] {
+            let _ = Command::new("ip").args(["netns", "del", ns]).status();
+        }
+    }
+}
+
+fn run(program: &str, args: &[&str]) {
+    assert!(Command::new(program).args(args).status().unwrap().success(), "{program} {args:?}");
+}
+
+/// A part of the test that runs in a namespace.
+struct Part {
+    child: std::cell::RefCell<Child>,
+    pipes: std::cell::RefCell<Option<(ChildStdin, BufReader<ChildStdout>)>>,
+}
+
+impl Part {
+    fn new(ns: &str, args: &[&str]) -> Self {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", ns]).arg(env::current_exe().unwrap()).arg("--inside").args(args);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let pipes = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        Self { child: child.into(), pipes: Some(pipes).into() }
+    }
+
+    fn read(&self) -> String {
+        let mut line = String::new();
+        self.pipes.borrow_mut().as_mut().unwrap().1.read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "a part ended early");
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&self, command: &str) -> String {
+        writeln!(self.pipes.borrow_mut().as_mut().unwrap().0, "{command}").unwrap();
+        self.read()
+    }
+
+    fn through(&self, command: &str) -> bool {
+        self.ask(command) == "true"
+    }
+
+    fn report(&self) -> Value {
+        serde_json::from_str(&self.ask("report")).unwrap()
+    }
+
+    /// The role is up, its rules are in place and it knows the ban set.
+    fn wait_for_report(&self) {
+        until("the enforcer is up", || {
+            let backend = &self.report()["backends"][0];
+            backend["revision"].as_u64() > Some(0)
+                && backend["detail"].as_array().is_some_and(|lines| !lines.is_empty())
+        });
+    }
+
+    /// Ends it in good order.
+    fn stop(self) {
+        drop(self.pipes.borrow_mut().take());
+        assert!(self.child.borrow_mut().wait().unwrap().success());
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        drop(self.pipes.borrow_mut().take());
+        let mut child = self.child.borrow_mut();
+        if std::thread::panicking() {
+            let _ = child.kill();
+        }
+        let _ = child.wait();
+    }
+}
+
+fn until(what: &str, mut state: impl FnMut() -> bool) {
+    for _ in 0..POLLS_MAX {
+        if state() {
+            return;
+        }
+        sleep(Duration::from_millis(50));
+    }
+    panic!("it never came true that {what}");
+}
+
+fn cuts_connections(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    for (banned, other) in [("10.77.0.2", "10.77.0.3"), ("fd77::2", "fd77::3")] {
+        let (bad, good) = (host.client(banned), host.client(other));
+        assert!(bad.through("open") && good.through("open") && bad.through("ping"));
+        enforcer.ask(&format!("ban {banned} 600"));
+        until("the ban is in the kernel", || host.holds(banned));
+        assert!(!bad.through("ping"), "an open connection of a banned client goes on");
+        assert!(!bad.through("new 8080"), "a banned client gets in");
+        assert!(good.through("ping") && good.through("new 8080"), "another client is cut off");
+        let explained: Value = serde_json::from_str(&enforcer.ask(&format!("explain {banned}"))).unwrap();
+        assert_eq!(explained[0]["entry"], banned, "{explained}");
+        until("dropped packets are counted", || enforcer.report()["backends"][0]["dropped_packets"].as_u64() > Some(0));
+
+        enforcer.ask(&format!("unban {banned}"));
+        until("the ban is lifted", || !host.holds(banned));
+        assert!(bad.through("new 8080"), "an unbanned client does not get in");
+    }
+    assert_eq!(enforcer.report()["problems"], Value::Array(Vec::new()));
+    let names = host.run("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
+    assert_eq!(names.is_empty(), host.variant == "nft", "legacy tables were woken: {names}");
+}
+
+fn guards(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (bad, good) = (host.client("10.77.0.2"), host.client("10.77.0.3"));
+    enforcer.ask("never 10.77.0.3");
+    enforcer.ask("ban 10.77.0.0/24,fd77::/64,10.77.0.3 600");
+    until("the ban is in the kernel", || host.holds("10.77.0.2"));
+    assert!(!bad.through("new 8080") && good.through("new 8080"));
+    assert!(!host.client("fd77::2").through("new 8080"));
+    let backend = enforcer.report()["backends"][0].clone();
+    assert_eq!(backend["guarded"], 1, "{backend}");
+    let explained = enforcer.ask("explain 10.77.0.3");
+    assert!(explained.contains("let through although 10.77.0.0/24 is banned: in never_ban"), "{explained}");
+
+    enforcer.ask("never 10.77.0.0/24");
+    until("a ban that has become guarded goes", || !host.holds("10.77.0.2"));
+    assert!(bad.through("new 8080"));
+}
+
+fn repairs_drift(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let bad = host.client("10.77.0.2");
+    enforcer.ask("ban 10.77.0.2,10.77.0.9 600");
+    until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("10.77.0.9"));
+    host.iptables("4", "-A INPUT -s 198.18.0.2 -j ACCEPT");
+    let foreign = host.foreign();
+    let placed = host.rules();
+
+    host.iptables("4", "-t raw -F PORTCULLIS");
+    until("our chain is filled again", || host.rules() == placed);
+    host.iptables("4", "-t raw -D PREROUTING -j PORTCULLIS");
+    until("the jump is back", || host.rules() == placed);
+    host.iptables("4", "-t raw -I PORTCULLIS 1 -j ACCEPT");
+    until("a rule in our chain that is not ours is gone", || host.rules() == placed);
+    host.run("ipset del portcullis-v4 10.77.0.2");
+    until("a lost member is back", || host.holds("10.77.0.2"));
+    host.run("ipset flush portcullis-guard-v4");
+    until("the guard is back", || host.try_run("ipset -q test portcullis-guard-v4 10.77.0.1").is_some());
+    host.run("ipset add portcullis-v4 10.77.0.3");
+    until("a member that nobody banned is gone", || !host.holds("10.77.0.3"));
+    assert_eq!(host.foreign(), foreign);
+
+    host.iptables("4", "-t raw -I PREROUTING 1 -s 10.77.0.2 -j ACCEPT");
+    until("we move above a rule that accepts", || {
+        let rules = host.iptables("4", "-t raw -S PREROUTING");
+        rules.lines().nth(1) == Some("-A PREROUTING -j PORTCULLIS")
+    });
+    assert!(!bad.through("new 8080"));
+    assert_eq!(host.foreign().len(), foreign.len() + 1);
+    until("repairs are counted", || enforcer.report()["backends"][0]["repairs"].as_u64() >= Some(7));
+}
+
+fn takes_over(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    enforcer.ask("ban 10.77.0.2,10.77.0.9 600");
+    until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("10.77.0.9"));
+    enforcer.stop();
+    assert!(!host.client("10.77.0.2").through("new 8080"), "bans end with the enforcer");
+
+    // A second more than wanted is near enough, so a member that was added again would show; ten are not.
+    let (near, far) = (host.timeout("10.77.0.2").unwrap() + 1, host.timeout("10.77.0.9").unwrap() + 60);
+    host.run(&format!("ipset -exist add portcullis-v4 10.77.0.2 timeout {near} comment forceful-browsing"));
+    host.run(&format!("ipset -exist add portcullis-v4 10.77.0.9 timeout {far} comment forceful-browsing"));
+    let wider = r#"{"firewall":{"resync_interval":"1s","bans_max":1000}}"#;
+    let config = if host.variant == "nft" { QUICK } else { wider };
+    let args = ["enforcer", config, host.state.path().to_str().unwrap(), "for-real"];
+    let enforcer = Part::new(&host.name, &args);
+    until("a timeout that is off is corrected", || host.timeout("10.77.0.9").is_some_and(|left| left <= 600));
+    assert!(host.holds("10.77.0.2"));
+    if host.variant == "nft" {
+        let left = host.timeout("10.77.0.2").unwrap();
+        assert!(left + 2 >= near || left > 590, "the member was added again: {left} of {near}");
+    } else {
+        assert!(host.run("ipset list -t portcullis-v4").contains("maxelem 5096"), "the set has its new size");
+        assert!(host.try_run("ipset -q list -t portcullis-new-v4").is_none(), "no set is left over");
+    }
+    // The bus answers with another set: only now may members go.
+    enforcer.ask("ban 10.77.0.3 600");
+    until("the new set is in force", || host.holds("10.77.0.3") && !host.holds("10.77.0.2"));
+}
+
+fn loads_last_set(host: &Host) {
+    let _server = host.server();
+    let enforcer = host.enforcer(QUICK);
+    enforcer.ask("never 10.77.0.3");
+    enforcer.ask("ban 10.77.0.0/24 600");
+    until("the ban is in the kernel", || host.holds("10.77.0.2"));
+    enforcer.stop();
+    // A reboot: nothing is left in the kernel.
+    host.run(&format!("{} --inside teardown {QUICK}", env::current_exe().unwrap().display()));
+    assert!(host.try_run("ipset -q list -t portcullis-v4").is_none());
+    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    let _enforcer = Part::new(&host.name, &args);
+    until("the last set is in force", || host.rules().iter().any(|rule| rule.contains("-j PORTCULLIS")));
+    assert!(!host.client("10.77.0.2").through("new 8080"));
+    assert!(host.client("10.77.0.3").through("new 8080"), "the last lists are in force as well");
+}
+
+fn picks_up_docker(host: &Host) {
+    let config = r#"{"firewall":{"resync_interval":"1s","chains":["INPUT","DOCKER-USER"]}}"#;
+    let (_server, enforcer) = (host.server(), host.enforcer(config));
+    let missing = enforcer.report()["problems"].to_string();
+    assert!(missing.contains("chain DOCKER-USER does not exist"), "{missing}");
+    let bad = host.client("10.77.0.2");
+    assert!(bad.through("open"));
+    enforcer.ask("ban 10.77.0.2 600");
+    until("the ban is in the kernel", || host.holds("10.77.0.2"));
+    assert!(!bad.through("new 8080") && !bad.through("ping"), "INPUT alone cuts clients of the host");
+    for family in ["4", "6"] {
+        host.iptables(family, "-N DOCKER-USER");
+        host.iptables(family, "-A DOCKER-USER -j RETURN");
+    }
+    until("DOCKER-USER jumps to us", || {
+        let jumps = host.rules().into_iter().filter(|rule| rule == "-A DOCKER-USER -j PORTCULLIS");
+        jumps.count() == 2
+    });
+    until("nothing is missing any more", || enforcer.report()["problems"] == Value::Array(Vec::new()));
+}
+
+fn keeps_ports_apart(host: &Host) {
+    let config =
+        r#"{"firewall":{"resync_interval":"1s","chains":["INPUT"],"ports":["tcp/80"],"spare_ports":["tcp/8443"]}}"#;
+    host.iptables("4", "-t nat -A PREROUTING -p tcp --dport 80 -j REDIRECT --to-ports 8080");
+    let (_server, enforcer) = (host.server(), host.enforcer(config));
+    enforcer.ask("ban 10.77.0.2 600");
+    until("the ban is in the kernel", || host.holds("10.77.0.2"));
+    let bad = host.client("10.77.0.2");
+    assert!(!bad.through("new 80"), "the port that the client asked for counts");
+    assert!(bad.through("new 8080") && bad.through("new 8443"), "other ports are spared");
+    assert!(host.client("10.77.0.3").through("new 80"));
+    assert_eq!(enforcer.report()["problems"], Value::Array(Vec::new()), "rules are shown as they were placed");
+}
+
+fn pauses(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    enforcer.ask("ban 10.77.0.2,fd77::2 600");
+    until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("fd77::2"));
+    enforcer.ask("pause on");
+    until("every ban is lifted", || !host.holds("10.77.0.2") && !host.holds("fd77::2"));
+    assert!(host.client("10.77.0.2").through("new 8080"));
+    enforcer.ask("ban 10.77.0.3 600");
+    enforcer.ask("pause off");
+    until("they are back", || ["10.77.0.2", "10.77.0.3", "fd77::2"].iter().all(|address| host.holds(address)));
+}
+
+fn tears_down(host: &Host) {
+    host.iptables("4", "-t raw -A PREROUTING -s 198.18.0.7 -j DROP");
+    let before = host.rules();
+    let enforcer = host.enforcer(QUICK);
+    enforcer.ask("ban 10.77.0.2,fd77::2 600");
+    until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("fd77::2"));
+    enforcer.stop();
+    assert_ne!(host.rules(), before);
+    let removed = host.run(&format!("{} --inside teardown {QUICK}", env::current_exe().unwrap().display()));
+    assert!(removed.contains("portcullis-guard-v6"), "{removed}");
+    assert_eq!(host.rules(), before);
+    let saved = ["iptables", "ip6tables"].map(|name| host.run(&format!("{name}-{}-save", host.variant))).concat();
+    assert!(!saved.contains("PORTCULLIS"), "{saved}");
+    assert!(host.run("ipset list -n").trim().is_empty());
+}
+
+fn dry_runs(host: &Host) {
+    let before = host.rules();
+    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "dry-run"];
+    let enforcer = Part::new(&host.name, &args);
+    enforcer.ask("ban 10.77.0.2 600");
+    until("the ban would be held", || enforcer.report()["backends"][0]["members"] == 1);
+    assert_eq!(enforcer.report()["backends"][0]["name"], "dry-run");
+    assert_eq!(host.rules(), before);
+    assert!(host.run("ipset list -n").trim().is_empty());
+    enforcer.stop();
+    assert_eq!(host.state.path().read_dir().unwrap().count(), 0, "state was written");
+}
+
+fn survives_refusals(host: &Host) {
+    let config = r#"{"firewall":{"resync_interval":"1s","bans_max":3}}"#;
+    let enforcer = host.enforcer(config);
+    // Longer bans stay, the shortest is left out, and that is said.
+    for (n, seconds) in [(2, 300), (3, 100), (4, 200), (5, 400)] {
+        enforcer.ask(&format!("ban 10.77.9.{n} {seconds}"));
+    }
+    until("the longest are in the kernel", || [2, 4, 5].iter().all(|n| host.holds(&format!("10.77.9.{n}"))));
+    until("the shortest is not", || !host.holds("10.77.9.3"));
+    until("and that is said", || enforcer.report()["problems"].to_string().contains("bans_max is 3"));
+    enforcer.ask("unban 10.77.9.5");
+    until("it comes in when there is room", || host.holds("10.77.9.3"));
+}

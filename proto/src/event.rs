@@ -289,6 +289,11 @@ impl AccessBatch {
         self.text.len()
     }
 
+    /// The newest resolved client, and its TCP peer.
+    pub fn last_client(&self) -> Option<(Client, Option<IpAddr>)> {
+        self.records.iter().rev().find_map(|record| record.client.ok().map(|client| (client, record.peer)))
+    }
+
     /// The events in log order.
     pub fn events(&self) -> impl Iterator<Item = Event<'_>> {
         self.records.iter().map(|record| {

@@ -224,7 +224,18 @@ fn status_shows_every_part_and_is_well() {
     let (text, exit, json) = status(well());
     assert_eq!(exit, Exit::Done);
     assert!(text.starts_with("well\n"), "{text}");
-    for part in ["traefik", "1200", "3s ago", "1.5 MiB", "level=error", "behind 104.16.0.1", "forceful-browsing", "77", "iptables", "991"] {
+    for part in [
+        "traefik",
+        "1200",
+        "3s ago",
+        "1.5 MiB",
+        "level=error",
+        "behind 104.16.0.1",
+        "forceful-browsing",
+        "77",
+        "iptables",
+        "991",
+    ] {
         assert!(text.contains(part), "{part} in {text}");
     }
     assert_eq!((&json["degraded"], json["nodes"].as_array().unwrap().len()), (&json!(false), 3));

@@ -182,6 +182,10 @@ impl Batcher {
         if report.format != format {
             format.clone_into(&mut report.format);
         }
+        if let Some((client, peer)) = batch.last_client() {
+            let via = peer.filter(|_| client.via_proxy).map_or_else(String::new, |peer| format!(" via {peer}"));
+            report.sample_client = Some(format!("{}{via}", client.addr));
+        }
         if tally.sample.is_some() {
             report.unparsed_sample = tally.sample;
         }

@@ -1,0 +1,187 @@
+//! What runs inside the namespaces: an enforcer, a server and a client, each told what to do on standard input, a line a
+//! command, and answering with a line each.
+
+use std::io::{self, BufRead as _, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use enforce::{EnforceMetrics, Inputs, RawEnforce};
+use prometheus_client::registry::Registry;
+use proto::ban::{Ban, BanChange, BanRecord, Evidence, Lists, Origin, Pause};
+use proto::bus::memory::{Bus, Question};
+use proto::net::{NetSet, Target};
+use proto::report::Role;
+use proto::settings::Mistakes;
+use proto::shutdown::Shutdown;
+use proto::time::Clock;
+use serde_json::json;
+use tokio::net::TcpSocket;
+
+/// Long enough for a busy machine, short enough to wait for a client that is cut off.
+const CUT_OFF_AFTER: Duration = Duration::from_millis(700);
+
+pub fn main(args: &[String]) {
+    match args[0].as_str() {
+        "enforcer" => enforcer(&args[1..]),
+        "teardown" => teardown(&args[1]),
+        "server" => server(),
+        "client" => client(&args[1], &args[2]),
+        other => panic!("no such part: {other}"),
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn answer(text: impl std::fmt::Display) {
+    println!("{text}");
+    io::stdout().flush().unwrap();
+}
+
+fn config(text: &str) -> enforce::EnforceConfig {
+    let raw: RawEnforce = serde_json::from_str(text).unwrap();
+    let mut mistakes = Mistakes::new();
+    let config = raw.check(&mut mistakes);
+    config.unwrap_or_else(|| panic!("{:?}", mistakes.into_sorted()))
+}
+
+fn teardown(text: &str) {
+    let report = runtime().block_on(enforce::teardown(&config(text), None)).unwrap();
+    answer(format!("{report:?}"));
+}
+
+fn enforcer(args: &[String]) {
+    let (config, state_dir, dry_run) = (config(&args[0]), PathBuf::from(&args[1]), args[2] == "dry-run");
+    let runtime = runtime();
+    let bus = Bus::new();
+    let (shutdown, clock) = (Shutdown::new(), Clock::system());
+    let inputs = Inputs {
+        node: "test".into(),
+        bans: bus.bans.clone(),
+        lists: bus.lists.subscribe(),
+        questions: bus.questions_in,
+        nodes: bus.nodes.clone(),
+        trusted_proxies: NetSet::default(),
+        state_dir: Some(state_dir),
+        dry_run,
+        clock: clock.clone(),
+        metrics: EnforceMetrics::register(&mut Registry::default()),
+        shutdown: shutdown.clone(),
+    };
+    let role = runtime.spawn(enforce::run(config, inputs));
+    for line in io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let words: Vec<&str> = line.split(' ').collect();
+        let targets = |text: &str| -> Vec<Target> { text.split(',').map(|target| target.parse().unwrap()).collect() };
+        match words[..] {
+            ["ban", list, seconds] => {
+                let seconds: u64 = seconds.parse().unwrap();
+                let records = targets(list).into_iter().map(|target| BanChange::Put(record(target, seconds, &clock)));
+                bus.bans.publish(records, None);
+                answer("ok");
+            }
+            ["unban", list] => {
+                bus.bans.publish(targets(list).into_iter().map(BanChange::Delete), None);
+                answer("ok");
+            }
+            ["publish"] => {
+                bus.bans.publish([], None);
+                answer("ok");
+            }
+            ["never", list] => {
+                let never_ban = targets(list).iter().map(Target::net).collect();
+                bus.lists.send_modify(|lists| *lists = Lists { never_ban, ..Lists::clone(lists) }.into());
+                answer("ok");
+            }
+            ["pause", state] => {
+                let paused = (state == "on").then(|| Pause { since: clock.now(), until: None });
+                bus.lists.send_modify(|lists| *lists = Lists { paused, ..Lists::clone(lists) }.into());
+                answer("ok");
+            }
+            ["report"] => {
+                let report = bus.nodes.all().into_iter().find(|report| report.role == Role::Enforce);
+                answer(serde_json::to_value(&report).unwrap());
+            }
+            ["explain", address] => {
+                let (reply, replied) = tokio::sync::oneshot::channel();
+                let address: IpAddr = address.parse().unwrap();
+                bus.questions.try_send(Question { address, reply }).unwrap();
+                let holds = runtime.block_on(replied).unwrap();
+                answer(json!(holds));
+            }
+            _ => panic!("no such command: {line}"),
+        }
+    }
+    shutdown.begin();
+    runtime.block_on(role).unwrap().unwrap();
+}
+
+fn record(target: Target, seconds: u64, clock: &Clock) -> BanRecord {
+    let now = clock.now();
+    let ban = Ban {
+        target,
+        rule: "forceful-browsing".to_owned(),
+        origin: Origin::Detect,
+        ban_count: 1,
+        ban_seconds: Some(seconds),
+        banned_at: now,
+        expires_at: Some(now.saturating_add(Duration::from_secs(seconds))),
+        reason: String::new(),
+        evidence: Evidence::default(),
+    };
+    BanRecord { target, bans: vec![ban] }
+}
+
+/// Echoes on port 8080 of both families, and on 8443.
+fn server() {
+    let listeners = ["0.0.0.0:8080", "0.0.0.0:8443", "[fd77::1]:8080"].map(|addr| TcpListener::bind(addr).unwrap());
+    for listener in listeners {
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                thread::spawn(move || echo(stream.unwrap()));
+            }
+        });
+    }
+    answer("ok");
+    let _ = io::stdin().read_to_end(&mut Vec::new());
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut byte = [0];
+    while stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {}
+}
+
+/// Talks from one address: `new PORT` tries a fresh connection, `open` keeps one, `ping` uses the kept one.
+fn client(from: &str, to: &str) {
+    let (from, to): (IpAddr, IpAddr) = (from.parse().unwrap(), to.parse().unwrap());
+    let runtime = runtime();
+    let mut kept: Option<TcpStream> = None;
+    let connect = |port: u16| {
+        runtime.block_on(async {
+            let socket = if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.ok()?;
+            socket.bind(SocketAddr::new(from, 0)).ok()?;
+            let connecting = socket.connect(SocketAddr::new(to, port));
+            let stream = tokio::time::timeout(CUT_OFF_AFTER, connecting).await.ok()?.ok()?.into_std().ok()?;
+            stream.set_nonblocking(false).ok()?;
+            stream.set_read_timeout(Some(CUT_OFF_AFTER)).ok()?;
+            Some(stream)
+        })
+    };
+    let ping = |stream: &mut TcpStream| stream.write_all(b"x").is_ok() && stream.read_exact(&mut [0]).is_ok();
+    for line in io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let through = match line.split_once(' ') {
+            Some(("new", port)) => connect(port.parse().unwrap()).is_some_and(|mut stream| ping(&mut stream)),
+            None if line == "open" => {
+                kept = connect(8080);
+                kept.is_some()
+            }
+            None if line == "ping" => kept.as_mut().is_some_and(ping),
+            _ => panic!("no such command: {line}"),
+        };
+        answer(through);
+    }
+}
