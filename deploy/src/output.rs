@@ -13,6 +13,10 @@ use serde::Serialize;
 
 use crate::text::{escape, render_json};
 
+/// Narrowest terminal that tables are fitted to, in columns. Fitted to less, or to the 0 of a terminal that does not know
+/// its size, words would be cut into letters.
+const WIDTH_MIN: u16 = 60;
+
 /// The reader of our output has gone: a quiet end, not a failure.
 #[derive(Debug)]
 pub struct OutputClosed;
@@ -79,7 +83,9 @@ impl<'a> Output<'a> {
     ) -> anyhow::Result<()> {
         let mut table = Table::new();
         if self.terminal {
-            table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+            let fits = table.width().is_some_and(|width| width >= WIDTH_MIN);
+            let arrangement = if fits { ContentArrangement::Dynamic } else { ContentArrangement::Disabled };
+            table.load_style(UTF8_FULL_CONDENSED).set_content_arrangement(arrangement);
         } else {
             table.load_style(NOTHING).force_no_tty().set_content_arrangement(ContentArrangement::Disabled);
         }

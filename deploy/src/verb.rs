@@ -20,13 +20,14 @@ mod tests;
 
 use std::fmt;
 use std::future::Future;
+use std::time::Duration;
 
 use anyhow::Context;
 use proto::ban::Pause;
 use proto::net::Target;
 use proto::time::{Timestamp, render_duration};
 
-use crate::args::{ClientArgs, Verb};
+use crate::args::{ClientArgs, Verb, whole_seconds};
 use crate::client::Client;
 use crate::output::Output;
 use crate::socket;
@@ -111,14 +112,10 @@ fn join(targets: &[Target]) -> String {
     targets.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// What to say of an end: how long from `now`, or that there is none.
+/// What to say of an end: how long from `now`, in whole seconds rounded up, or that there is none.
 fn remaining(end: Option<Timestamp>, now: Timestamp) -> String {
-    end.map_or_else(|| "permanent".to_owned(), |end| render_duration(whole(end, now)))
-}
-
-/// `end` less `now` in whole seconds, as people read it.
-fn whole(end: Timestamp, now: Timestamp) -> std::time::Duration {
-    std::time::Duration::from_secs(end.since(now).as_secs())
+    let length = |end: Timestamp| render_duration(Duration::from_secs(whole_seconds(end.since(now))));
+    end.map_or_else(|| "permanent".to_owned(), length)
 }
 
 /// A moment in whole seconds: `2026-01-08 14:19:15Z`.

@@ -26,6 +26,7 @@ fn misuse_is_2_and_says_so_on_standard_error() {
         (&["ingest"], "cluster version"),
         (&["detect", "--nats", "x"], "cluster version"),
         (&["enforce"], "cluster version"),
+        (&["enforce", "--dry-run"], "cluster version"),
         (&["allow", "--me"], "SSH_CONNECTION"),
     ] {
         let (code, stdout, stderr) = run(words);

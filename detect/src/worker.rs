@@ -476,3 +476,119 @@ fn log_event(kind: EventType, event: &CloudEvent) {
         EventType::Alarm => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::registry::Registry;
+    use proto::bus::memory::Bus;
+    use proto::client_ip::Client;
+    use proto::event::{Event, FileSpan};
+
+    use super::*;
+
+    const LINE_BYTES: u64 = 100;
+
+    struct Host {
+        dir: tempfile::TempDir,
+        clock: Clock,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            Self { dir: tempfile::tempdir().unwrap(), clock: Clock::manual(Timestamp::from_secs(1_767_225_600)) }
+        }
+
+        fn start(&self) -> (Worker, Bus) {
+            let bus = Bus::new();
+            let outlets = Outlets {
+                bans: bus.bans.clone(),
+                lists: bus.lists.clone(),
+                interest: bus.interest.clone(),
+                events: bus.events.clone(),
+                nodes: bus.nodes.clone(),
+                names: watch::Sender::new(Names::default()),
+            };
+            let parts = Parts {
+                node: "n".into(),
+                config: DetectConfig::default(),
+                state_dir: Some(self.dir.path().to_owned()),
+                outlets,
+                clock: self.clock.clone(),
+                metrics: Metrics::new(&mut Registry::default()),
+            };
+            (Worker::start(parts).unwrap(), bus)
+        }
+
+        /// Bad requests of one client, one a second.
+        fn batch(&self, lines: std::ops::Range<u64>) -> AccessBatch {
+            let mut batch = AccessBatch::new("n".into(), "s".into(), self.clock.now());
+            for line in lines.clone() {
+                let client = Ok(Client { addr: "192.0.2.1".parse().unwrap(), via_proxy: false });
+                let time = Some(Timestamp::from_secs(1_767_225_600 - 60 + line as i64));
+                batch.push(&Event { time, client, status: 404, offset: line * LINE_BYTES, ..Event::default() });
+            }
+            batch.span = Some(FileSpan { generation: 7, start: lines.start * LINE_BYTES, end: lines.end * LINE_BYTES });
+            batch
+        }
+    }
+
+    fn feed(worker: &mut Worker, batch: &AccessBatch) {
+        worker.engine.handle_batch(batch, worker.clock.now());
+        worker.collect();
+        worker.settle(false);
+    }
+
+    #[test]
+    fn a_kill_at_fourteen_of_fifteen_loses_no_count_and_doubles_no_ban() {
+        let host = Host::new();
+        let (mut worker, _bus) = host.start();
+        feed(&mut worker, &host.batch(0..14));
+        worker.settle(true);
+        drop(worker);
+
+        let (mut worker, bus) = host.start();
+        let position = worker.read_positions()[&("s".to_owned(), 7)];
+        assert_eq!((position.offset, position.needed), (0, true));
+        feed(&mut worker, &host.batch(0..14));
+        assert!(bus.bans.all().is_empty(), "fourteen are fourteen, however often they are read");
+        feed(&mut worker, &host.batch(14..15));
+        let bans = bus.bans.all();
+        assert_eq!(bans[0].bans[0].evidence.failures, 15);
+        drop(worker);
+
+        let (mut worker, bus) = host.start();
+        assert_eq!(bus.bans.all(), bans, "published before anything is read, with the same end");
+        feed(&mut worker, &host.batch(0..15));
+        assert_eq!((bus.bans.all(), worker.engine.stats().rules[1].1), (bans, 0));
+    }
+
+    #[test]
+    fn what_was_not_stored_is_read_and_decided_again() {
+        let host = Host::new();
+        let (mut worker, _bus) = host.start();
+        // Handled, but the process dies before it can store anything.
+        worker.engine.handle_batch(&host.batch(0..20), host.clock.now());
+        drop(worker);
+        let (mut worker, bus) = host.start();
+        assert!(worker.read_positions().is_empty() && bus.bans.all().is_empty());
+        feed(&mut worker, &host.batch(0..20));
+        assert_eq!(bus.bans.all().len(), 1);
+    }
+
+    #[test]
+    fn changes_of_one_file_that_could_not_be_stored_are_joined() {
+        use crate::engine::stream::{FileChange, FileKey, Mark, Position, Ranges};
+        let mark = |offset, position| Mark { offset, position: Position(position), arrival: Timestamp::EPOCH };
+        let change = |unsaved_from, marks: &[Mark]| FileChange {
+            key: FileKey { node: "n".into(), source: "s".into(), generation: 1 },
+            decided: Ranges::default(),
+            last_arrival: Timestamp::EPOCH,
+            marks_from: 0,
+            unsaved_from,
+            marks: marks.to_vec(),
+        };
+        let mut pending = vec![change(10, &[mark(10, 1), mark(20, 2), mark(30, 3)])];
+        merge_files(&mut pending, vec![change(30, &[mark(30, 4), mark(40, 5)])]);
+        assert_eq!(pending, [change(10, &[mark(10, 1), mark(20, 2), mark(30, 4), mark(40, 5)])]);
+    }
+}

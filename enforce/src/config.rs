@@ -400,7 +400,10 @@ fn check_backend(given: Option<String>, mistakes: &mut Mistakes) -> Option<Backe
 }
 
 fn check_chains(given: Option<RawChains>, mistakes: &mut Mistakes) -> Option<Chains> {
-    let Some(RawChains::Listed(texts)) = given else { return Some(Chains::Auto) };
+    let texts = match given {
+        None | Some(RawChains::Auto) => return Some(Chains::Auto),
+        Some(RawChains::Listed(texts)) => texts,
+    };
     if texts.is_empty() || texts.len() > CHAINS_MAX {
         mistakes.add("chains", format!("expected 1 to {CHAINS_MAX} chains, got {}", texts.len()));
         return None;

@@ -187,13 +187,12 @@ impl ReplayReader {
             let Some(lines) = &mut log.open else { continue };
             let newest = &mut log.newest;
             let goes_on = lines.read_chunk(file, &mut chunk, |frame, parser| {
-                let outcome = match frame.line {
-                    None => None,
-                    Some(line) => Some(parser.with_event(line, frame.start, |event| {
+                let outcome = frame.line.map(|line| {
+                    parser.with_event(line, frame.start, |event| {
                         merge.take(index, event, newest);
                         (event.time, event.client.err())
-                    })),
-                };
+                    })
+                });
                 stats.note(&frame, outcome);
             })?;
             if !goes_on {

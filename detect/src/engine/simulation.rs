@@ -1,7 +1,7 @@
 //! A seeded simulation: an engine that is killed, fed twice and reloaded must agree after every step with a twin that
 //! lives an easy life.
 //!
-//! Replay one seed with `SIMULATION_SEED=n cargo test -p detect simulation`.
+//! `SIMULATION_SEED=n cargo test -p detect simulation` repeats one seed, `SIMULATION_SEEDS=n` runs more of them.
 
 use std::collections::BTreeSet;
 
@@ -240,7 +240,8 @@ fn a_hard_life_ends_like_an_easy_one() {
     if let Ok(seed) = std::env::var("SIMULATION_SEED") {
         return simulate(seed.parse().unwrap());
     }
-    for seed in 0..SEEDS {
+    let seeds = std::env::var("SIMULATION_SEEDS").map_or(SEEDS, |seeds| seeds.parse().unwrap());
+    for seed in 0..seeds {
         simulate(seed);
     }
 }

@@ -300,11 +300,6 @@ impl Stream {
     pub fn all(&self) -> Vec<(FileKey, FileState)> {
         self.files.iter().map(|file| (file.key.clone(), file.state.clone())).collect()
     }
-
-    /// Whether anything has changed since the last [`Self::take_changes`].
-    pub fn is_changed(&self) -> bool {
-        self.files.iter().any(|file| file.changed)
-    }
 }
 
 /// The first offset from which lines may have arrived after `since`.

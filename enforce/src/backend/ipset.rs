@@ -277,4 +277,38 @@ mod tests {
         render(&step, &mut line);
         assert_eq!(parse_member(line.trim(), set), Some((target, Some(5), "rule-1".into())));
     }
+
+    /// Applies additions of 192.0.2.`from`..=`to` through the stand-in; the refused steps and what was taken.
+    fn apply_to_stand_in(from: u8, to: u8) -> (Vec<usize>, std::collections::BTreeSet<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("ipset");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/forgetful-ipset.sh");
+        std::os::unix::fs::symlink(script, &program).unwrap();
+        let set = SetId::Bans(Family::V4);
+        let add = |n| Step::Add {
+            set,
+            target: [192, 0, 2, n].map(|b| b.to_string()).join(".").parse().unwrap(),
+            timeout_s: Some(9),
+            comment: "r".into(),
+        };
+        let steps: Vec<Step> = (from..=to).map(add).chain([Step::Destroy(SetId::Fresh(Family::V4))]).collect();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let applied = runtime.block_on(Ipset { program }.apply(&steps));
+        assert!(applied.stopped.is_none());
+        let taken = std::fs::read_to_string(dir.path().join("applied")).unwrap();
+        assert_eq!(taken.matches("destroy").count(), 1, "what cannot be repeated is done once");
+        let taken = taken.lines().filter_map(|line| parse_member(line, set)).map(|(target, ..)| target.to_string());
+        (applied.refused.iter().map(|refused| refused.step).collect(), taken.collect())
+    }
+
+    #[test]
+    fn a_refused_line_does_not_take_its_batch_along() {
+        let (refused, taken) = apply_to_stand_in(60, 80);
+        assert_eq!(refused, [6, 7, 8, 9]);
+        assert_eq!(taken.len(), 17, "{taken:?}");
+        let (refused, taken) = apply_to_stand_in(66, 70);
+        assert_eq!((refused.len(), taken.len()), (4, 1), "the first line may be refused as well");
+        let (refused, taken) = apply_to_stand_in(50, 69);
+        assert_eq!((refused.len(), taken.len()), (4, 16), "and the last");
+    }
 }

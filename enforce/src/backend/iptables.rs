@@ -46,6 +46,15 @@ pub(crate) struct RulesOutcome {
     pub(crate) places: BTreeMap<Family, String>,
 }
 
+/// What a family's rules counted: packets and bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    /// Before they were last made anew.
+    former: (u64, u64),
+    /// At the last look.
+    last: (u64, u64),
+}
+
 /// Keeps our rules in place.
 #[derive(Debug)]
 pub(crate) struct Iptables {
@@ -56,8 +65,7 @@ pub(crate) struct Iptables {
     lifts: BTreeMap<Family, Lifts>,
     /// Families whose rules were in place at the last look.
     placed: BTreeSet<Family>,
-    /// What each family's rules counted at the last look, and before they were last made anew.
-    counted: BTreeMap<Family, ((u64, u64), (u64, u64))>,
+    counted: BTreeMap<Family, Counted>,
 }
 
 impl Iptables {
@@ -84,8 +92,8 @@ impl Iptables {
                 outcome.problems.push(Problem::degraded(format!("{}: {}", family.as_str(), chain_of(&error))));
             }
         }
-        for (former, now) in self.counted.values() {
-            outcome.dropped = (outcome.dropped.0 + former.0 + now.0, outcome.dropped.1 + former.1 + now.1);
+        for Counted { former, last } in self.counted.values() {
+            outcome.dropped = (outcome.dropped.0 + former.0 + last.0, outcome.dropped.1 + former.1 + last.1);
         }
         outcome
     }
@@ -213,7 +221,7 @@ impl Iptables {
     }
 
     fn count(&mut self, family: Family, view: &View) {
-        let (former, last) = self.counted.entry(family).or_default();
+        let Counted { former, last } = self.counted.entry(family).or_default();
         if view.dropped.0 < last.0 || view.dropped.1 < last.1 {
             // Our rules were made anew and count from zero again.
             *former = (former.0 + last.0, former.1 + last.1);

@@ -29,10 +29,13 @@ impl Seed {
     }
 }
 
+type FakeMembers = BTreeMap<Target, (Option<Timestamp>, String)>;
+
 /// A kernel with a mind of its own: whole seconds, full sets, refusals.
 #[derive(Default)]
 struct FakeKernel {
-    sets: BTreeMap<&'static str, (SetId, u32, BTreeMap<Target, (Option<Timestamp>, String)>)>,
+    /// By name: which set it is, its room, its members.
+    sets: BTreeMap<&'static str, (SetId, u32, FakeMembers)>,
     /// So many of the next additions are refused.
     refusing: u64,
 }

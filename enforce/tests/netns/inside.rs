@@ -22,7 +22,7 @@ use tokio::net::TcpSocket;
 /// Long enough for a busy machine, short enough to wait for a client that is cut off.
 const CUT_OFF_AFTER: Duration = Duration::from_millis(700);
 
-pub fn main(args: &[String]) {
+pub(crate) fn main(args: &[String]) {
     match args[0].as_str() {
         "enforcer" => enforcer(&args[1..]),
         "teardown" => teardown(&args[1]),
@@ -58,6 +58,7 @@ fn enforcer(args: &[String]) {
     let runtime = runtime();
     let bus = Bus::new();
     let (shutdown, clock) = (Shutdown::new(), Clock::system());
+    let mut registry = Registry::default();
     let inputs = Inputs {
         node: "test".into(),
         bans: bus.bans.clone(),
@@ -68,7 +69,7 @@ fn enforcer(args: &[String]) {
         state_dir: Some(state_dir),
         dry_run,
         clock: clock.clone(),
-        metrics: EnforceMetrics::register(&mut Registry::default()),
+        metrics: EnforceMetrics::register(&mut registry),
         shutdown: shutdown.clone(),
     };
     let role = runtime.spawn(enforce::run(config, inputs));
@@ -80,7 +81,7 @@ fn enforcer(args: &[String]) {
             ["ban", list, seconds] => {
                 let seconds: u64 = seconds.parse().unwrap();
                 let records = targets(list).into_iter().map(|target| BanChange::Put(record(target, seconds, &clock)));
-                bus.bans.publish(records, None);
+                bus.bans.publish(records, Some(clock.now()));
                 answer("ok");
             }
             ["unban", list] => {
@@ -104,6 +105,11 @@ fn enforcer(args: &[String]) {
             ["report"] => {
                 let report = bus.nodes.all().into_iter().find(|report| report.role == Role::Enforce);
                 answer(serde_json::to_value(&report).unwrap());
+            }
+            ["metrics"] => {
+                let mut text = String::new();
+                prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+                answer(json!(text));
             }
             ["explain", address] => {
                 let (reply, replied) = tokio::sync::oneshot::channel();

@@ -81,9 +81,7 @@ fn every_json_sample_has_its_fields() {
                 "2026-01-08T14:20:00.000Z 192.168.65.1 200/200 POST api.localhost /api/data? HTTP/1.1 [-] [parent@file \
                  -> child@file] api@file web -"
             ),
-            event(
-                "2026-01-14T09:45:33.759Z 192.168.1.115 404/0 GET admin.mydomain.com /? HTTP/2.0 [-] [-] - https -"
-            ),
+            event("2026-01-14T09:45:33.759Z 192.168.1.115 404/0 GET admin.mydomain.com /? HTTP/2.0 [-] [-] - https -"),
             Outcome::Unparsed(Refusal::NotClf),
             event(
                 "2025-11-28T09:21:55.645Z 172.71.122.85 204/0 OPTIONS example.com /_matrix/client/v3/sync? HTTP/2.0 [-] \
@@ -107,18 +105,24 @@ fn every_clf_sample_has_its_fields() {
     assert_eq!(
         shown,
         [
-            event("2021-12-08T09:16:05.000Z 172.17.0.1 200/0 GET - /scripts/cpshost.dll? HTTP/1.1 [-] [test@docker] - - -"),
+            event(
+                "2021-12-08T09:16:05.000Z 172.17.0.1 200/0 GET - /scripts/cpshost.dll? HTTP/1.1 [-] [test@docker] - - -"
+            ),
             event(
                 "2021-12-08T09:16:05.000Z 172.17.0.1 200/0 GET - /upload.asp?test=toto&tata=test HTTP/1.1 [-] \
                  [test@docker] - - -"
             ),
             event("2021-12-08T13:59:39.000Z 172.17.0.1 200/0 GET - /cgi.cgi/? HTTP/1.1 [Nikto] [test@docker] - - -"),
-            event("2021-12-08T13:59:39.000Z 172.17.0.1 200/0 GET - /index?toto=tata HTTP/1.1 [Nikto] [test@docker] - - -"),
+            event(
+                "2021-12-08T13:59:39.000Z 172.17.0.1 200/0 GET - /index?toto=tata HTTP/1.1 [Nikto] [test@docker] - - -"
+            ),
             event(
                 "2022-09-28T13:38:04.000Z 172.17.1.1 0/0 GET - /mobileadmin/home.cs? HTTP/1.1 [Mozilla/5.00 (Nikto/2.1.5) \
                  (Evasions:None) (Test:006607)] [-] - - -"
             ),
-            event("2024-11-24T13:38:04.000Z 172.17.1.2 200/0 GET - /birthday? HTTP/2 [Nikto] [test@docker -> leaf@docker] - - -"),
+            event(
+                "2024-11-24T13:38:04.000Z 172.17.1.2 200/0 GET - /birthday? HTTP/2 [Nikto] [test@docker -> leaf@docker] - - -"
+            ),
             event(
                 "2024-11-24T13:40:15.000Z 172.17.1.3 200/0 GET - /api/users? HTTP/1.1 [curl/7.68.0] [root@docker -> \
                  intermediate1@docker -> intermediate2@docker -> leaf@docker] - - -"
@@ -185,7 +189,10 @@ fn hosts_lose_their_port() {
 fn other_lines_are_refused_with_a_reason() {
     let mut parser = parser(&[]);
     for (line, refusal) in [
-        (r#"{"level":"info","msg":"Starting provider","entryPointName":"web","time":"2026-01-01T00:00:00Z"}"#, Refusal::NotAccess),
+        (
+            r#"{"level":"info","msg":"Starting provider","entryPointName":"web","time":"2026-01-01T00:00:00Z"}"#,
+            Refusal::NotAccess,
+        ),
         ("{}", Refusal::NotAccess),
         (r#"{"ClientAddr":"192.0.2.1:1"} x"#, Refusal::NotJson),
         (r#"{"ClientAddr":"192.0.2.1:1""#, Refusal::NotJson),
@@ -232,7 +239,10 @@ fn chains_of_trusted_peers() {
     let found = |text: &str| Ok(Client { addr: addr(text), via_proxy: true });
     assert_eq!(chain(r#""ClientHost":"198.51.100.9, 192.0.2.5, 10.0.0.2""#), found("192.0.2.5"));
     // Only the first of two header lines is in ClientHost; the header, where it is logged, has both.
-    assert_eq!(chain(r#""ClientHost":"198.51.100.9","request_X-Forwarded-For":"198.51.100.9,192.0.2.5""#), found("192.0.2.5"));
+    assert_eq!(
+        chain(r#""ClientHost":"198.51.100.9","request_X-Forwarded-For":"198.51.100.9,192.0.2.5""#),
+        found("192.0.2.5")
+    );
     assert_eq!(chain(r#""ClientHost":"192.0.2.5","request_X-Forwarded-For":"REDACTED""#), found("192.0.2.5"));
     assert_eq!(chain(r#""ClientHost":"::ffff:192.0.2.5""#), found("192.0.2.5"));
     assert_eq!(chain(r#""ClientHost":"fe80::1%eth0""#), found("fe80::1"));
@@ -257,9 +267,10 @@ fn a_cdn_header_counts_only_from_that_cdn() {
 
 #[test]
 fn only_headers_of_interest_are_kept() {
-    let line = r#"{"ClientAddr":"192.0.2.1:1","request_User-Agent":"curl","request_Referer":"http://a","request_Cookie":"s",
+    let line =
+        r#"{"ClientAddr":"192.0.2.1:1","request_User-Agent":"curl","request_Referer":"http://a","request_Cookie":"s",
         "request_Cf-Connecting-Ip":"198.51.100.7","request_X-Api-Key":"REDACTED","origin_Referer":"x"}"#
-        .replace('\n', "");
+            .replace('\n', "");
     let headers = |parser: &mut Parser, line: &str| {
         parser.with_event(line.as_bytes(), 0, |event| {
             let text = event.headers.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>();
@@ -271,7 +282,10 @@ fn only_headers_of_interest_are_kept() {
     assert_eq!(headers(&mut parser, &line), Outcome::Event(expected.clone()));
     assert_eq!(headers(&mut parser, &line), Outcome::Event(expected), "the buffers are used again");
     let clf = r#"192.0.2.1 - - [08/Dec/2021:09:16:05 +0000] "GET / HTTP/1.1" 404 0 "http://a" "curl""#;
-    assert_eq!(headers(&mut parser, clf), Outcome::Event(("Referer=http://a User-Agent=curl".to_owned(), "curl".to_owned())));
+    assert_eq!(
+        headers(&mut parser, clf),
+        Outcome::Event(("Referer=http://a User-Agent=curl".to_owned(), "curl".to_owned()))
+    );
     parser.set_rules(policy(), Arc::default());
     assert_eq!(headers(&mut parser, &line), Outcome::Event((String::new(), "curl".to_owned())));
 }

@@ -32,12 +32,15 @@ fn paths(files: Vec<ReplayFile>, horizon: Duration) -> Vec<String> {
     let mut found = Vec::new();
     let reader = ReplayReader::new(files, settings(horizon));
     reader
-        .run(|event| event.text.path != "/skip", |item| {
-            let event = item.event;
-            assert_eq!(event.headers.get("Referer"), Some(&*format!("r{}", event.text.path)));
-            assert_eq!(event.status, 404);
-            found.push(event.text.path.to_owned());
-        })
+        .run(
+            |event| event.text.path != "/skip",
+            |item| {
+                let event = item.event;
+                assert_eq!(event.headers.get("Referer"), Some(&*format!("r{}", event.text.path)));
+                assert_eq!(event.status, 404);
+                found.push(event.text.path.to_owned());
+            },
+        )
         .unwrap();
     found
 }

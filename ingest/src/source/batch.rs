@@ -225,10 +225,13 @@ impl Batcher {
         status.report.lost_bytes = lost_bytes;
     }
 
-    /// Replaces the problems of the source.
+    /// Replaces the problems of the source and logs those that are new.
     pub(crate) fn publish(&self, files: u64, problems: Vec<Problem>) {
         self.metrics.files.set(files as i64);
         let mut status = self.shared.status();
+        for problem in problems.iter().filter(|problem| !status.problems.contains(problem)) {
+            tracing::warn!(source = %self.shared.source, problem = problem.text, "A source of log lines has a problem");
+        }
         status.report.files = files;
         status.problems = problems;
     }

@@ -52,7 +52,7 @@ impl Scan {
         let matched: Vec<PathBuf> = self.seen.iter().map(|seen| seen.path.clone()).collect();
         for path in &matched {
             let Some(name) = path.file_name().and_then(OsStr::to_str) else { continue };
-            for candidate in self.list(&directory_of(path)) {
+            for candidate in self.list(path.parent().unwrap_or(Path::new(""))) {
                 let is_sibling = candidate.file_name().and_then(OsStr::to_str).is_some_and(|other| {
                     other.len() > name.len() && other.starts_with(name) && !is_compressed(&candidate)
                 });

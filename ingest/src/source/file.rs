@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::future;
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -109,13 +111,13 @@ impl FileSource {
             }
             if self.scan_due {
                 self.scan_due = false;
-                self.scan();
+                self.scan()?;
             }
             let more = self.read_dirty()?;
             if !more && !self.positions_checked {
                 self.positions_checked = true;
                 self.missing = self.tail.needed_missing();
-                self.publish(&[]);
+                self.publish();
             }
             self.batcher.set_behind(self.tail.behind_bytes(), self.tail.lost_bytes());
             match handle.block_on(self.wait(&mut ticks, more)) {
@@ -135,7 +137,7 @@ impl FileSource {
             Ok(()) = self.rules.client_ip.changed() => Wake::Rules,
             Ok(()) = self.rules.interest.changed() => Wake::Rules,
             changes = self.watch.changed() => Wake::Changed(changes),
-            () = std::future::ready(()), if more => Wake::Ready,
+            () = future::ready(()), if more => Wake::Ready,
         }
     }
 
@@ -170,7 +172,7 @@ impl FileSource {
         self.obey()
     }
 
-    fn scan(&mut self) {
+    fn scan(&mut self) -> Result<(), Stopped> {
         let mut scan = discover::scan(&self.config);
         if self.tail.wants_siblings(scan.seen.iter().map(|seen| seen.path.as_path())) {
             scan.add_siblings();
@@ -178,9 +180,9 @@ impl FileSource {
         self.watch.set_directories(&scan.directories);
         self.tail.handle_scan(scan.seen, self.shared.clock.now());
         self.failures = scan.failures;
-        // A failure to send shows at the next read.
-        let _ = self.obey();
-        self.publish(&self.failures);
+        self.obey()?;
+        self.publish();
+        Ok(())
     }
 
     fn obey(&mut self) -> Result<(), Stopped> {
@@ -208,9 +210,8 @@ impl FileSource {
                 self.tail.handle_opened(key, discover::id_of(&metadata));
             }
             Err(error) => {
-                self.tail.handle_open_failed(key);
-                if error.kind() != std::io::ErrorKind::NotFound {
-                    tracing::warn!(source = %self.shared.source, path = %path.display(), %error, "Cannot open log file");
+                self.tail.handle_failed(key);
+                if error.kind() != io::ErrorKind::NotFound {
                     self.failures.push((path, error.to_string()));
                 }
             }
@@ -254,7 +255,7 @@ impl FileSource {
         Ok(true)
     }
 
-    fn read_once(&mut self, key: FileKey) -> std::io::Result<Result<bool, Stopped>> {
+    fn read_once(&mut self, key: FileKey) -> io::Result<Result<bool, Stopped>> {
         let (Some(range), Some(open)) = (self.tail.next_read(key), self.open.get(&key)) else { return Ok(Ok(false)) };
         let length = read_full(&open.file, &mut self.buffer, range.offset)?;
         self.head.resize(range.head_bytes, 0);
@@ -271,21 +272,21 @@ impl FileSource {
         Ok(stopped.map(|()| more))
     }
 
-    /// A file that cannot be read is let go; the next scan opens it anew and begins where it would after a restart.
-    fn give_up(&mut self, key: FileKey, error: &std::io::Error) -> Result<(), Stopped> {
+    /// A file that cannot be read is let go; the next scan opens it anew.
+    fn give_up(&mut self, key: FileKey, error: &io::Error) -> Result<(), Stopped> {
         if let Some(open) = self.open.remove(&key) {
-            tracing::warn!(source = %self.shared.source, path = %open.path.display(), %error, "Cannot read log file");
             self.failures.push((open.path, error.to_string()));
         }
         self.watch.remove_file(key);
         self.dirty.remove(&key);
-        self.tail.handle_open_failed(key);
+        self.tail.handle_failed(key);
         self.batcher.close(key)?;
-        self.publish(&self.failures);
+        self.publish();
         Ok(())
     }
 
-    fn publish(&self, failures: &[(PathBuf, String)]) {
+    fn publish(&self) {
+        let failures = &self.failures;
         let name = &self.shared.source;
         let mut problems: Vec<Problem> = failures
             .iter()
@@ -327,13 +328,13 @@ enum Wake {
 }
 
 /// Fills `buffer` from `offset`, as far as the file goes.
-fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], offset + filled as u64) {
             Ok(0) => break,
             Ok(count) => filled += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }

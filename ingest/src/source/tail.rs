@@ -62,7 +62,7 @@ pub struct FileKey(u64);
 /// What must be done outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Open the path and answer with [`Tail::handle_opened`] or [`Tail::handle_open_failed`].
+    /// Open the path and answer with [`Tail::handle_opened`] or [`Tail::handle_failed`].
     Open {
         /// Names the file from now on.
         file: FileKey,
@@ -218,7 +218,8 @@ impl Tail {
         }
         self.refused_files = 0;
         for found in &seen {
-            if self.files.iter().any(|file| file.id == found.id) {
+            let is_matched = || seen.iter().any(|other| other.sibling_of.is_none() && other.id == found.id);
+            if self.files.iter().any(|file| file.id == found.id) || (found.sibling_of.is_some() && is_matched()) {
                 continue;
             }
             if self.files.len() >= FILES_MAX {
@@ -270,9 +271,13 @@ impl Tail {
         }
     }
 
-    /// The file could not be opened (or read). The next scan tries again.
-    pub fn handle_open_failed(&mut self, file: FileKey) {
-        self.files.retain(|other| other.key != file);
+    /// The file could not be opened or read and is forgotten. The next scan tries again, from where reading ended.
+    pub fn handle_failed(&mut self, file: FileKey) {
+        let Some(index) = self.files.iter().position(|other| other.key == file) else { return };
+        if let State::Following(following) = self.files.remove(index).state {
+            let position = Position { offset: following.framer.complete(), needed: false };
+            self.positions.insert(following.generation, position);
+        }
     }
 
     /// Open files, in the order in which they are to be read: those that are older come first.
@@ -307,12 +312,12 @@ impl Tail {
         file.size = read.size;
         file.read_at = now;
         match &mut file.state {
-            State::Opening => return false,
+            State::Opening => false,
             State::FirstLine(held) => {
                 if held.len() != read.data.len() {
                     file.grown_at = now;
                 }
-                return self.read_first_line(index, read, each);
+                self.read_first_line(index, read, each)
             }
             State::Following(following) => {
                 let is_same = read.head == following.head;
@@ -346,8 +351,7 @@ impl Tail {
         };
         let generation = generation_of(file.id.inode, &read.data[..end]);
         // A position serves once: the same beginning after a truncation is new content.
-        let position = if file.origin == FileOrigin::Truncated { None } else { self.positions.remove(&generation) };
-        let (offset, skip_line) = match (position, file.origin) {
+        let (offset, skip_line) = match (self.positions.remove(&generation), file.origin) {
             (Some(position), _) => (position.offset.min(read.size), false),
             (None, FileOrigin::Sibling) => {
                 self.close_at(index);

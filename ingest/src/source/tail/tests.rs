@@ -300,7 +300,8 @@ const HALF: Act = Act::Write { length: 5, cut: 4 };
 
 #[test]
 fn a_late_line_in_a_renamed_file_is_read() {
-    let world = play(&[LINE, Act::Scan, Act::Read(9), Act::Rename, LINE, Act::Scan, LINE, Act::Reopen, LINE, Act::Scan]);
+    let world =
+        play(&[LINE, Act::Scan, Act::Read(9), Act::Rename, LINE, Act::Scan, LINE, Act::Reopen, LINE, Act::Scan]);
     assert_eq!(world.delivered[&(0, 0)], world.inodes[0].data.len() as u64);
 }
 
@@ -326,6 +327,50 @@ fn a_renamed_file_stays_open_until_its_successor_has_content() {
     while world.read_step() {}
     world.close_finished();
     assert!(!world.open.values().any(|inode| *inode == 0));
+}
+
+#[test]
+fn every_late_line_keeps_a_renamed_file_open() {
+    let mut world = World::new();
+    for act in [LINE, Act::Scan, Act::Read(9), Act::Rename] {
+        world.act(&act);
+    }
+    world.inodes.push(Inode { data: b"of another writer\n".to_vec(), epoch: 0 });
+    world.paths.insert(LOG.to_owned(), 1);
+    for _ in 0..10 {
+        world.write(5, 40);
+        world.now = world.now.saturating_add(Duration::from_secs(4));
+        world.scan();
+        while world.read_step() {}
+        world.close_finished();
+        assert_eq!(world.delivered[&(0, 0)], world.inodes[0].data.len() as u64);
+    }
+}
+
+#[test]
+fn unknown_rotated_files_are_history() {
+    let mut world = World::new();
+    for act in [LINE, Act::Scan, Act::Read(9), LINE, Act::Rename, Act::Reopen, LINE, Act::Rename, Act::Reopen, LINE] {
+        world.act(&act);
+    }
+    world.restart();
+    world.settle();
+    world.check();
+    assert_eq!(world.delivered.keys().collect::<Vec<_>>(), [&(0, 0), &(2, 0)]);
+}
+
+#[test]
+fn a_file_that_failed_is_read_on_from_where_it_ended() {
+    let mut world = World::new();
+    for act in [LINE, LINE, Act::Scan, Act::Read(9)] {
+        world.act(&act);
+    }
+    let key = world.tail.files().next().unwrap();
+    world.tail.handle_failed(key);
+    world.open.clear();
+    world.act(&LINE);
+    world.settle();
+    world.check();
 }
 
 #[test]
@@ -377,10 +422,8 @@ fn a_rotated_file_is_found_again_after_a_restart() {
 
 #[test]
 fn a_needed_position_without_its_file_is_reported() {
-    let positions = BTreeMap::from([
-        (1, Position { offset: 5, needed: true }),
-        (2, Position { offset: 5, needed: false }),
-    ]);
+    let positions =
+        BTreeMap::from([(1, Position { offset: 5, needed: true }), (2, Position { offset: 5, needed: false })]);
     let mut world = World::new();
     world.tail = new_tail(positions);
     world.act(&LINE);
@@ -407,11 +450,8 @@ fn existing_files_can_be_skipped_but_not_what_comes_then() {
             }
             let data = &world.inodes[0].data;
             let range = world.tail.next_read(key).unwrap();
-            let read = Read {
-                data: &data[range.offset as usize..],
-                head: &data[..range.head_bytes],
-                size: data.len() as u64,
-            };
+            let read =
+                Read { data: &data[range.offset as usize..], head: &data[..range.head_bytes], size: data.len() as u64 };
             world.tail.handle_read(key, read, world.now, &mut |piece| {
                 assert!(piece.frame.start >= skipped);
                 pieces += 1;
