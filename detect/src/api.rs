@@ -41,8 +41,8 @@ use crate::worker::{CommandError, Request};
 pub const GROUP: &str = "portcullis";
 /// Largest request body, in bytes.
 const BODY_MAX: usize = 256 * 1024;
-/// How long the worker or an enforcer may take to answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the worker or an enforcer may take to answer: less than callers wait, so that they learn why.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What the API answers from.
 #[derive(Clone, Debug)]

@@ -11,10 +11,12 @@ pub mod allow;
 pub mod bans;
 pub mod clients;
 pub mod command;
+mod count;
 pub mod escalation;
 pub mod explain;
 pub mod matcher;
 pub mod offender;
+pub mod output;
 pub mod rate;
 pub mod rule;
 pub mod stream;
@@ -26,30 +28,30 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use proto::ban::{Ban, BanChange, BanRecord, Evidence, Lists, Origin, Pause};
+use proto::ban::{Ban, BanChange, BanRecord, Lists, Pause};
 use proto::envelope::EventType;
 use proto::event::{AccessBatch, Event, FileSpan, Interest};
 use proto::net::{NetSet, Target};
 use proto::time::Timestamp;
 
+pub use output::{Control, Output, Snapshot, Stats};
+
 use allow::Allows;
 use bans::Bans;
-use clients::{Clients, Counted};
-use offender::{Offender, Offenders, Quiet};
+use clients::Clients;
+use count::Counting;
+use offender::{Offenders, Quiet};
 use rate::Bucket;
-use rule::{Mode, Rule, Threshold};
-use stream::{Admission, FileKey, FileState, MARK_INTERVAL, Position, Slot, Stream};
+use rule::{Mode, Rule};
+use stream::{Admission, FileKey, MARK_INTERVAL, Position, Slot, Stream};
 use visitors::Visitors;
-use window::{Complete, Mark, Span, Window, value_hash};
 
-/// Windows that keep sampled texts for evidence; further ones only count. About 1 KiB each.
-const SAMPLED_WINDOWS_MAX: usize = 10_000;
 /// Different nodes named in evidence.
 const NODES_MAX: usize = u16::MAX as usize;
 
@@ -92,91 +94,6 @@ impl EngineConfig {
     }
 }
 
-/// What the caller has to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Output {
-    /// Store and enforce this.
-    Record(BanChange),
-    /// Store this history, or remove it.
-    Offender(Target, Option<Offender>),
-    /// Store [`Engine::control`] and publish [`Engine::lists`].
-    Control,
-    /// Tell the world. Follows the change it speaks of.
-    Told(EventType, Box<Ban>),
-    /// A shadow rule would have banned.
-    Shadow(Box<Ban>),
-    /// A ban that is already over: it counts, but is neither enforced nor told.
-    Over(Box<Ban>),
-    /// Something needs a person.
-    Alarm {
-        /// A stable word.
-        kind: &'static str,
-        /// For people.
-        text: String,
-    },
-}
-
-/// Counts since start.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Events handled, repetitions aside.
-    pub events: u64,
-    /// Events seen before.
-    pub duplicates: u64,
-    /// Events that only filled windows.
-    pub rebuilt: u64,
-    /// Matching events that came later than `lateness_max`.
-    pub late: u64,
-    /// Events whose time was in the future and was cut to their arrival.
-    pub future: u64,
-    /// Events without a client.
-    pub no_client: u64,
-    /// Matching events of clients that may never be banned.
-    pub exempt: u64,
-    /// Matching events of clients that were banned at that time.
-    pub while_banned: u64,
-    /// Matching events that came during a pause.
-    pub while_paused: u64,
-    /// Windows dropped because a limit was reached.
-    pub evicted_clients: u64,
-    /// Histories dropped because a limit was reached.
-    pub evicted_offenders: u64,
-    /// Windows whose texts were not sampled because a limit was reached.
-    pub unsampled: u64,
-    /// By rule: matching events, and bans.
-    pub rules: Vec<(u64, u64)>,
-}
-
-/// What survives a restart beside bans, histories and files.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Control {
-    /// Set while all bans are lifted.
-    pub paused: Option<Pause>,
-    /// Events before this moment count for nobody: the end of the last pause.
-    pub counts_from: Timestamp,
-    /// Events up to this position count for nobody: where that pause ended.
-    pub counts_after: Position,
-    /// Targets that an operator allowed, and until when.
-    pub allowed: BTreeMap<Target, Option<Timestamp>>,
-    /// What the names in `never_ban` last resolved to.
-    pub resolved: BTreeMap<String, Vec<IpAddr>>,
-    /// Position of the next decision.
-    pub position: Position,
-}
-
-/// All that a restart needs; windows are rebuilt from the files.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Snapshot {
-    /// See [`Control`].
-    pub control: Control,
-    /// Bans in force when it was taken.
-    pub bans: Vec<BanRecord>,
-    /// Histories.
-    pub offenders: Vec<(Target, Offender)>,
-    /// Files.
-    pub files: Vec<(FileKey, FileState)>,
-}
-
 /// Where events come from, while a batch is handled.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
@@ -204,18 +121,6 @@ pub struct Engine {
     bucket: Bucket,
     stats: Stats,
     outputs: VecDeque<Output>,
-}
-
-/// An event that counts, with all that is known of it.
-#[derive(Clone, Copy)]
-struct Counting<'a, 'e> {
-    event: &'a Event<'e>,
-    node: u16,
-    target: Target,
-    time: Timestamp,
-    via_proxy: bool,
-    position: Position,
-    decides: bool,
 }
 
 impl Engine {
@@ -379,223 +284,6 @@ impl Engine {
         {
             let text = hidden_text(addr, share);
             self.outputs.push_back(Output::Alarm { kind: "visitors-behind-proxy", text });
-        }
-    }
-
-    fn count(&mut self, counting: &Counting<'_, '_>, matching: u64) {
-        let offender = self.offenders.get(&counting.target);
-        let banned_then = offender.is_some_and(|offender| counting.time < offender.quiet_until(counting.position));
-        self.stats.while_banned += u64::from(banned_then);
-        let mut decided = false;
-        for i in 0..self.config.rules.len() {
-            if matching & (1 << i) == 0 {
-                continue;
-            }
-            let rule = &self.config.rules[i];
-            let histories = if rule.mode == Mode::Shadow { &self.shadow } else { &self.offenders };
-            let history = histories.get(&counting.target).and_then(|offender| offender.history(&rule.name));
-            let shadowed = rule.mode == Mode::Shadow && history.is_some_and(|history| counting.time < history.last_end);
-            let consumed = history.is_some_and(|history| counting.position <= history.consumed);
-            if banned_then || shadowed || consumed {
-                continue;
-            }
-            if let Some(complete) = self.count_for_rule(counting, i) {
-                self.decide(counting, i, &complete);
-                decided = true;
-            }
-        }
-        if decided {
-            self.stream.advance();
-        }
-        self.bound_clients();
-    }
-
-    /// Adds the event to the rule's window or bucket; what it completes, if anything, is taken out.
-    fn count_for_rule(&mut self, counting: &Counting<'_, '_>, rule: usize) -> Option<Complete> {
-        let may_sample = self.clients.sampled() < SAMPLED_WINDOWS_MAX;
-        let Self { config, clients, bucket, stats, now, .. } = self;
-        let oldest = now.saturating_sub(config.lateness_max);
-        let rule_number = rule as u16;
-        let mark = Mark {
-            time: counting.time,
-            value: 0,
-            status: counting.event.status,
-            node: counting.node,
-            via_proxy: counting.via_proxy,
-            fresh: counting.decides,
-        };
-        match config.rules[rule].threshold {
-            Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, *now, |counted| {
-                let level = if let Some(Counted::Bucket(level)) = counted { Some(*level) } else { None };
-                let (level, fits) = bucket.pour(period, burst, counting.time, level);
-                if fits || !counting.decides {
-                    *counted = level.map(Counted::Bucket);
-                    return None;
-                }
-                *counted = None;
-                let mut full = Window::new(mark);
-                full.sample(
-                    mark.time,
-                    counting.event.text.path,
-                    counting.event.text.host,
-                    counting.event.text.user_agent,
-                );
-                full.complete(&mark, &Span { max_retry: 1, find_nanos: 0, distinct: false })
-            }),
-            Threshold::Window { max_retry, find_time, distinct } => {
-                let mark = Mark { value: distinct.map_or(0, |which| value_hash(which.of(counting.event))), ..mark };
-                let find_nanos = i64::try_from(find_time.as_nanos()).unwrap_or(i64::MAX);
-                let span = Span { max_retry, find_nanos, distinct: distinct.is_some() };
-                let oldest = oldest.saturating_sub(find_time);
-                clients.update(counting.target, rule_number, *now, |counted| {
-                    let held = counted.take();
-                    let mut window = match held {
-                        Some(Counted::Window(mut window)) => {
-                            window.insert(mark, oldest, &span);
-                            window
-                        }
-                        Some(Counted::Bucket(_)) | None => Window::new(mark),
-                    };
-                    // The first event's text is kept only where it is the last as well.
-                    if window.len() > 1 || max_retry == 1 {
-                        if may_sample || window.has_samples() {
-                            let text = &counting.event.text;
-                            window.sample(mark.time, text.path, text.host, text.user_agent);
-                        } else {
-                            stats.unsampled += 1;
-                        }
-                    }
-                    // What was decided is not decided again. But where a new line overtook this one, which is read
-                    // again from another file, they may be complete together.
-                    let complete = window.complete(&mark, &span).filter(|run| run.marks.iter().any(|mark| mark.fresh));
-                    if complete.is_none() {
-                        *counted = Some(Counted::Window(window));
-                    }
-                    complete
-                })
-            }
-        }
-    }
-
-    fn decide(&mut self, counting: &Counting<'_, '_>, rule: usize, complete: &Complete) {
-        let target = counting.target;
-        let position = self.stream.position();
-        let rule_ref = &self.config.rules[rule];
-        let (escalation, name) = (rule_ref.escalation.clone(), rule_ref.name.clone());
-        let (first, last) = match (complete.marks.first(), complete.marks.last()) {
-            (Some(first), Some(last)) => (first.time, last.time),
-            _ => (counting.time, counting.time),
-        };
-        let shadow = rule_ref.mode == Mode::Shadow;
-        let histories = if shadow { &mut self.shadow } else { &mut self.offenders };
-        let former = histories
-            .get(&target)
-            .map_or(0, |offender| offender.count(&name, escalation.across_rules, escalation.forget_after, last));
-        let ban_count = former.saturating_add(1);
-        let length = escalation.jittered_length(rule_ref.ban_time, ban_count, &target, &name);
-        let end = last.saturating_add(length);
-        histories.update(target, |offender| {
-            let own = offender.count(&name, false, escalation.forget_after, last);
-            let history = offender.history_mut(&name);
-            history.count = own.saturating_add(1);
-            history.last_end = end;
-            history.consumed = position;
-            let until = offender.quiet_now().max(end);
-            offender.set_quiet(Quiet { after: position, until });
-        });
-        self.stats.rules[rule].1 += 1;
-        let ban = Ban {
-            target,
-            rule: name.to_string(),
-            origin: Origin::Detect,
-            ban_count,
-            ban_seconds: Some(length.as_millis().div_ceil(1000) as u64),
-            banned_at: last,
-            expires_at: Some(end),
-            reason: reason(&self.config.rules[rule].threshold, complete),
-            evidence: self.evidence(complete, first, last),
-        };
-        if shadow {
-            self.outputs.push_back(Output::Shadow(Box::new(ban)));
-            self.bound_offenders();
-            return;
-        }
-        self.push_offender(target);
-        if ban.is_in_force(self.now) {
-            self.put_ban(ban);
-        } else {
-            self.outputs.push_back(Output::Over(Box::new(ban)));
-        }
-        self.bound_offenders();
-    }
-
-    fn evidence(&self, complete: &Complete, first: Timestamp, last: Timestamp) -> Evidence {
-        let mut nodes: Vec<String> = Vec::new();
-        for mark in &complete.marks {
-            let name = self.nodes.get(usize::from(mark.node)).map_or("", |node| node);
-            if !nodes.iter().any(|known| known == name) {
-                nodes.push(name.to_owned());
-            }
-        }
-        Evidence {
-            failures: u32::try_from(complete.marks.len()).unwrap_or(u32::MAX),
-            first_seen: Some(first),
-            last_seen: Some(last),
-            nodes,
-            hosts: complete.hosts.clone(),
-            statuses: complete.statuses(),
-            paths: complete.paths.clone(),
-            user_agents: complete.user_agents.clone(),
-            via_proxy: complete.marks.iter().any(|mark| mark.via_proxy),
-        }
-    }
-
-    fn put_ban(&mut self, ban: Ban) {
-        let was_banned = self.bans.put(ban.clone());
-        let kind = if was_banned { EventType::Extend } else { EventType::Ban };
-        if let Some(record) = self.bans.get(&ban.target) {
-            self.outputs.push_back(Output::Record(BanChange::Put(record.clone())));
-        }
-        self.outputs.push_back(Output::Told(kind, Box::new(ban)));
-    }
-
-    fn push_offender(&mut self, target: Target) {
-        self.outputs.push_back(Output::Offender(target, self.offenders.get(&target).cloned()));
-    }
-
-    fn bound_clients(&mut self) {
-        let (clients_max, events_max) = (self.config.tracked_clients_max, self.config.window_events_max);
-        while self.clients.len() > clients_max || self.clients.events() > events_max {
-            if self.clients.evict_oldest().is_none() {
-                return;
-            }
-            self.stats.evicted_clients += 1;
-            if self.stats.evicted_clients == 1 {
-                let text = format!(
-                    "more clients with open windows than {clients_max}, or more events than {events_max}: the oldest \
-                     are dropped and may go unbanned; raise detect.tracked_clients_max or detect.window_events_max"
-                );
-                self.outputs.push_back(Output::Alarm { kind: "tracked-clients-max", text });
-            }
-        }
-    }
-
-    fn bound_offenders(&mut self) {
-        while self.shadow.len() > self.config.offenders_max {
-            self.shadow.evict_oldest();
-        }
-        while self.offenders.len() > self.config.offenders_max {
-            let Some(target) = self.offenders.evict_oldest() else { return };
-            self.outputs.push_back(Output::Offender(target, None));
-            self.stats.evicted_offenders += 1;
-            if self.stats.evicted_offenders == 1 {
-                let text = format!(
-                    "more than {} targets with a ban history: the oldest start again at their first ban; raise \
-                     detect.offenders_max",
-                    self.config.offenders_max
-                );
-                self.outputs.push_back(Output::Alarm { kind: "offenders-max", text });
-            }
         }
     }
 
@@ -767,21 +455,4 @@ pub fn hidden_text(addr: IpAddr, share: u8) -> String {
          of yours, add it to ingest.client_ip.trusted_proxies and let Traefik trust its headers; if it is Docker's \
          userland proxy, give Traefik the host's network or switch the userland proxy off"
     )
-}
-
-fn reason(threshold: &Threshold, complete: &Complete) -> String {
-    let statuses: Vec<String> =
-        complete.statuses().iter().map(|(status, count)| format!("{count} x status {status}")).collect();
-    let statuses = statuses.join(", ");
-    match threshold {
-        Threshold::Window { find_time, distinct, .. } => {
-            let what = if distinct.is_some() { "different requests" } else { "requests" };
-            let time = proto::time::render_duration(*find_time);
-            format!("{} {what} within {time} ({statuses})", complete.marks.len())
-        }
-        Threshold::Rate { period, burst } => {
-            let period = proto::time::render_duration(*period);
-            format!("more than {burst} requests faster than one each {period} ({statuses})")
-        }
-    }
 }

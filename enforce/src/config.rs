@@ -327,7 +327,7 @@ impl RawFirewall {
     fn check(self, mistakes: &mut Mistakes) -> Option<FirewallConfig> {
         self.unknown.check(&Self::KEYS, mistakes);
         let default = FirewallConfig::default();
-        let backend = check_backend(self.backend.take("backend", mistakes), mistakes);
+        let backend = check_backend(self.backend.take("backend", mistakes).as_deref(), mistakes);
         let chains = check_chains(self.chains.take("chains", mistakes), mistakes);
         let ports = check_ports("ports", self.ports.take("ports", mistakes), mistakes);
         let spare_ports = check_ports("spare_ports", self.spare_ports.take("spare_ports", mistakes), mistakes);
@@ -383,8 +383,8 @@ impl RawFirewall {
     }
 }
 
-fn check_backend(given: Option<String>, mistakes: &mut Mistakes) -> Option<BackendKind> {
-    match given.as_deref() {
+fn check_backend(given: Option<&str>, mistakes: &mut Mistakes) -> Option<BackendKind> {
+    match given {
         None | Some("auto") => Some(BackendKind::Auto),
         Some("iptables") => Some(BackendKind::Iptables),
         Some("none") => Some(BackendKind::None),

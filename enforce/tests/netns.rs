@@ -503,8 +503,7 @@ fn takes_bursts(host: &Host) {
 fn goes_on_without(host: &Host) {
     let before = host.rules();
     let hide = |pattern: &str| format!("for f in {pattern}; do mount --bind /dev/null \"$f\"; done");
-    let no_right =
-        "[ -n \"$again\" ] || exec env again=1 setpriv --bounding-set=-net_admin --inh-caps=-all \"$0\" \"$@\"";
+    let no_right = r#"exec setpriv --bounding-set=-net_admin --inh-caps=-all "$0" "$@""#;
     for (shell, said) in [
         (hide("$(command -v ipset)"), "ipset is not installed"),
         (hide("$(readlink -f $(command -v iptables-nft) $(command -v iptables-legacy))"), "iptables is not installed"),

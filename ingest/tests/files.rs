@@ -2,6 +2,8 @@
 //!
 //! Every line carries a number in its path; what arrives must be those numbers, each once.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -45,17 +47,12 @@ struct Counts {
     oversized: u64,
 }
 
-fn start(include: &[PathBuf], positions: &Positions, change: impl FnOnce(&mut FileConfig)) -> Role {
+fn start(include: &Path, positions: &Positions, change: impl FnOnce(&mut FileConfig)) -> Role {
     start_with_queue(include, positions, 64, change)
 }
 
-fn start_with_queue(
-    include: &[PathBuf],
-    positions: &Positions,
-    queue: usize,
-    change: impl FnOnce(&mut FileConfig),
-) -> Role {
-    let mut config = IngestConfig::for_files(include.to_vec());
+fn start_with_queue(include: &Path, positions: &Positions, queue: usize, change: impl FnOnce(&mut FileConfig)) -> Role {
+    let mut config = IngestConfig::for_files(vec![include.to_owned()]);
     let SourceKind::File(file) = &mut config.sources[0].kind;
     file.poll_interval = Duration::from_millis(50);
     change(file);
@@ -170,7 +167,7 @@ fn expect(numbers: Vec<u64>, range: std::ops::Range<u64>) {
 async fn lines_arrive_in_order_and_a_half_line_waits() {
     let (_directory, path) = log();
     append(&path, 0..3000);
-    let mut role = start(&[path.clone()], &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_| {});
     role.receive_lines(3000).await;
     let text = line(3000);
     let (head, tail) = text.split_at(20);
@@ -189,7 +186,7 @@ async fn lines_arrive_in_order_and_a_half_line_waits() {
 async fn rotation_under_continuous_writing_loses_and_doubles_nothing() {
     const LINES: u64 = 20_000;
     let (directory, path) = log();
-    let mut role = start(&[path.clone()], &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_| {});
     let writer = std::thread::spawn(move || {
         let open = || OpenOptions::new().create(true).append(true).open(&path).unwrap();
         let mut file = open();
@@ -224,7 +221,7 @@ async fn rotation_under_continuous_writing_loses_and_doubles_nothing() {
 async fn a_copied_and_truncated_file_goes_on_from_its_beginning() {
     let (_directory, path) = log();
     append(&path, 0..100);
-    let mut role = start(&[path.clone()], &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_| {});
     role.receive_lines(100).await;
     File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
     append(&path, 100..350);
@@ -239,7 +236,7 @@ async fn a_link_is_followed_to_its_new_target() {
     let (one, two) = (directory.path().join("one"), directory.path().join("two"));
     append(&one, 0..10);
     std::os::unix::fs::symlink(&one, &link).unwrap();
-    let mut role = start(&[link.clone()], &Positions::new(), |_| {});
+    let mut role = start(&link, &Positions::new(), |_| {});
     role.receive_lines(10).await;
     append(&two, 10..20);
     let swapped = directory.path().join("swapped");
@@ -254,7 +251,7 @@ async fn a_link_is_followed_to_its_new_target() {
 async fn a_restart_goes_on_where_it_ended_also_in_a_rotated_file() {
     let (directory, path) = log();
     append(&path, 0..500);
-    let mut role = start(&[path.clone()], &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_| {});
     role.receive_lines(500).await;
     let (mut numbers, positions) = role.stop().await;
     assert_eq!(positions.len(), 1);
@@ -262,14 +259,14 @@ async fn a_restart_goes_on_where_it_ended_also_in_a_rotated_file() {
     append(&path, 500..600);
     fs::rename(&path, directory.path().join("access.log.1")).unwrap();
     append(&path, 600..700);
-    let mut role = start(&[path.clone()], &positions, |_| {});
+    let mut role = start(&path, &positions, |_| {});
     role.receive_lines(200).await;
     let (more, positions) = role.stop().await;
     assert_eq!(more, (500..700).collect::<Vec<_>>(), "the older file comes first");
     numbers.extend(more);
 
     append(&path, 700..701);
-    let mut role = start(&[path], &positions, |_| {});
+    let mut role = start(&path, &positions, |_| {});
     role.receive_lines(1).await;
     numbers.extend(role.stop().await.0);
     expect(numbers, 0..701);
@@ -282,7 +279,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
     let mut numbers = Vec::new();
     let mut positions = Positions::new();
     for _ in 0..4 {
-        let mut role = start_with_queue(&[path.clone()], &positions, 1, |_| {});
+        let mut role = start_with_queue(&path, &positions, 1, |_| {});
         role.receive_until(|role| role.counts.lines > 0).await;
         let (more, next) = role.stop().await;
         numbers.extend(more);
@@ -290,7 +287,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
     }
     let left = 30_000 - numbers.len() as u64;
     if left > 0 {
-        let mut role = start(&[path], &positions, |_| {});
+        let mut role = start(&path, &positions, |_| {});
         role.receive_lines(left).await;
         numbers.extend(role.stop().await.0);
     }
@@ -301,7 +298,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
 async fn new_files_are_picked_up_and_compressed_ones_are_not() {
     let directory = tempfile::tempdir().unwrap();
     let pattern = directory.path().join("*/access*");
-    let mut role = start(&[pattern], &Positions::new(), |_| {});
+    let mut role = start(&pattern, &Positions::new(), |_| {});
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert_eq!(report.problems[0].severity, Severity::Degraded);
     assert!(report.problems[0].text.contains("no log file"), "{:?}", report.problems);
@@ -321,7 +318,7 @@ async fn new_files_are_picked_up_and_compressed_ones_are_not() {
 async fn without_notifications_everything_is_polled() {
     let (directory, path) = log();
     append(&path, 0..10);
-    let mut role = start(&[path.clone()], &Positions::new(), |file| file.inotify = false);
+    let mut role = start(&path, &Positions::new(), |file| file.inotify = false);
     role.receive_lines(10).await;
     append(&path, 10..20);
     role.receive_lines(20).await;
@@ -335,7 +332,7 @@ async fn without_notifications_everything_is_polled() {
 async fn with_notifications_nothing_waits_for_the_poll() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let mut role = start(&[path.clone()], &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
     role.receive_lines(1).await;
     for number in 1..20 {
         append(&path, number..number + 1);
@@ -352,7 +349,7 @@ async fn long_lines_are_skipped_and_other_lines_counted_and_shown() {
     let long = "x".repeat(1000);
     write!(file, "{long}\n\n  \nDEBUG: \x1b plugin\n{}{}\n", line(1), "y".repeat(400_000)).unwrap();
     append(&path, 2..3);
-    let mut role = start(&[path], &Positions::new(), |file| file.line_bytes_max = 512);
+    let mut role = start(&path, &Positions::new(), |file| file.line_bytes_max = 512);
     role.receive_lines(8).await;
     assert_eq!(role.counts, Counts { lines: 8, unparsed: 1, oversized: 2 });
     let report = role.report(|report| report.sources[0].lines == 8).await;
@@ -378,7 +375,7 @@ async fn pieces_of_a_line_stay_in_one_batch() {
     let text = line(0);
     let (head, tail) = text.trim_end().split_at(40);
     fs::write(&path, format!("2026-01-01T00:00:00Z stdout P {head}\n")).unwrap();
-    let mut role = start(&[path.clone()], &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
     let mut file = OpenOptions::new().append(true).open(&path).unwrap();
     writeln!(file, "2026-01-01T00:00:00Z stdout F {tail}").unwrap();
     role.receive_lines(2).await;
@@ -393,7 +390,7 @@ async fn a_missing_file_with_open_windows_is_reported() {
     let (_directory, path) = log();
     append(&path, 0..1);
     let gone = Positions::from([(("traefik".to_owned(), 7), Position { offset: 100, needed: true })]);
-    let mut role = start(&[path], &gone, |_| {});
+    let mut role = start(&path, &gone, |_| {});
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert_eq!(report.problems[0].severity, Severity::Warning);
     assert!(report.problems[0].text.contains("could not be rebuilt"), "{:?}", report.problems);
@@ -405,7 +402,7 @@ async fn a_missing_file_with_open_windows_is_reported() {
 async fn without_a_receiver_the_role_ends_with_an_error() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let role = start(&[path], &Positions::new(), |_| {});
+    let role = start(&path, &Positions::new(), |_| {});
     drop(role.batches);
     let ended = tokio::time::timeout(DEADLINE, role.task).await.expect("it ends").expect("no panic");
     assert!(matches!(ended, Err(IngestError::ReceiverGone { .. })), "{ended:?}");
@@ -416,7 +413,7 @@ async fn without_a_receiver_the_role_ends_with_an_error() {
 async fn a_silent_source_is_reported() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let mut role = start(&[path], &Positions::new(), |file| file.silent_after = Duration::from_millis(1));
+    let mut role = start(&path, &Positions::new(), |file| file.silent_after = Duration::from_millis(1));
     role.receive_lines(1).await;
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert!(report.problems[0].text.contains("silent"), "{:?}", report.problems);

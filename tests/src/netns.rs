@@ -18,7 +18,7 @@ use proto::time::Clock;
 use crate::access::Access;
 
 /// A banned client hears nothing at all; one that is not banned is answered within a fraction of this.
-const SILENCE: Duration = Duration::from_millis(400);
+const SILENCE: Duration = Duration::from_millis(700);
 /// Port of the server.
 const PORT: u16 = 80;
 /// Bytes of a request's head; ours are far shorter.

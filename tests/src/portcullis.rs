@@ -219,7 +219,11 @@ fn is_error(line: &str) -> bool {
 }
 
 impl Drop for Service {
+    #[expect(clippy::print_stderr, reason = "what a failed test leaves for its reader")]
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("portcullis logged:\n{}", self.log_text());
+        }
         // Already ended, or to be ended: either is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();

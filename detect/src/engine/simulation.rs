@@ -5,9 +5,11 @@
 
 use std::collections::BTreeSet;
 
+use proto::ban::Evidence;
 use proto::event::FileSpan;
 
 use super::command::Command;
+use super::offender::Offender;
 use super::tests::{at, config, event};
 use super::*;
 
@@ -126,7 +128,12 @@ fn client(n: u64) -> String {
     }
 }
 
-fn essence(engine: &Engine) -> (Vec<(Target, Vec<Ban>)>, Vec<(Target, Vec<(String, u32, Timestamp)>)>) {
+/// By target: the bans in force, evidence aside.
+type Banned = Vec<(Target, Vec<Ban>)>;
+/// By target: each rule's name, count and last end.
+type Histories = Vec<(Target, Vec<(String, u32, Timestamp)>)>;
+
+fn essence(engine: &Engine) -> (Banned, Histories) {
     let plain = |ban: &Ban| Ban { evidence: Evidence::default(), ..ban.clone() };
     let bans = engine.bans().map(|record| (record.target, record.bans.iter().map(plain).collect())).collect();
     let history =

@@ -1,5 +1,7 @@
 //! The engine against hand-made cases and a brute-force model.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 use proto::client_ip::Client;
 use proto::event::Text;

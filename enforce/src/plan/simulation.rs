@@ -181,7 +181,8 @@ impl World {
             for addr in &probes {
                 let guarded = self.guard.refuse(&Target::host(*addr)).is_some();
                 let dropped = self.kernel.drops(*addr, self.now);
-                assert!(!(guarded && dropped) || !steps_done_for_guard(&self.kernel, &self.guard), "{addr} is guarded");
+                let caught = guarded && dropped && guard_is_whole(&self.kernel, &self.guard);
+                assert!(!caught, "{addr} is guarded");
             }
             for addr in &stay {
                 assert!(self.kernel.drops(*addr, self.now), "{addr} came through during {step:?}");
@@ -238,9 +239,9 @@ impl World {
 
     fn change_guard(&mut self, target: Target) {
         if self.seed.below(2) == 0 {
-            self.never_ban.clear()
+            self.never_ban.clear();
         } else {
-            self.never_ban.push(target.net())
+            self.never_ban.push(target.net());
         }
         let never_ban = self.never_ban.clone();
         let facts = GuardFacts { never_ban, prefix_min_v4: 16, prefix_min_v6: 32, ..GuardFacts::default() };
@@ -310,7 +311,7 @@ impl World {
 }
 
 /// A guarded address may be caught only before the guard's own networks could be put in.
-fn steps_done_for_guard(kernel: &FakeKernel, guard: &Guard) -> bool {
+fn guard_is_whole(kernel: &FakeKernel, guard: &Guard) -> bool {
     guard.nets().iter().all(|net| {
         let set = kernel.sets.get(SetId::Guard(Family::of(net)).name());
         set.is_some_and(|(_, _, members)| members.contains_key(net))
@@ -347,7 +348,7 @@ fn nothing_is_removed_before_the_whole_set_is_known() {
     kernel.apply(&Step::Add { set, target, timeout_s: Some(600), comment: "r".into() }, now);
     assert_eq!(plan(&frame, &desired, &kernel.observe(now), now), []);
     // A larger set is filled with it, too.
-    let wider = Frame { bans_max: 20, ..frame.clone() };
+    let wider = Frame { bans_max: 20, ..frame };
     for step in plan(&wider, &desired, &kernel.observe(now), now) {
         kernel.apply(&step, now);
         assert!(kernel.drops(target.addr(), now));
