@@ -1,5 +1,5 @@
 //! The desired ban set of this host: what detect published, less what the guard refuses, what is over, what does not
-//! fit, and everything while paused. [pure]
+//! fit, and everything while paused. Pure.
 //!
 //! Every `handle_*` returns the targets whose wanted state may have changed, so that a change of one ban costs one look-up
 //! and not a comparison of the whole set.

@@ -1,4 +1,4 @@
-//! The difference between the desired set and the kernel's, as steps. [pure]
+//! The difference between the desired set and the kernel's, as steps. Pure.
 //!
 //! [`Kernel`] is what the kernel holds, observed or known from what was applied. Planning decides nothing about what is
 //! wanted and does no I/O. Planning again after the steps were applied plans nothing.

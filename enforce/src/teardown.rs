@@ -27,15 +27,20 @@ pub struct TeardownReport {
 
 /// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
 /// stay, as others may have come to use them. The enforcing role must not be running: it would put everything back.
+/// A dry run only reports what would be removed.
 ///
 /// # Errors
 /// When something could not be looked at or removed; what could be removed is gone then. It may be run again.
-pub async fn teardown(config: &EnforceConfig, state_dir: Option<&Path>) -> Result<TeardownReport, EnforceError> {
+pub async fn teardown(
+    config: &EnforceConfig,
+    state_dir: Option<&Path>,
+    dry_run: bool,
+) -> Result<TeardownReport, EnforceError> {
     if !host::may_change_firewall() {
         return Err(EnforceError::NotPermitted);
     }
     let mut report = TeardownReport::default();
-    let mut rules = Iptables::new(config.firewall.clone(), false, Clock::system());
+    let mut rules = Iptables::new(config.firewall.clone(), dry_run, Clock::system());
     let mut first_error = None;
     for family in Family::ALL {
         match rules.teardown(family).await {
@@ -48,7 +53,8 @@ pub async fn teardown(config: &EnforceConfig, state_dir: Option<&Path>) -> Resul
     }
     if let Some(ipset) = Ipset::find() {
         let sets = ipset.headers().await.map_err(|source| EnforceError::Observe { what: "kernel sets", source })?;
-        let steps: Vec<Step> = sets.keys().map(|set| Step::Destroy(*set)).collect();
+        let doomed = sets.keys().filter(|_| !dry_run);
+        let steps: Vec<Step> = doomed.map(|set| Step::Destroy(*set)).collect();
         let applied = ipset.apply(&steps).await;
         if let Some((_, error)) = applied.stopped {
             return Err(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
@@ -65,7 +71,7 @@ pub async fn teardown(config: &EnforceConfig, state_dir: Option<&Path>) -> Resul
         }
     }
     if let Some(state_dir) = state_dir {
-        report.last_set = remove_last_set(state_dir)?;
+        report.last_set = if dry_run { state_dir.join(last_set::FILE).exists() } else { remove_last_set(state_dir)? };
     }
     first_error.map_or(Ok(report), Err)
 }

@@ -69,6 +69,9 @@ fn config(rules: &[Rule], escalation: Escalation) -> String {
     text
 }
 
+/// `forget_after` of the random logs.
+const MEMORY: i64 = 200 * SECOND;
+
 const BUILT_IN: &str = "[detect.escalation]\njitter = \"0%\"\n";
 
 #[test]
@@ -132,6 +135,14 @@ fn replay_prints_the_same_bytes_twice_and_reads_compressed_logs() {
 fn rules() -> Vec<Rule> {
     vec![
         Rule {
+            name: "at-once",
+            condition: "Status(`403`) || Status(`429`)",
+            matches: |line| matches!(line.status, 403 | 429),
+            max_retry: 1,
+            find: SECOND,
+            ban: 2 * SECOND,
+        },
+        Rule {
             name: "guessing",
             condition: "Status(`401`) && !Username(`-`)",
             matches: |line| line.status == 401 && line.username != "-",
@@ -154,14 +165,6 @@ fn rules() -> Vec<Rule> {
             max_retry: 5,
             find: 90 * SECOND,
             ban: 30 * SECOND,
-        },
-        Rule {
-            name: "refused",
-            condition: "Status(`403`) || Status(`429`)",
-            matches: |line| matches!(line.status, 403 | 429),
-            max_retry: 1,
-            find: SECOND,
-            ban: 7 * SECOND,
         },
     ]
 }
@@ -194,31 +197,38 @@ fn client(number: u64, random: &mut Random) -> Access {
     access
 }
 
-/// One request that at least one rule counts, most of the time.
-fn request(at: i64, number: u64, random: &mut Random) -> Access {
-    let mut access = client(number, random);
-    access.start = at;
-    access.status = random.pick(&[404, 404, 404, 404, 401, 401, 403, 429, 200, 302]);
-    access.path = random.pick(&["/", "/admin", "/admin/x?y=1", "/login", "/a.png"]).to_owned();
-    access.username = random.pick(&["-", "anna", "root"]).to_owned();
-    access
+/// What a request asks for and gets, which at least one rule counts most of the time.
+type Kind = (u16, &'static str, &'static str);
+
+fn kind(random: &mut Random) -> Kind {
+    (
+        random.pick(&[404, 404, 404, 404, 401, 401, 403, 429, 200, 302]),
+        random.pick(&["/", "/admin", "/admin/x?y=1", "/login", "/a.png"]),
+        random.pick(&["-", "anna", "root"]),
+    )
 }
 
-/// Requests of one client: bursts whose span is a rule's window give or take a nanosecond, with pauses that are a ban's
-/// length give or take a nanosecond.
+/// Requests of one client: bursts whose span is a rule's window give or take a nanosecond, with pauses that are the length
+/// of a ban, or of a ban and a memory, give or take a nanosecond.
 fn bursts(number: u64, random: &mut Random) -> Vec<Access> {
     let mut list = Vec::new();
     let mut at = sample::BEGIN + i64::try_from(random.below(60)).unwrap() * SECOND;
-    while at < sample::BEGIN + 1_800 * SECOND {
-        let rule = &rules()[usize::try_from(random.below(3)).unwrap()];
-        let count = rule.max_retry as i64 - 1 + i64::try_from(random.below(3)).unwrap();
+    while at < sample::BEGIN + 3_600 * SECOND {
+        let rule = &rules()[usize::try_from(random.below(4)).unwrap()];
+        let count = i64::try_from(rule.max_retry).unwrap() + random.pick(&[-1, 0, 0, 1]);
         let span = rule.find + random.pick(&[-1, 0, 0, 1, -SECOND, SECOND]);
+        let same = random.chance(50).then(|| kind(random));
         for i in 0..count {
-            list.push(request(at + span * i / (count - 1).max(1), number, random));
+            let mut access = client(number, random);
+            let (status, path, username) = same.unwrap_or_else(|| kind(random));
+            access.start = at + span * i / (count - 1).max(1);
+            (access.status, access.path, access.username) = (status, path.to_owned(), username.to_owned());
+            at = at.max(access.start);
+            list.push(access);
         }
-        let last = at + span;
-        let ban = random.pick(&[7, 20, 30, 40, 60, 80, 120, 160]) * SECOND;
-        at = last + ban + random.pick(&[-1, 0, 1, SECOND, -SECOND]);
+        let ban = random.pick(&[2, 2, 4, 8, 16, 20, 30, 30, 32, 40, 60, 64, 80, 120, 150]) * SECOND;
+        let memory = if random.chance(20) { MEMORY } else { 0 };
+        at += ban + memory + random.pick(&[-1, 0, 1, SECOND, -SECOND]);
     }
     list
 }
@@ -239,10 +249,10 @@ fn logs(seed: u64) -> Vec<String> {
 #[test]
 fn random_logs_give_exactly_the_bans_of_the_model() {
     let files = Files::new();
-    let escalation = Escalation { factor: 2, max: 150 * SECOND, forget_after: 200 * SECOND };
+    let escalation = Escalation { factor: 2, max: 150 * SECOND, forget_after: MEMORY };
     let config = files.add("portcullis.toml", config(&rules(), escalation));
     let mut again = 0;
-    for seed in 0..12 {
+    for seed in 0..20 {
         let logs = logs(seed);
         let paths: Vec<PathBuf> = logs.iter().enumerate().map(|(i, log)| files.add(&format!("{i}.log"), log)).collect();
         let expected = brute::bans(&brute::merge(&logs), &rules(), escalation);

@@ -21,7 +21,7 @@ pub(super) async fn run(args: AllowArgs, out: &mut Output<'_>) -> anyhow::Result
         return Ok(Exit::Done);
     }
     let until = reply.until.map_or_else(|| "for ever".to_owned(), |end| format!("until {}", moment(end)));
-    out.line(&format!("{} is not banned {until}", reply.target))?;
+    out.line(&format!("{} is allowed {until}: nobody bans it", reply.target))?;
     if !reply.lifted.is_empty() {
         out.line(&format!("unbanned {}", join(&reply.lifted)))?;
     }

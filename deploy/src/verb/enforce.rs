@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use enforce::teardown::{TeardownReport, teardown};
 
-use super::{Exit, Misuse, cluster_only};
+use super::{Exit, cluster_only};
 use crate::args::EnforceArgs;
 use crate::config::Location;
 use crate::output::Output;
@@ -16,15 +16,14 @@ pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Resu
     if !args.teardown {
         return Err(cluster_only("enforce"));
     }
-    if args.dry_run {
-        let text = "`--teardown` cannot list what it would remove in this version; nothing was removed";
-        return Err(Misuse(text.to_owned()).into());
-    }
     let config = Location::new(args.config.config, Vec::new()).load()?;
-    refuse_while_running(&config.api.socket)?;
+    if !args.dry_run {
+        refuse_while_running(&config.api.socket)?;
+    }
     telemetry::install(&config.telemetry)?;
-    let report = teardown(&config.enforce, Some(&config.state_dir)).await.context("not all of it could be removed")?;
-    for line in describe(&report) {
+    let removed = teardown(&config.enforce, Some(&config.state_dir), args.dry_run).await;
+    let report = removed.context("not all of it could be removed")?;
+    for line in describe(&report, if args.dry_run { "would remove" } else { "removed" }) {
         out.line(&line)?;
     }
     Ok(Exit::Done)
@@ -40,16 +39,16 @@ fn refuse_while_running(socket: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn describe(report: &TeardownReport) -> Vec<String> {
+fn describe(report: &TeardownReport, verb: &str) -> Vec<String> {
     let mut lines = Vec::new();
     if report.rules > 0 {
-        lines.push(format!("removed {} rules and chains", report.rules));
+        lines.push(format!("{verb} {} rules and chains", report.rules));
     }
     if !report.sets.is_empty() {
-        lines.push(format!("removed the sets {}", report.sets.join(", ")));
+        lines.push(format!("{verb} the sets {}", report.sets.join(", ")));
     }
     if report.last_set {
-        lines.push("removed the bans kept for the next start".to_owned());
+        lines.push(format!("{verb} the bans kept for the next start"));
     }
     if lines.is_empty() {
         lines.push("nothing of ours was here".to_owned());
@@ -76,10 +75,10 @@ mod tests {
 
     #[test]
     fn what_was_removed_is_told() {
-        assert_eq!(describe(&TeardownReport::default()), ["nothing of ours was here"]);
+        assert_eq!(describe(&TeardownReport::default(), "removed"), ["nothing of ours was here"]);
         let report = TeardownReport { rules: 4, sets: vec!["a".to_owned(), "b".to_owned()], last_set: true };
         assert_eq!(
-            describe(&report),
+            describe(&report, "removed"),
             ["removed 4 rules and chains", "removed the sets a, b", "removed the bans kept for the next start"]
         );
     }

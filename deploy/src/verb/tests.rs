@@ -136,8 +136,8 @@ fn allow_says_until_when_and_what_was_lifted() {
         }),
     ));
     let (text, _) = server.ok(&["allow", "192.0.2.1", "--for", "24h"]);
-    assert_eq!(text, "192.0.2.1 is not banned until 2026-01-09 14:19:15Z\nunbanned 192.0.2.1\n");
-    assert!(server.ok(&["allow", "192.0.2.1"]).0.starts_with("192.0.2.1 is not banned for ever\n"));
+    assert_eq!(text, "192.0.2.1 is allowed until 2026-01-09 14:19:15Z: nobody bans it\nunbanned 192.0.2.1\n");
+    assert!(server.ok(&["allow", "192.0.2.1"]).0.starts_with("192.0.2.1 is allowed for ever: nobody bans it\n"));
 }
 
 #[test]

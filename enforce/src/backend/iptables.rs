@@ -192,12 +192,13 @@ impl Iptables {
     async fn usable_tables(&self, family: Family, variant: Variant, view: &View) -> BTreeSet<Table> {
         let mut usable: BTreeSet<Table> = view.tables.keys().copied().collect();
         for table in Layout::tables(&self.config) {
-            let may_ask = !self.dry_run || variant == Variant::Nft;
-            if !usable.contains(&table)
-                && may_ask
-                && let Some(programs) = self.programs.get(&(family, variant))
-                && call(programs, table, "-S".to_owned()).await.is_ok()
-            {
+            // To ask is to make the table in legacy, so a dry run takes it for granted.
+            let usable_too = match self.programs.get(&(family, variant)) {
+                _ if usable.contains(&table) || self.dry_run => true,
+                Some(programs) => call(programs, table, "-S".to_owned()).await.is_ok(),
+                None => false,
+            };
+            if usable_too {
                 usable.insert(table);
             }
         }
@@ -321,7 +322,9 @@ impl Iptables {
         for (variant, view) in &views {
             let Some(programs) = self.programs.get(&(family, *variant)) else { continue };
             for step in rules::plan_removal(view, |_| false, |_| false) {
-                apply_step(programs, &step).await?;
+                if !self.dry_run {
+                    apply_step(programs, &step).await?;
+                }
                 removed.push(step);
             }
         }

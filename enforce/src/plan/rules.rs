@@ -1,4 +1,4 @@
-//! Our chain and the jumps to it: what they should be, and the steps from what iptables shows to that. [pure]
+//! Our chain and the jumps to it: what they should be, and the steps from what iptables shows to that. Pure.
 //!
 //! Only rules in our own chain are addressed by number; in chains of others we insert at the top and remove by content,
 //! so a race with another program never costs it a rule.

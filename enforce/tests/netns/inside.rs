@@ -49,7 +49,7 @@ fn config(text: &str) -> enforce::EnforceConfig {
 }
 
 fn teardown(text: &str) {
-    let report = runtime().block_on(enforce::teardown(&config(text), None)).unwrap();
+    let report = runtime().block_on(enforce::teardown(&config(text), None, false)).unwrap();
     answer(format!("{report:?}"));
 }
 
