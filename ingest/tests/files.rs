@@ -402,7 +402,9 @@ async fn a_missing_file_with_open_windows_is_reported() {
 async fn without_a_receiver_the_role_ends_with_an_error() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_| {});
+    // A source that has nothing to send must notice it too.
+    role.receive_lines(1).await;
     drop(role.batches);
     let ended = tokio::time::timeout(DEADLINE, role.task).await.expect("it ends").expect("no panic");
     assert!(matches!(ended, Err(IngestError::ReceiverGone { .. })), "{ended:?}");

@@ -154,6 +154,11 @@ impl Batcher {
         }
     }
 
+    /// Returns once nobody takes batches any more: a quiet source would not notice it by sending.
+    pub(crate) async fn receiver_gone(&self) {
+        self.batches.closed().await;
+    }
+
     fn cut(&mut self, file: FileKey) -> Result<(), Stopped> {
         let Some(lane) = self.lanes.get_mut(&file) else { return Ok(()) };
         let Some(mut batch) = lane.batch.take() else { return Ok(()) };

@@ -124,6 +124,7 @@ impl FileSource {
                 Wake::Tick => self.tick()?,
                 Wake::Changed(changes) => self.note(changes),
                 Wake::Rules => self.update_rules(),
+                Wake::ReceiverGone => return Err(Stopped::ReceiverGone),
                 Wake::Ready => {}
             }
         }
@@ -133,6 +134,7 @@ impl FileSource {
         tokio::select! {
             biased;
             () = self.shared.shutdown.draining() => Wake::Ready,
+            () = self.batcher.receiver_gone() => Wake::ReceiverGone,
             _ = ticks.tick() => Wake::Tick,
             Ok(()) = self.rules.client_ip.changed() => Wake::Rules,
             Ok(()) = self.rules.interest.changed() => Wake::Rules,
@@ -323,6 +325,7 @@ enum Wake {
     Tick,
     Changed(Changes),
     Rules,
+    ReceiverGone,
     /// There is more to read, or the end has begun.
     Ready,
 }
