@@ -36,7 +36,10 @@ fn report(error: &anyhow::Error) -> Exit {
     // When standard error is gone too, nobody is left to be told.
     if let Some(invalid) = error.downcast_ref::<Invalid>() {
         for mistake in invalid.mistakes() {
-            let _ = writeln!(stderr, "{}", escape(&mistake.to_string()));
+            // A rule's syntax error points at its place with lines of its own.
+            for line in mistake.to_string().lines() {
+                let _ = writeln!(stderr, "{}", escape(line));
+            }
         }
         return Exit::BadConfiguration;
     }

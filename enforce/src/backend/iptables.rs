@@ -12,7 +12,7 @@ use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 
 use crate::command::{self, CommandError};
-use crate::config::{CHAIN, FirewallConfig, Table};
+use crate::config::{FirewallConfig, Table};
 use crate::host;
 use crate::plan::Family;
 use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
@@ -245,7 +245,12 @@ impl Iptables {
         if self.dry_run {
             if !drifted {
                 for step in &plan.steps {
-                    tracing::info!(family = family.as_str(), variant = variant.as_str(), ?step, "Would change a rule");
+                    tracing::info!(
+                        family = family.as_str(),
+                        variant = variant.as_str(),
+                        command = format!("iptables {step}"),
+                        "Would change a rule"
+                    );
                 }
             }
             self.placed.insert(family);
@@ -345,19 +350,10 @@ async fn save(programs: &Programs) -> Result<View, CommandError> {
 }
 
 async fn apply_step(programs: &Programs, step: &RuleStep) -> Result<(), CommandError> {
-    match step {
-        RuleStep::NewChain(table) => call(programs, *table, format!("-N {CHAIN}")).await,
-        RuleStep::Insert { table, position, rule } => {
-            call(programs, *table, format!("-I {CHAIN} {position} {rule}")).await
-        }
-        RuleStep::DeleteAt { table, position } => call(programs, *table, format!("-D {CHAIN} {position}")).await,
-        RuleStep::Jump(place) => call(programs, place.table, format!("-I {} 1 -j {CHAIN}", place.chain)).await,
-        RuleStep::Unjump(place) => call(programs, place.table, format!("-D {} -j {CHAIN}", place.chain)).await,
-        RuleStep::RemoveChain(table) => {
-            call(programs, *table, format!("-F {CHAIN}")).await?;
-            call(programs, *table, format!("-X {CHAIN}")).await
-        }
+    for (table, arguments) in step.commands() {
+        call(programs, table, arguments).await?;
     }
+    Ok(())
 }
 
 /// One call through the crate. It blocks, so it has a thread and a deadline; `-w` bounds the wait for the lock, which the

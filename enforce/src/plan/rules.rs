@@ -4,6 +4,7 @@
 //! so a race with another program never costs it a rule.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::time::Duration;
 
 use proto::time::Timestamp;
@@ -228,7 +229,28 @@ pub enum RuleStep {
     RemoveChain(Table),
 }
 
+impl fmt::Display for RuleStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (table, arguments)) in self.commands().iter().enumerate() {
+            write!(f, "{}-t {} {arguments}", if i == 0 { "" } else { "; " }, table.as_str())?;
+        }
+        Ok(())
+    }
+}
+
 impl RuleStep {
+    /// What iptables is told, one call after the other.
+    pub fn commands(&self) -> Vec<(Table, String)> {
+        match self {
+            Self::NewChain(table) => vec![(*table, format!("-N {CHAIN}"))],
+            Self::Insert { table, position, rule } => vec![(*table, format!("-I {CHAIN} {position} {rule}"))],
+            Self::DeleteAt { table, position } => vec![(*table, format!("-D {CHAIN} {position}"))],
+            Self::Jump(place) => vec![(place.table, format!("-I {} 1 -j {CHAIN}", place.chain))],
+            Self::Unjump(place) => vec![(place.table, format!("-D {} -j {CHAIN}", place.chain))],
+            Self::RemoveChain(table) => vec![(*table, format!("-F {CHAIN}")), (*table, format!("-X {CHAIN}"))],
+        }
+    }
+
     /// For metrics.
     pub fn kind(&self) -> &'static str {
         match self {
