@@ -42,7 +42,7 @@ pub const GROUP: &str = "portcullis";
 /// Largest request body, in bytes.
 const BODY_MAX: usize = 256 * 1024;
 /// How long the worker or an enforcer may take to answer: less than callers wait, so that they learn why.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What the API answers from.
 #[derive(Clone, Debug)]
@@ -127,6 +127,7 @@ pub async fn run(socket: Socket, backing: Backing) -> Result<(), DetectError> {
         .route(path::EXPLAIN, get(explain))
         .route(path::TAIL, get(tail))
         .fallback(async || Refused(StatusCode::NOT_FOUND, "no such path".to_owned()))
+        .method_not_allowed_fallback(async || Refused(StatusCode::NOT_FOUND, "no such method here".to_owned()))
         .layer(middleware::from_fn(check_peer))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(backing);
@@ -201,18 +202,21 @@ impl IntoResponse for Refused {
 
 impl From<JsonRejection> for Refused {
     fn from(error: JsonRejection) -> Self {
-        Self(error.status(), error.body_text())
+        Self(StatusCode::BAD_REQUEST, error.body_text())
     }
 }
 
 impl From<QueryRejection> for Refused {
     fn from(error: QueryRejection) -> Self {
-        Self(error.status(), error.body_text())
+        Self(StatusCode::BAD_REQUEST, error.body_text())
     }
 }
 
 fn gone() -> Refused {
-    Refused(StatusCode::SERVICE_UNAVAILABLE, "the detector does not answer: it is stopping or overloaded".to_owned())
+    Refused(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the detector does not answer: it is stopping or overloaded; an order may still be carried out".to_owned(),
+    )
 }
 
 type Answer<T> = Result<Json<T>, Refused>;

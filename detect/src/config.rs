@@ -385,7 +385,11 @@ fn check_rate(rate: Field<String>, burst: Field<u32>, mistakes: &mut Mistakes) -
     if period.is_none() {
         mistakes.add("rate", format!("expected a rate such as \"10/s\", \"30/m\" or \"5/10s\", got {text:?}"));
     }
-    Some(Threshold::Rate { period: period?, burst: NonZeroU32::new(burst?)? })
+    let threshold = Threshold::Rate { period: period?, burst: NonZeroU32::new(burst?)? };
+    if threshold.horizon() > SPAN_MAX {
+        mistakes.add("rate", "with this burst, one event matters for more than 7 days");
+    }
+    Some(threshold)
 }
 
 /// `COUNT/TIME` as the time in which one event drains.

@@ -238,7 +238,7 @@ impl Engine {
             self.stats.late += 1;
             return;
         }
-        if self.allows.exempts(client.addr, time) {
+        if self.allows.exempts(client.addr, time) || self.config.trusted_proxies.contains(client.addr) {
             self.stats.exempt += 1;
             return;
         }
@@ -271,8 +271,7 @@ impl Engine {
         let age = self.now.since(logged);
         let near_limit = age.abs_diff(self.config.lateness_max) < MARK_INTERVAL.saturating_mul(2);
         if logged > self.now || near_limit {
-            self.stream.mark(slot, event.offset, self.now);
-            self.stream.mark(slot, event.offset + 1, self.now);
+            self.stream.pin(slot, event.offset, self.now);
         }
     }
 
@@ -347,13 +346,18 @@ impl Engine {
     }
 
     /// Lifts bans of targets that may not be banned (any more).
-    fn lift_guarded(&mut self, why: &str) -> Vec<Target> {
-        let guarded: Vec<Target> =
-            self.bans.iter().map(|record| record.target).filter(|target| self.allows.covers(target)).collect();
+    fn lift_guarded(&mut self, why: &str) {
+        let proxies = &self.config.trusted_proxies;
+        let may_not = |target: &Target| self.allows.covers(target) || proxies.covers(target);
+        let guarded: Vec<Target> = self.bans.iter().map(|record| record.target).filter(may_not).collect();
         for target in &guarded {
             self.lift(target, why);
+            self.absolve(target);
         }
-        guarded
+        if !guarded.is_empty() {
+            self.stream.advance();
+            self.outputs.push_back(Output::Control);
+        }
     }
 
     /// Lifts all bans of a target; whether there were any.
@@ -383,6 +387,14 @@ impl Engine {
             offender.set_quiet(Quiet { after: position, until: now });
         });
         self.push_offender(*target);
+    }
+
+    /// The host's clock was set back: what comes now arrives at `now`, although later moments have been seen.
+    ///
+    /// Without this, new bans would seem over before they began, until the clock is again where it was.
+    pub fn handle_clock_set_back(&mut self, now: Timestamp) {
+        self.now = now;
+        self.stream.clamp(now);
     }
 
     /// The latest moment seen.
@@ -417,7 +429,25 @@ impl Engine {
 
     /// What enforcers must know beside bans.
     pub fn lists(&self) -> Lists {
-        Lists { never_ban: self.allows.nets(), paused: self.paused }
+        let proxies = self.config.trusted_proxies.nets();
+        let never_ban = NetSet::new(self.allows.nets().into_iter().chain(proxies)).nets();
+        Lists { never_ban, paused: self.paused }
+    }
+
+    /// Set while all bans are lifted.
+    pub fn paused(&self) -> Option<Pause> {
+        self.paused
+    }
+
+    /// What operators allowed and what has not ended, with its end, for `status`.
+    pub fn allowed(&self) -> Vec<(Target, Option<Timestamp>)> {
+        let in_force = self.allows.allowed().iter().filter(|(_, until)| until.is_none_or(|until| self.now < until));
+        in_force.map(|(target, until)| (*target, *until)).collect()
+    }
+
+    /// What a restart could not count again, because limits on files and marks were reached.
+    pub fn rebuild_losses(&self) -> u64 {
+        self.stream.forgotten() + self.stream.marks_dropped()
     }
 
     /// What survives a restart beside bans, histories and files.

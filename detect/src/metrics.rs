@@ -62,7 +62,11 @@ impl Metrics {
         registry.register("events", "Events handled, repetitions aside", metrics.events.clone());
         registry.register("matches", "Events that a rule matched", metrics.matches.clone());
         registry.register("bans", "Bans that a rule decided (in shadow: would have)", metrics.bans.clone());
-        registry.register("uncounted", "Events that counted for no rule, by reason", metrics.uncounted.clone());
+        registry.register(
+            "uncounted",
+            "Events that counted for no rule, by reason; those of the future count at their arrival",
+            metrics.uncounted.clone(),
+        );
         registry.register("evicted", "State dropped because a limit was reached", metrics.evicted.clone());
         registry.register("tracked_clients", "Clients with open windows", metrics.clients.clone());
         registry.register("offenders", "Targets with a ban history", metrics.offenders.clone());
@@ -86,6 +90,7 @@ impl Metrics {
         for (reason, count) in [
             ("duplicate", stats.duplicates),
             ("late", stats.late),
+            ("future", stats.future),
             ("no_client", stats.no_client),
             ("never_ban", stats.exempt),
             ("while_banned", stats.while_banned),

@@ -64,7 +64,10 @@ impl Commit {
 /// The open state file.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    /// `None` between a failed commit and the next try.
+    database: Option<Database>,
+    /// `None` = in memory.
+    path: Option<PathBuf>,
     ids: BTreeMap<FileKey, u64>,
     next_id: u64,
 }
@@ -113,52 +116,23 @@ impl Store {
         let database = Database::builder()
             .create_with_backend(redb::backends::InMemoryBackend::new())
             .map_err(access("create"))?;
-        Self::from_database(database).map(|(store, _)| store)
+        Self::from_database(database, None).map(|(store, _)| store)
     }
 
     fn open_file(path: &Path) -> Result<(Self, Snapshot), StoreError> {
-        let database = Database::create(path).map_err(|source| match source {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
-            source => StoreError::Open { path: path.to_owned(), source: Box::new(source) },
-        })?;
-        Self::from_database(database)
+        Self::from_database(create(path)?, Some(path.to_owned()))
     }
 
-    fn from_database(database: Database) -> Result<(Self, Snapshot), StoreError> {
-        let mut store = Self { database, ids: BTreeMap::new(), next_id: 1 };
-        store.create_tables()?;
-        let snapshot = store.read()?;
+    fn from_database(database: Database, path: Option<PathBuf>) -> Result<(Self, Snapshot), StoreError> {
+        create_tables(&database)?;
+        let mut store = Self { database: None, path, ids: BTreeMap::new(), next_id: 1 };
+        let snapshot = store.read(&database)?;
+        store.database = Some(database);
         Ok((store, snapshot))
     }
 
-    fn create_tables(&self) -> Result<(), StoreError> {
-        let begun = self.database.begin_write().map_err(access("open"))?;
-        {
-            let mut meta = begun.open_table(META).map_err(access("open"))?;
-            let known = meta.get("version").map_err(access("read"))?.map(|v| v.value().to_vec());
-            match known {
-                None => {
-                    meta.insert("version", VERSION.to_string().as_bytes()).map_err(access("write"))?;
-                }
-                Some(text) => {
-                    let version =
-                        std::str::from_utf8(&text).ok().and_then(|text| text.parse().ok()).unwrap_or(u32::MAX);
-                    if version > VERSION {
-                        return Err(DecodeError::Newer(version).into());
-                    }
-                }
-            }
-            begun.open_table(BANS).map_err(access("open"))?;
-            begun.open_table(OFFENDERS).map_err(access("open"))?;
-            begun.open_table(FILES).map_err(access("open"))?;
-            begun.open_table(DECIDED).map_err(access("open"))?;
-            begun.open_table(MARKS).map_err(access("open"))?;
-        }
-        begun.commit().map_err(access("write"))
-    }
-
-    fn read(&mut self) -> Result<Snapshot, StoreError> {
-        let begun = self.database.begin_read().map_err(access("read"))?;
+    fn read(&mut self, database: &Database) -> Result<Snapshot, StoreError> {
+        let begun = database.begin_read().map_err(access("read"))?;
         let mut snapshot = Snapshot::default();
         if let Some(control) = begun.open_table(META).map_err(access("read"))?.get("control").map_err(access("read"))? {
             snapshot.control = decode_control(control.value())?;
@@ -205,10 +179,32 @@ impl Store {
     /// # Errors
     /// When the disk is full or fails; nothing of the commit is stored then.
     pub fn commit(&mut self, commit: &Commit) -> Result<(), StoreError> {
-        let begun = self.database.begin_write().map_err(access("write"))?;
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => self.reopen()?,
+        };
+        // After a failure redb refuses everything until the file is opened anew.
+        let written = self.commit_to(&database, commit);
+        if written.is_ok() || self.path.is_none() {
+            self.database = Some(database);
+        }
+        written
+    }
+
+    fn commit_to(&mut self, database: &Database, commit: &Commit) -> Result<(), StoreError> {
+        let begun = database.begin_write().map_err(access("write"))?;
         self.write(&begun, commit)
             .map_err(|source| StoreError::Access { action: "write", source: Box::new(source) })?;
         begun.commit().map_err(access("write"))
+    }
+
+    fn reopen(&mut self) -> Result<Database, StoreError> {
+        let path = self.path.clone().unwrap_or_default();
+        let database = create(&path)?;
+        // What the file holds is known; only the numbers of files may have been given for nothing.
+        self.ids.clear();
+        self.read(&database)?;
+        Ok(database)
     }
 
     fn write(&mut self, begun: &WriteTransaction, commit: &Commit) -> Result<(), redb::Error> {
@@ -247,6 +243,38 @@ impl Store {
         }
         Ok(())
     }
+}
+
+fn create(path: &Path) -> Result<Database, StoreError> {
+    Database::create(path).map_err(|source| match source {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
+        source => StoreError::Open { path: path.to_owned(), source: Box::new(source) },
+    })
+}
+
+fn create_tables(database: &Database) -> Result<(), StoreError> {
+    let begun = database.begin_write().map_err(access("open"))?;
+    {
+        let mut meta = begun.open_table(META).map_err(access("open"))?;
+        let known = meta.get("version").map_err(access("read"))?.map(|v| v.value().to_vec());
+        match known {
+            None => {
+                meta.insert("version", VERSION.to_string().as_bytes()).map_err(access("write"))?;
+            }
+            Some(text) => {
+                let version = std::str::from_utf8(&text).ok().and_then(|text| text.parse().ok()).unwrap_or(u32::MAX);
+                if version > VERSION {
+                    return Err(DecodeError::Newer(version).into());
+                }
+            }
+        }
+        begun.open_table(BANS).map_err(access("open"))?;
+        begun.open_table(OFFENDERS).map_err(access("open"))?;
+        begun.open_table(FILES).map_err(access("open"))?;
+        begun.open_table(DECIDED).map_err(access("open"))?;
+        begun.open_table(MARKS).map_err(access("open"))?;
+    }
+    begun.commit().map_err(access("write"))
 }
 
 fn write_file(begun: &WriteTransaction, id: u64, change: &FileChange) -> Result<(), redb::Error> {
@@ -346,6 +374,23 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_commit_is_made_up_for_once_the_disk_works_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = reopen(dir.path()).store;
+        // redb refuses everything after a failure, until the file is opened anew: as if the disk had been full.
+        store.database = None;
+        store.ids.insert(key(9), 77);
+        let path = store.path.replace(dir.path().join("no/such/directory"));
+        let commit = Commit { files: vec![change(&[(0, 10)], 0, 0, &[])], ..Commit::default() };
+        assert!(store.commit(&commit).is_err() && store.commit(&commit).is_err());
+        store.path = path;
+        store.commit(&commit).unwrap();
+        assert!(!store.ids.contains_key(&key(9)));
+        drop(store);
+        assert_eq!(reopen(dir.path()).snapshot.files[0].1.decided.0, [(0, 10)]);
+    }
+
+    #[test]
     fn a_damaged_file_is_set_aside() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(FILE_NAME), vec![7; 8192]).unwrap();
@@ -358,7 +403,7 @@ mod tests {
     fn a_newer_state_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let store = reopen(dir.path()).store;
-        let begun = store.database.begin_write().unwrap();
+        let begun = store.database.as_ref().unwrap().begin_write().unwrap();
         begun.open_table(META).unwrap().insert("version", b"2".as_slice()).unwrap();
         begun.commit().unwrap();
         drop(store);

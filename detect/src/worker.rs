@@ -29,7 +29,9 @@ use crate::store::{Commit, Store};
 const GROUP_MAX: usize = 16;
 /// How often progress without a decision is stored, and the report is renewed.
 const TICK: Duration = Duration::from_secs(1);
-/// How far the clock may go back before `status` says so.
+/// Ticks from the reading of headers that new rules look at to these rules: more than a batch takes on its way.
+const RELOAD_TICKS: u8 = 1;
+/// How far the clock may go back before time follows it; arrival never decreases for less.
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(60);
 /// Requests that wait for the worker.
 pub const REQUESTS_MAX: usize = 256;
@@ -97,7 +99,12 @@ pub struct Worker {
     changes: Vec<BanChange>,
     told: Vec<(EventType, CloudEvent)>,
     cause: Option<Timestamp>,
+    /// Whether the lists may have changed since they were published.
+    lists_changed: bool,
+    published: bool,
     store_broken: bool,
+    /// A new configuration, and the ticks to wait until batches have what its rules look at.
+    reload: Option<(Box<DetectConfig>, u8)>,
 }
 
 /// What a worker is made of.
@@ -138,6 +145,12 @@ impl Worker {
             None => (Store::in_memory()?, crate::engine::Snapshot::default()),
         };
         let restored = (snapshot.bans.len(), snapshot.offenders.len());
+        let mut snapshot = snapshot;
+        // A name that left the configuration while we were down is exempt no longer.
+        snapshot.control.resolved.retain(|name, _| config.names.contains(name));
+        for (_, file) in &mut snapshot.files {
+            file.clamp(now);
+        }
         let names = Names { names: config.names.clone(), interval: config.resolve_interval };
         let engine = Engine::restore(config.engine, snapshot, now);
         tracing::info!(bans = restored.0, offenders = restored.1, "Detection started");
@@ -155,7 +168,10 @@ impl Worker {
             changes: Vec::new(),
             told: Vec::new(),
             cause: None,
+            lists_changed: false,
+            published: false,
             store_broken: false,
+            reload: None,
         };
         worker.outlets.names.send_replace(names);
         worker.outlets.interest.send_replace(Arc::new(worker.engine.config().interest()));
@@ -190,33 +206,26 @@ impl Worker {
             tokio::select! {
                 biased;
                 Some(request) = requests.recv() => self.handle_request(request),
-                batch = batches.recv() => match batch {
-                    Some(batch) => self.handle_batches(batch, &mut batches),
-                    None => break,
-                },
                 () = tokio::time::sleep(timeout.unwrap_or(TICK)) => {
                     self.engine.handle_timeout(self.clock.now());
                     self.collect();
                     tokio::task::block_in_place(|| self.settle(false));
                 }
                 _ = tick.tick() => {
-                    self.watch_clock();
-                    tokio::task::block_in_place(|| self.settle(true));
+                    self.handle_tick();
                     self.report(batches.len());
                 }
+                batch = batches.recv() => match batch {
+                    Some(batch) => self.handle_batches(batch, &mut batches),
+                    None => break,
+                },
             }
         }
         self.collect();
         tokio::task::block_in_place(|| self.settle(true));
         self.report(0);
-        if self.store_broken { Err(self.last_commit_error().into()) } else { Ok(()) }
-    }
-
-    fn last_commit_error(&mut self) -> StoreError {
-        match self.store.commit(&self.pending) {
-            Err(error) => error,
-            Ok(()) => StoreError::Access { action: "write", source: Box::new(redb::Error::PreviousIo) },
-        }
+        // One more try, so that the reason is told.
+        if self.store_broken { Ok(tokio::task::block_in_place(|| self.store.commit(&self.pending))?) } else { Ok(()) }
     }
 
     fn handle_batches(&mut self, first: AccessBatch, more: &mut mpsc::Receiver<AccessBatch>) {
@@ -250,20 +259,57 @@ impl Worker {
                 let _gone = reply.send(self.engine.explain(address, now));
             }
             Request::Resolved { name, addrs } => self.handle_resolved(name, addrs, now),
-            Request::Reload(config) => {
-                let names = config.names.clone();
-                self.outlets.names.send_replace(Names { names: names.clone(), interval: config.resolve_interval });
-                self.unresolved.retain(|name, _| names.contains(name));
-                let command = Command::Reload { config: Box::new(config.engine), names };
-                if let Err(error) = self.engine.handle_command(command, now) {
-                    tracing::error!(%error, "Configuration was not taken over");
-                }
-                self.collect();
-                tokio::task::block_in_place(|| self.settle(false));
-                self.outlets.interest.send_replace(Arc::new(self.engine.config().interest()));
-                tracing::info!(rules = self.engine.config().rules.len(), "Rules and lists reloaded");
-            }
+            Request::Reload(config) => self.prepare_reload(config, now),
         }
+    }
+
+    /// New rules may look at headers that batches do not carry yet, and must not take them for absent. So the wider
+    /// interest is published first, and the rules follow when what was read without it has been handled.
+    fn prepare_reload(&mut self, config: Box<DetectConfig>, now: Timestamp) {
+        let known = self.outlets.interest.borrow().clone();
+        let wanted = config.engine.interest();
+        if wanted.headers.iter().all(|header| known.headers.contains(header)) {
+            self.reload = None;
+            return self.take_over(*config, now);
+        }
+        let mut headers: Vec<String> = known.headers.iter().chain(&wanted.headers).cloned().collect();
+        headers.sort_unstable();
+        headers.dedup();
+        self.outlets.interest.send_replace(Arc::new(Interest { headers }));
+        self.reload = Some((config, RELOAD_TICKS));
+    }
+
+    fn take_over(&mut self, config: DetectConfig, now: Timestamp) {
+        let names = config.names.clone();
+        self.outlets.names.send_replace(Names { names: names.clone(), interval: config.resolve_interval });
+        self.unresolved.retain(|name, _| names.contains(name));
+        let command = Command::Reload { config: Box::new(config.engine), names };
+        if let Err(error) = self.engine.handle_command(command, now) {
+            tracing::error!(%error, "Configuration was not taken over");
+        }
+        self.collect();
+        tokio::task::block_in_place(|| self.settle(false));
+        self.outlets.interest.send_replace(Arc::new(self.engine.config().interest()));
+        tracing::info!(rules = self.engine.config().rules.len(), "Rules and lists reloaded");
+    }
+
+    fn handle_tick(&mut self) {
+        let now = self.clock.now();
+        if self.engine.now().since(now) > CLOCK_STEP_MAX {
+            self.metrics.clock_stepped_back();
+            let back = proto::time::render_duration(self.engine.now().since(now));
+            tracing::error!(back, "Clock was set back, time goes on from there");
+            self.engine.handle_clock_set_back(now);
+        }
+        self.reload = match self.reload.take() {
+            Some((config, 0)) => {
+                self.take_over(*config, now);
+                None
+            }
+            Some((config, ticks)) => Some((config, ticks - 1)),
+            None => None,
+        };
+        tokio::task::block_in_place(|| self.settle(true));
     }
 
     fn handle_resolved(&mut self, name: String, addrs: Result<Vec<IpAddr>, String>, now: Timestamp) {
@@ -296,7 +342,10 @@ impl Worker {
                     self.changes.push(change);
                 }
                 Output::Offender(target, offender) => drop(self.pending.offenders.insert(target, offender)),
-                Output::Control => self.pending.control = Some(self.engine.control()),
+                Output::Control => {
+                    self.pending.control = Some(self.engine.control());
+                    self.lists_changed = true;
+                }
                 Output::Told(kind, ban) => {
                     let time = self.clock.now();
                     self.told.push((kind, CloudEvent::of_ban(&self.node, kind, &ban, time)));
@@ -332,17 +381,13 @@ impl Worker {
             // A host that cannot write must still be protected: publish all the same.
             tracing::warn!(changes = self.changes.len(), "Bans are published without being stored");
         }
-        if !self.changes.is_empty() || self.outlets.bans.since(0).is_none() {
+        if !self.changes.is_empty() || !self.published {
+            self.published = true;
             self.outlets.bans.publish(self.changes.drain(..), self.cause);
         }
-        let lists = self.engine.lists();
-        self.outlets.lists.send_if_modified(|known| {
-            let changed = **known != lists;
-            if changed {
-                *known = Arc::new(lists);
-            }
-            changed
-        });
+        if std::mem::take(&mut self.lists_changed) {
+            self.outlets.lists.send_replace(Arc::new(self.engine.lists()));
+        }
         for (kind, event) in self.told.drain(..) {
             log_event(kind, &event);
             // Without a reader there is nobody to tell.
@@ -373,19 +418,12 @@ impl Worker {
         }
     }
 
-    fn watch_clock(&mut self) {
-        let behind = self.engine.now().since(self.clock.now());
-        if behind > CLOCK_STEP_MAX {
-            self.metrics.clock_stepped_back();
-        }
-    }
-
     fn report(&self, queued: usize) {
         self.metrics.observe(&self.engine, queued);
         let now = self.clock.now();
         let mut report = NodeReport::new(&self.node, Role::Detect, self.started_at);
         report.at = now;
-        report.problems = self.current_problems(now);
+        report.problems = self.current_problems();
         let stats = self.engine.stats();
         let (banned, clients, offenders) = self.engine.sizes();
         let rules = self.engine.config().rules.iter().zip(&stats.rules);
@@ -406,21 +444,19 @@ impl Worker {
             events: stats.events,
             late: stats.late,
             duplicates: stats.duplicates,
-            paused: self.engine.lists().paused,
+            future: stats.future,
+            allowed: self.engine.allowed(),
+            paused: self.engine.paused(),
             hidden_behind: self.engine.hidden_behind().map(|(addr, share)| (addr.to_string(), share)),
         });
         self.outlets.nodes.put(report);
     }
 
-    fn current_problems(&self, now: Timestamp) -> Vec<Problem> {
+    fn current_problems(&self) -> Vec<Problem> {
         let mut problems = self.problems.clone();
         let stats = self.engine.stats();
         if self.store_broken {
             let text = "the state cannot be written: bans are enforced, but a restart may lose them";
-            problems.push(Problem::degraded(text));
-        }
-        if self.engine.now().since(now) > CLOCK_STEP_MAX {
-            let text = "the clock went back by more than a minute: events look late; restart portcullis";
             problems.push(Problem::degraded(text));
         }
         if stats.evicted_clients > 0 {
@@ -432,12 +468,16 @@ impl Worker {
         }
         if stats.evicted_offenders > 0 {
             let text = format!("{} ban histories were dropped at offenders_max", stats.evicted_offenders);
+            problems.push(Problem::degraded(text));
+        }
+        if self.engine.rebuild_losses() > 0 {
+            let text = "more files, or decisions in one file, than are remembered: a restart may lose some counts";
             problems.push(Problem::warning(text));
         }
         if let Some((addr, share)) = self.engine.hidden_behind() {
             problems.push(Problem::warning(hidden_text(addr, share)));
         }
-        if self.engine.lists().paused.is_some() {
+        if self.engine.paused().is_some() {
             problems.push(Problem::warning("paused: all bans are lifted and nobody is banned"));
         }
         for (name, error) in &self.unresolved {

@@ -11,7 +11,7 @@ pub enum EventType {
     /// A target is banned that was not.
     #[serde(rename = "io.portcullis.ban.v1")]
     Ban,
-    /// A ban was lifted by an operator or by a list. A ban that merely ends is told by its `expires_at`.
+    /// A target is banned no longer: its last ban ended, or was lifted by an operator or a list. `reason` says which.
     #[serde(rename = "io.portcullis.unban.v1")]
     Unban,
     /// A banned target got a further ban, by another rule or for longer.

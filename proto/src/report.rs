@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ban::Pause;
+use crate::net::Target;
 use crate::time::Timestamp;
 
 /// A role of the process.
@@ -129,8 +130,12 @@ pub struct DetectReport {
     pub events: u64,
     /// Events that came later than `lateness_max`.
     pub late: u64,
+    /// Matching events whose time was in the future: the clock of their node is ahead.
+    pub future: u64,
     /// Events that had been seen before.
     pub duplicates: u64,
+    /// What operators allowed, until when; `None` = for ever.
+    pub allowed: Vec<(Target, Option<Timestamp>)>,
     /// Set while all bans are lifted.
     pub paused: Option<Pause>,
     /// Most frequent peer that may not be banned and is no trusted proxy, and its share of the recent lines in per cent.

@@ -81,6 +81,12 @@ pub enum SupervisorError {
         /// The deadline that passed.
         deadline: Duration,
     },
+    /// It was still running when the end was forced.
+    #[error("ended at once, still running: {tasks}")]
+    Forced {
+        /// Names, separated by commas.
+        tasks: String,
+    },
 }
 
 /// Runs named tasks; the first that fails or panics begins the shutdown of all.
@@ -113,18 +119,19 @@ impl Supervisor {
         let end = async {
             shutdown.draining().await;
             tokio::select! {
-                () = tokio::time::sleep(deadline) => {}
-                () = shutdown.forced() => {}
+                () = tokio::time::sleep(deadline) => false,
+                () = shutdown.forced() => true,
             }
         };
         tokio::pin!(end);
         loop {
             let joined = tokio::select! {
                 joined = self.tasks.join_next_with_id() => joined,
-                () = &mut end => {
+                forced = &mut end => {
                     let tasks = self.names.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(", ");
                     self.tasks.shutdown().await;
-                    return Err(first_error.unwrap_or(SupervisorError::Deadline { tasks, deadline }));
+                    let late = if forced { SupervisorError::Forced { tasks } } else { SupervisorError::Deadline { tasks, deadline } };
+                    return Err(first_error.unwrap_or(late));
                 }
             };
             let (id, result) = match joined {

@@ -72,7 +72,7 @@ impl Allows {
         let mut in_force = self.allowed.iter().filter(|(_, until)| until.is_none_or(|until| now < until));
         if let Some((target, until)) = in_force.find(|(target, _)| target.contains_addr(addr)) {
             let until = until.map_or_else(String::new, |until| format!(" until {until}"));
-            return Some(format!("{target} was allowed by an operator{until}"));
+            return Some(format!("{target} was allowed by an operator{until} (`allow {target} --for 1s` ends that)"));
         }
         if let Some((name, _)) = self.resolved.iter().find(|(_, addrs)| addrs.contains(&addr)) {
             return Some(format!("{name} in never_ban resolves to it"));

@@ -16,15 +16,20 @@ const NONE: u32 = u32::MAX;
 pub enum Counted {
     /// Events in a window.
     Window(Window),
-    /// The level of a leaky bucket: its theoretical arrival time, in nanoseconds since the epoch.
-    Bucket(u64),
+    /// A leaky bucket.
+    Bucket {
+        /// Its theoretical arrival time, in nanoseconds since the epoch.
+        level: u64,
+        /// Time of the newest event poured in: one that is logged late is poured at this time.
+        newest: Timestamp,
+    },
 }
 
 impl Counted {
     fn events(&self) -> usize {
         match self {
             Self::Window(window) => window.len(),
-            Self::Bucket(_) => 1,
+            Self::Bucket { .. } => 1,
         }
     }
 
@@ -271,7 +276,7 @@ mod tests {
                     }
                     _ => {
                         let now = Timestamp::from_secs(now as i64);
-                        clients.update(target, 0, now, |counted| *counted = Some(Counted::Bucket(1)));
+                        clients.update(target, 0, now, |counted| *counted = Some(Counted::Bucket { level: 1, newest: now }));
                         list.retain(|known| *known != target);
                         list.push(target);
                     }

@@ -86,7 +86,7 @@ pub enum Refusal {
         why: String,
     },
     /// The target is too wide.
-    #[error("{target} is too wide: an operator may ban /{min} or narrower")]
+    #[error("{target} is too wide: an operator may name /{min} or narrower")]
     TooWide {
         /// Whom.
         target: Target,
@@ -132,10 +132,7 @@ impl Engine {
     }
 
     fn order_ban(&mut self, target: Target, length: Option<Duration>, reason: &str) -> Result<Reply, Refusal> {
-        let min = if target.is_ipv4() { self.config.operator_prefix_min.0 } else { self.config.operator_prefix_min.1 };
-        if target.prefix() < min {
-            return Err(Refusal::TooWide { target, min });
-        }
+        self.check_width(target)?;
         if self.allows.covers(&target) || self.config.trusted_proxies.covers(&target) {
             let proxy = || "it is a trusted proxy".to_owned();
             let why = self.allows.why(target.addr()).unwrap_or_else(proxy);
@@ -154,16 +151,22 @@ impl Engine {
             evidence: Evidence::default(),
         };
         let position = self.stream.position();
-        self.offenders.update(target, |offender| {
-            let until = offender.quiet_now().max(end.unwrap_or(Timestamp::MAX));
-            offender.set_quiet(Quiet { after: position, until });
-        });
+        self.put_ban(ban.clone());
+        // An order may shorten a former one, so what is in force now counts, not what was.
+        let until = self.bans.get(&target).map_or(end, proto::ban::BanRecord::expires_at).unwrap_or(Timestamp::MAX);
+        self.offenders.update(target, |offender| offender.set_quiet(Quiet { after: position, until }));
         self.stream.advance();
         self.push_offender(target);
-        self.put_ban(ban.clone());
         self.bound_offenders();
         self.outputs.push_back(Output::Control);
         Ok(Reply::Banned(Box::new(ban)))
+    }
+
+    /// A mistyped prefix must not ban, nor free, half of the Internet.
+    fn check_width(&self, target: Target) -> Result<(), Refusal> {
+        let (ipv4, ipv6) = self.config.operator_prefix_min;
+        let min = if target.is_ipv4() { ipv4 } else { ipv6 };
+        if target.prefix() < min { Err(Refusal::TooWide { target, min }) } else { Ok(()) }
     }
 
     fn unban(&mut self, targets: &[Target]) -> UnbanReply {
@@ -203,6 +206,7 @@ impl Engine {
     }
 
     fn allow(&mut self, target: Target, length: Option<Duration>) -> Result<Reply, Refusal> {
+        self.check_width(target)?;
         if self.allows.allowed().len() >= ALLOWED_MAX && !self.allows.allowed().contains_key(&target) {
             return Err(Refusal::TooManyAllowed);
         }
@@ -254,7 +258,7 @@ impl Engine {
             while self.clients.evict_oldest().is_some() {}
         }
         self.allows.reconfigure(&self.config.never_ban, names);
-        self.lift_guarded("it is in never_ban now");
+        self.lift_guarded("it may not be banned any more");
         self.bound_clients();
         self.bound_offenders();
         self.outputs.push_back(Output::Control);

@@ -73,10 +73,12 @@ impl Engine {
         };
         match config.rules[rule].threshold {
             Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, *now, |counted| {
-                let level = if let Some(Counted::Bucket(level)) = counted { Some(*level) } else { None };
-                let (level, fits) = bucket.pour(period, burst, counting.time, level);
+                let held =
+                    if let Some(Counted::Bucket { level, newest }) = counted { Some((*level, *newest)) } else { None };
+                let newest = held.map_or(counting.time, |(_, newest)| newest.max(counting.time));
+                let (level, fits) = bucket.pour(period, burst, newest, held.map(|(level, _)| level));
                 if fits || !counting.decides {
-                    *counted = level.map(Counted::Bucket);
+                    *counted = level.map(|level| Counted::Bucket { level, newest });
                     return None;
                 }
                 *counted = None;
@@ -101,7 +103,7 @@ impl Engine {
                             window.insert(mark, oldest, &span);
                             window
                         }
-                        Some(Counted::Bucket(_)) | None => Window::new(mark),
+                        Some(Counted::Bucket { .. }) | None => Window::new(mark),
                     };
                     // The first event's text is kept only where it is the last as well.
                     if window.len() > 1 || max_retry == 1 {
@@ -233,6 +235,8 @@ impl Engine {
         }
         while self.offenders.len() > self.config.offenders_max {
             let Some(target) = self.offenders.evict_oldest() else { return };
+            // Nobody is banned without a history, or the ban would not be seen by what follows.
+            self.lift(&target, "dropped because detect.offenders_max was reached");
             self.outputs.push_back(Output::Offender(target, None));
             self.stats.evicted_offenders += 1;
             if self.stats.evicted_offenders == 1 {

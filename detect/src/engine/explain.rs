@@ -50,7 +50,7 @@ impl Engine {
                 let find_nanos = i64::try_from(find_time.as_nanos()).unwrap_or(i64::MAX);
                 window.progress(now, &Span { max_retry, find_nanos, distinct: distinct.is_some() })
             }
-            (Some((_, Counted::Bucket(level))), Threshold::Rate { period, .. }) => {
+            (Some((_, Counted::Bucket { level, .. })), Threshold::Rate { period, .. }) => {
                 let above = level.saturating_sub(u64::try_from(now.as_nanos()).unwrap_or(0));
                 let held = u128::from(above).div_ceil(period.as_nanos().max(1));
                 (u32::try_from(held).unwrap_or(u32::MAX), None)

@@ -56,7 +56,8 @@ type Limiter = RateLimiter<NotKeyed, Level, EventClock, NoOpMiddleware<Nanos>>;
 
 impl Bucket {
     /// Pours one event at `time` into a bucket at `level` that drains one event each `period` and holds `burst`.
-    /// Returns the new level, and whether the event fitted.
+    /// Returns the new level, and whether the event fitted. Times must not decrease from call to call for one bucket: to
+    /// governor, an event from the past is one too many.
     pub fn pour(
         &mut self,
         period: Duration,

@@ -22,6 +22,8 @@ impl Position {
 
 /// Generations of files that are remembered; the one that was read longest ago goes first.
 pub const FILES_MAX: usize = 10_000;
+/// Marks kept for one file; beyond it the oldest go, and what stands before the rest is not counted again in a rebuild.
+pub const MARKS_MAX: usize = 100_000;
 /// Without a decision, a file's offset is noted this often: how finely arrival times are known in a rebuild.
 pub const MARK_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -92,6 +94,16 @@ pub struct FileState {
     pub last_arrival: Timestamp,
 }
 
+impl FileState {
+    /// Nothing of it arrived after `now`, whatever a clock said that has been set back since.
+    pub fn clamp(&mut self, now: Timestamp) {
+        self.last_arrival = self.last_arrival.min(now);
+        for mark in &mut self.marks {
+            mark.arrival = mark.arrival.min(now);
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 struct File {
     key: FileKey,
@@ -102,6 +114,8 @@ struct File {
     changed: bool,
     /// Stored marks from this offset on are not as here.
     unsaved_from: u64,
+    /// The arrival of the newest lines matters: the next that arrives at another moment is marked.
+    pinned: bool,
 }
 
 /// What has changed of one file, for storing.
@@ -123,7 +137,14 @@ pub struct FileChange {
 
 impl File {
     fn new(key: FileKey) -> Self {
-        Self { key, state: FileState::default(), covered: Ranges::default(), changed: true, unsaved_from: 0 }
+        Self {
+            key,
+            state: FileState::default(),
+            covered: Ranges::default(),
+            changed: true,
+            unsaved_from: 0,
+            pinned: false,
+        }
     }
 }
 
@@ -159,6 +180,7 @@ pub struct Stream {
     index: BTreeMap<FileKey, usize>,
     position: Position,
     forgotten: u64,
+    marks_dropped: u64,
     /// Forgotten since the last [`Stream::take_changes`].
     dropped: Vec<FileKey>,
 }
@@ -166,7 +188,14 @@ pub struct Stream {
 impl Default for Stream {
     fn default() -> Self {
         // Position 0 is "nothing consumed", so the first events stand at 1.
-        Self { files: Vec::new(), index: BTreeMap::new(), position: Position(1), forgotten: 0, dropped: Vec::new() }
+        Self {
+            files: Vec::new(),
+            index: BTreeMap::new(),
+            position: Position(1),
+            forgotten: 0,
+            marks_dropped: 0,
+            dropped: Vec::new(),
+        }
     }
 }
 
@@ -181,7 +210,8 @@ impl Stream {
         for (key, state) in files {
             let covered = state.decided.below(rebuild_offset(&state, since));
             stream.index.insert(key.clone(), stream.files.len());
-            stream.files.push(File { key, state, covered, changed: false, unsaved_from: u64::MAX });
+            // Whether the newest lines were pinned is not stored, so it is taken that they were.
+            stream.files.push(File { key, state, covered, changed: false, unsaved_from: u64::MAX, pinned: true });
         }
         stream
     }
@@ -249,20 +279,51 @@ impl Stream {
                 before: marks.get(after).map_or(file.state.last_arrival, |mark| mark.arrival).min(now),
             };
         }
-        let last = file.state.marks.last();
-        if last.is_none_or(|last| last.position != self.position || last.arrival.saturating_add(MARK_INTERVAL) <= now) {
+        let due = |last: &Mark| {
+            let pinned = file.pinned && last.arrival != now;
+            pinned || last.position != self.position || last.arrival.saturating_add(MARK_INTERVAL) <= now
+        };
+        if file.state.marks.last().is_none_or(due) {
             self.mark(slot, offset, now);
         }
         Admission::Decide { position: self.position }
     }
 
     /// Notes that what follows from `offset` on arrived at `now` or later.
-    pub fn mark(&mut self, slot: Slot, offset: u64, now: Timestamp) {
+    fn mark(&mut self, slot: Slot, offset: u64, now: Timestamp) {
         let file = &mut self.files[slot.0];
-        file.state.marks.retain(|mark| mark.offset < offset);
-        file.state.marks.push(Mark { offset, position: self.position, arrival: now });
+        let marks = &mut file.state.marks;
+        file.pinned &= marks.last().is_some_and(|last| last.arrival == now);
+        marks.truncate(marks.partition_point(|mark| mark.offset < offset));
+        if marks.last().is_some_and(|last| last.position == self.position && last.arrival == now) {
+            return;
+        }
+        if marks.len() >= MARKS_MAX {
+            marks.drain(..MARKS_MAX / 2);
+            self.marks_dropped += MARKS_MAX as u64 / 2;
+        }
+        marks.push(Mark { offset, position: self.position, arrival: now });
         file.unsaved_from = file.unsaved_from.min(offset);
         file.changed = true;
+    }
+
+    /// Notes the exact arrival of the line at `offset`, as what became of it hangs on it.
+    pub fn pin(&mut self, slot: Slot, offset: u64, now: Timestamp) {
+        self.mark(slot, offset, now);
+        self.files[slot.0].pinned = true;
+    }
+
+    /// The clock was set back to `now`: no line arrived after that.
+    pub fn clamp(&mut self, now: Timestamp) {
+        for file in &mut self.files {
+            file.state.clamp(now);
+            (file.changed, file.unsaved_from) = (true, 0);
+        }
+    }
+
+    /// Marks dropped because a file had more than [`MARKS_MAX`].
+    pub fn marks_dropped(&self) -> u64 {
+        self.marks_dropped
     }
 
     /// All lines of `span` are handled. What arrived before `since` need never be read again.
@@ -373,6 +434,26 @@ mod tests {
         assert_eq!(stream.admit(slot, 30, at(400)), Admission::Decide { position: Position(2) });
         stream.cover(slot, span(10, 40), at(400), at(0));
         assert_eq!(stream.admit(slot, 20, at(401)), Admission::Duplicate);
+    }
+
+    #[test]
+    fn marks_of_lines_whose_arrival_matters_do_not_pile_up() {
+        let mut stream = Stream::default();
+        let slot = stream.open(key());
+        for line in 0..3 * MARKS_MAX as u64 {
+            // Batches of a hundred lines, each line from the future.
+            let now = at((line / 100) as i64);
+            stream.admit(slot, line * 10, now);
+            stream.pin(slot, line * 10, now);
+        }
+        let marks = stream.all()[0].1.marks.len();
+        assert!(marks <= 3 * MARKS_MAX / 100 + 1, "{marks}");
+        for line in 0..2 * MARKS_MAX as u64 {
+            stream.admit(slot, 100 * MARKS_MAX as u64 + line, at(1_000_000));
+            stream.advance();
+        }
+        assert!(stream.all()[0].1.marks.len() <= MARKS_MAX);
+        assert!(stream.marks_dropped() > 0);
     }
 
     proptest! {

@@ -205,7 +205,7 @@ fn who_may_not_be_banned_is_not_even_counted() {
     assert!(refused.unwrap_err().to_string().contains("10.0.0.0/8 is in never_ban"));
     let refused =
         bench.command(Command::Ban { target: "0.0.0.0/1".parse().unwrap(), length: None, reason: String::new() }, 9);
-    assert_eq!(refused.unwrap_err().to_string(), "0.0.0.0/1 is too wide: an operator may ban /16 or narrower");
+    assert_eq!(refused.unwrap_err().to_string(), "0.0.0.0/1 is too wide: an operator may name /16 or narrower");
 }
 
 #[test]
@@ -313,6 +313,84 @@ fn explain_tells_how_far_a_client_is() {
     bench.storm("192.0.2.1", 10, 2);
     let reply = bench.engine.explain("192.0.2.1".parse().unwrap(), at(12));
     assert_eq!((reply.bans.len(), reply.rules[0].ban_count, reply.rules[0].next_ban_seconds), (1, 1, 1200));
+}
+
+#[test]
+fn a_rate_rule_takes_a_request_that_is_logged_late_for_one_request() {
+    let rule = json!({"match": "Status(`404`)", "rate": "10/s", "burst": 20, "ban_time": "1m"});
+    let mut bench = Bench::new(config(json!({"rules": {"r": rule}})));
+    assert!(bench.feed(&event("192.0.2.1", 60, 404)).is_empty());
+    assert!(bench.feed_at(&event("192.0.2.1", 0, 404), at(60)).is_empty(), "a long download of the same client");
+}
+
+#[test]
+fn a_proxy_that_becomes_trusted_is_freed_and_counted_no_more() {
+    let mut bench = Bench::new(simple(2, "1m", "1h"));
+    bench.storm("192.0.2.1", 0, 2);
+    let mut trusting = simple(2, "1m", "1h");
+    trusting.engine.trusted_proxies = NetSet::new(["192.0.2.0/24".parse().unwrap()]);
+    bench.command(Command::Reload { config: Box::new(trusting.engine), names: vec![] }, 2).unwrap();
+    assert_eq!(bench.engine.bans().count(), 0);
+    assert!(bench.engine.lists().never_ban.contains(&"192.0.2.0/24".parse().unwrap()), "firewalls let it through");
+    assert!(bench.storm("192.0.2.1", 3, 5).is_empty(), "batches on their way may still name it");
+}
+
+#[test]
+fn a_shortened_order_does_not_leave_a_client_immune() {
+    let mut bench = Bench::new(simple(2, "1m", "1h"));
+    let order = |length| Command::Ban { target: "192.0.2.1".parse().unwrap(), length, reason: String::new() };
+    bench.command(order(None), 0).unwrap();
+    bench.command(order(Some(Duration::from_secs(60))), 1).unwrap();
+    bench.engine.handle_timeout(at(61));
+    bench.told(EventType::Ban);
+    assert_eq!(bench.storm("192.0.2.1", 61, 2).len(), 1);
+}
+
+#[test]
+fn a_ban_that_a_list_lifted_leaves_nobody_immune() {
+    let mut bench = Bench::new(simple(1, "1m", "1d"));
+    let resolved = |addr: &str| Command::Resolved { name: "home.example".into(), addrs: vec![addr.parse().unwrap()] };
+    bench.storm("192.0.2.1", 0, 1);
+    bench.command(resolved("192.0.2.1"), 1).unwrap();
+    assert_eq!(bench.engine.bans().count(), 0);
+    bench.command(resolved("198.51.100.1"), 2).unwrap();
+    assert_eq!(bench.storm("192.0.2.1", 3, 1).len(), 1);
+}
+
+#[test]
+fn nobody_stays_banned_without_a_history() {
+    let mut limited = simple(1, "1m", "1h");
+    limited.engine.offenders_max = 2;
+    let mut bench = Bench::new(limited);
+    (1..=4).for_each(|n| assert_eq!(bench.storm(&format!("192.0.2.{n}"), n, 1).len(), 1));
+    let banned: Vec<String> = bench.engine.bans().map(|record| record.target.to_string()).collect();
+    assert_eq!((bench.engine.sizes().2, banned), (2, vec!["192.0.2.3".to_owned(), "192.0.2.4".to_owned()]));
+}
+
+#[test]
+fn an_order_that_would_free_half_of_the_internet_is_refused() {
+    let mut bench = Bench::new(simple(1, "1m", "1h"));
+    let refused = bench.command(Command::Allow { target: "0.0.0.0/0".parse().unwrap(), length: None }, 0);
+    assert!(matches!(refused, Err(Refusal::TooWide { .. })));
+}
+
+#[test]
+fn bans_hold_after_the_clock_was_set_back() {
+    let mut bench = Bench::new(simple(1, "1m", "10m"));
+    bench.storm("192.0.2.1", 3600, 1);
+    bench.engine.handle_clock_set_back(at(1800));
+    assert_eq!(bench.storm("192.0.2.2", 1800, 1).len(), 1);
+    assert_eq!(bench.engine.bans().count(), 2);
+}
+
+#[test]
+fn times_at_the_end_of_time_do_no_harm() {
+    let mut bench = Bench::new(simple(2, "1m", "1h"));
+    for time in [Timestamp::MAX, Timestamp::from_nanos(i64::MIN), Timestamp::EPOCH] {
+        let event = Event { time: Some(time), ..event("192.0.2.1", 0, 404) };
+        bench.engine.handle_event(bench.source, &event, Timestamp::MAX);
+        bench.engine.handle_timeout(Timestamp::MAX);
+    }
 }
 
 #[test]

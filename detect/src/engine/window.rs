@@ -156,8 +156,8 @@ impl Window {
     pub fn complete(&self, newest: &Mark, span: &Span) -> Option<Complete> {
         let marks = self.as_slice();
         let needed = span.max_retry as usize;
-        let low = marks.partition_point(|held| held.time.as_nanos() < newest.time.as_nanos() - span.find_nanos);
-        let high = marks.partition_point(|held| held.time.as_nanos() <= newest.time.as_nanos() + span.find_nanos);
+        let low = marks.partition_point(|held| held.time < before(newest.time, span));
+        let high = marks.partition_point(|held| held.time <= after(newest.time, span));
         let near = marks.get(low..high).filter(|near| near.len() >= needed)?;
         let at = near.partition_point(|held| held.time <= newest.time);
         let run = if span.distinct {
@@ -171,7 +171,7 @@ impl Window {
     /// How many events count at `now`, and the first and last of them.
     pub fn progress(&self, now: Timestamp, span: &Span) -> (u32, Option<(Timestamp, Timestamp)>) {
         let marks = self.as_slice();
-        let low = marks.partition_point(|held| held.time.as_nanos() < now.as_nanos() - span.find_nanos);
+        let low = marks.partition_point(|held| held.time < before(now, span));
         let near = &marks[low..];
         let counted = if span.distinct {
             let mut values: Vec<u64> = near.iter().map(|mark| mark.value).collect();
@@ -199,6 +199,15 @@ impl Window {
     }
 }
 
+/// `find_time` before and after a moment. Times come from logs, so nothing here may overflow.
+fn before(time: Timestamp, span: &Span) -> Timestamp {
+    Timestamp::from_nanos(time.as_nanos().saturating_sub(span.find_nanos))
+}
+
+fn after(time: Timestamp, span: &Span) -> Timestamp {
+    Timestamp::from_nanos(time.as_nanos().saturating_add(span.find_nanos))
+}
+
 fn push_new(list: &mut Vec<String>, text: &str) {
     if text != proto::event::ABSENT && !list.iter().any(|known| known == text) {
         list.push(text.to_owned());
@@ -221,7 +230,7 @@ fn newest_run(near: &[Mark], at: usize, span: &Span) -> Option<Vec<Mark>> {
 /// value the newest mark.
 fn newest_distinct_run(near: &[Mark], at: usize, span: &Span) -> Option<Vec<Mark>> {
     for end in (at..near.len()).rev() {
-        let start = near.partition_point(|held| held.time.as_nanos() < near[end].time.as_nanos() - span.find_nanos);
+        let start = near.partition_point(|held| held.time < before(near[end].time, span));
         if start > at {
             continue;
         }
@@ -240,7 +249,7 @@ fn newest_distinct_run(near: &[Mark], at: usize, span: &Span) -> Option<Vec<Mark
 
 fn spans_at_most(run: &[Mark], nanos: i64) -> bool {
     match (run.first(), run.last()) {
-        (Some(first), Some(last)) => last.time.as_nanos() - first.time.as_nanos() <= nanos,
+        (Some(first), Some(last)) => last.time.as_nanos().saturating_sub(first.time.as_nanos()) <= nanos,
         _ => false,
     }
 }
@@ -255,7 +264,7 @@ fn drop_redundant(marks: &mut Vec<Mark>, value: u64, find_nanos: i64) {
         let before = kept.last();
         let after = same.get(n + 1);
         if let (Some(&before), Some(&after)) = (before, after)
-            && marks[after].time.as_nanos() - marks[before].time.as_nanos() <= find_nanos
+            && marks[after].time.as_nanos().saturating_sub(marks[before].time.as_nanos()) <= find_nanos
         {
             redundant.push(i);
         } else {
