@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{self, Poll};
+use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
@@ -23,9 +24,17 @@ use proto::shutdown::Shutdown;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
 
 /// Connections served at once; further ones wait in the kernel's queue. Supervisors and scrapers open a few.
 const CONNECTIONS_MAX: usize = 64;
+
+/// How long a connection may say nothing. Scrapers that come less often connect anew.
+const IDLE_MAX: Duration = Duration::from_secs(10);
+
+fn idle() -> Pin<Box<Sleep>> {
+    Box::pin(tokio::time::sleep(IDLE_MAX))
+}
 
 /// Whether the roles do their work. Set once they have started; draining takes it back.
 #[derive(Clone, Debug, Default)]
@@ -125,7 +134,7 @@ impl Listener for Limited {
         // The semaphore is never closed; without a permit the connection would be served all the same.
         let permit = Arc::clone(&self.free).acquire_owned().await.ok();
         let (stream, addr) = Listener::accept(&mut self.listener).await;
-        (Connection { stream, _permit: permit }, addr)
+        (Connection { stream, idle: idle(), _permit: permit }, addr)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -133,15 +142,24 @@ impl Listener for Limited {
     }
 }
 
-/// An accepted connection. Gives its place back when it ends.
+/// An accepted connection. Gives its place back when it ends, which it does after [`IDLE_MAX`] without a request: a
+/// stranger who holds all places open must not keep a supervisor out.
 struct Connection {
     stream: TcpStream,
+    idle: Pin<Box<Sleep>>,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        match Pin::new(&mut self.stream).poll_read(cx, buf) {
+            Poll::Ready(result) => {
+                self.idle = idle();
+                Poll::Ready(result)
+            }
+            // Nothing read means the end of the stream.
+            Poll::Pending => self.idle.as_mut().poll(cx).map(Ok),
+        }
     }
 }
 
@@ -190,6 +208,20 @@ mod tests {
         assert_eq!(get("/ready").await, (503, "draining\n".to_owned()));
         health.shutdown.force();
         server.await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silent_connections_do_not_keep_others_out() {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let health = Health { registry: Arc::default(), readiness: Readiness::new(), shutdown: Shutdown::new() };
+        tokio::spawn(serve(listener, health));
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            silent.push(TcpStream::connect(addr).await.unwrap());
+        }
+        let response = reqwest::get(format!("http://{addr}/live")).await.unwrap();
+        assert_eq!(response.status().as_u16(), 200);
     }
 
     #[tokio::test]

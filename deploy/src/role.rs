@@ -60,7 +60,7 @@ pub async fn run(process: Process) -> anyhow::Result<()> {
     let (requests, requests_in) = mpsc::channel(REQUESTS_MAX);
     let (client_ip, client_ip_in) = watch::channel(config.ingest.client_ip.clone());
     let detect_metrics = detect::metrics::Metrics::new(&mut registry);
-    let ingest_metrics = ingest::metrics::Metrics::register(&mut registry);
+    let ingest_metrics = ingest::metrics::Metrics::register(registry.sub_registry_with_prefix("portcullis"));
     let enforce_metrics = enforce::EnforceMetrics::register(&mut registry);
     let mut health = None;
     if let Some(addr) = config.telemetry.listen {

@@ -55,6 +55,7 @@ pub(super) fn run(args: &ReplayArgs, out: &mut Output<'_>) -> anyhow::Result<Exi
     };
     let stats = reader.run(keep, |item| replay.handle(&item))?;
     progress.finish();
+    let late = replay.engine.stats().late;
     let bans = replay.finish();
     if args.json {
         for ban in bans.iter().filter(|found| !found.shadow) {
@@ -65,6 +66,11 @@ pub(super) fn run(args: &ReplayArgs, out: &mut Output<'_>) -> anyhow::Result<Exi
     }
     let skipped = (!config.detect.names.is_empty()).then(|| config.detect.names.join(", "));
     tell(&stats, &bans, visitors.hidden_behind().map(|(addr, share)| hidden_text(addr, share)), skipped);
+    if late > 0 {
+        say(&format!(
+            "{late} matching requests came later than lateness_max in the order of time, and counted for nothing"
+        ));
+    }
     Ok(Exit::Done)
 }
 
@@ -221,6 +227,9 @@ fn tell(stats: &ReplayStats, bans: &[Found], hidden: Option<String>, skipped: Op
     }
     if stats.oversized > 0 {
         say(&format!("{} lines were longer than the limit and skipped", stats.oversized));
+    }
+    if stats.untimed > 0 {
+        say(&format!("{} requests have no usable time and took that of the line before", stats.untimed));
     }
     for (reason, count) in &stats.no_client {
         say(&format!("{count} requests have no client: {}", reason.as_str()));

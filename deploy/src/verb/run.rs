@@ -3,6 +3,7 @@
 use std::path::{self, PathBuf};
 
 use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use tokio::sync::watch;
@@ -20,6 +21,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     config.require_sources()?;
     socket::prepare(&config.api.socket)?;
     telemetry::install(&config.telemetry)?;
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;
     let result = runtime.block_on(async {
         let shutdown = Shutdown::new();
@@ -31,6 +33,16 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     // Everything in flight has ended or missed its deadline: wait for no thread.
     runtime.shutdown_background();
     result.map(|()| Exit::Done)
+}
+
+/// Followed logs, sockets and the programs that change the firewall all need descriptors, and the usual soft limit is
+/// made for programs that wait with `select`.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "Limit of open files cannot be raised");
+    }
 }
 
 /// Log files as named from where we stand now; a reload reads the list again.

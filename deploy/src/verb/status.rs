@@ -8,7 +8,7 @@ use proto::report::{BackendReport, DetectReport, NodeReport, Problem, Role, Rule
 use proto::time::{Timestamp, render_duration};
 use serde::Serialize;
 
-use super::{Exit, connect, describe_pause};
+use super::{Exit, connect, describe_pause, moment};
 use crate::args::ClientArgs;
 use crate::output::Output;
 
@@ -178,9 +178,21 @@ fn show_detect(detect: &DetectReport, at: Timestamp, out: &mut Output<'_>) -> an
     };
     out.table(["rule", "mode", "matches", "bans"], detect.rules.iter().map(row))?;
     out.line(&format!(
-        "{} banned now, {} clients tracked, {} with a history; {} events: {} late, {} seen before",
-        detect.banned, detect.tracked_clients, detect.offenders, detect.events, detect.late, detect.duplicates
+        "{} banned now, {} clients tracked, {} with a history; {} events: {} late, {} ahead of the clock, {} seen before",
+        detect.banned,
+        detect.tracked_clients,
+        detect.offenders,
+        detect.events,
+        detect.late,
+        detect.future,
+        detect.duplicates
     ))?;
+    for (target, until) in &detect.allowed {
+        let until = until.map_or_else(|| "for ever".to_owned(), |end| format!("until {}", moment(end)));
+        out.line(&format!(
+            "{target} is allowed by an operator {until}; `portcullis allow {target} --for 1s` ends that"
+        ))?;
+    }
     if detect.evicted_clients + detect.evicted_offenders > 0 {
         out.line(&format!(
             "state was cut: {} windows (tracked_clients_max), {} histories (offenders_max)",

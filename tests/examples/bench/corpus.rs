@@ -12,6 +12,8 @@ use anyhow::{Context, Result};
 use tests::access::{Access, SECOND};
 use tests::random::Random;
 
+use crate::table::to_f64;
+
 /// From one line to the next, in nanoseconds.
 const STEP: i64 = SECOND / 1_000;
 /// Clients who ban nobody's patience: at most a few refused requests a minute each.
@@ -20,7 +22,7 @@ const VISITORS: u64 = 5_000;
 const BLOCK_LINES: u64 = 3_320;
 const PROBE_EVERY: u64 = 83;
 /// Bad requests that ban.
-pub const MAX_RETRY: u64 = 15;
+pub(crate) const MAX_RETRY: u64 = 15;
 
 const BROWSERS: [&str; 3] = [
     "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
@@ -44,20 +46,20 @@ const PROBES: [&str; 6] =
 
 /// A log on the disk.
 #[derive(Debug)]
-pub struct Corpus {
+pub(crate) struct Corpus {
     /// Where.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// How many lines.
-    pub lines: u64,
+    pub(crate) lines: u64,
     /// How many bytes.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// How many addresses must be banned.
-    pub offenders: usize,
+    pub(crate) offenders: usize,
 }
 
 impl Corpus {
     /// Writes `lines` lines to `path`; the last request ends at `end`, in nanoseconds since the epoch.
-    pub fn write(path: &Path, lines: u64, end: i64) -> Result<Self> {
+    pub(crate) fn write(path: &Path, lines: u64, end: i64) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("could not create {}", path.display()))?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
         let mut random = Random::new(3);
@@ -77,14 +79,14 @@ impl Corpus {
     }
 
     /// Bytes of a line, on average.
-    pub fn line_bytes(&self) -> f64 {
+    pub(crate) fn line_bytes(&self) -> f64 {
         to_f64(self.bytes) / to_f64(self.lines)
     }
 }
 
 /// The request whose line is written at `end`, which is when it ended.
 fn request(number: u64, end: i64, random: &mut Random) -> Access {
-    let (client, status, path) = if number % PROBE_EVERY == 0 {
+    let (client, status, path) = if number.is_multiple_of(PROBE_EVERY) {
         (address(198, 19, number / BLOCK_LINES), 404, random.pick(&PROBES))
     } else {
         let visitor = address(198, 18, random.below(VISITORS));
@@ -106,12 +108,7 @@ fn request(number: u64, end: i64, random: &mut Random) -> Access {
 }
 
 /// Address `number` of a /16; of the networks for benchmarks (RFC 2544), so that nobody is meant.
-pub fn address(a: u8, b: u8, number: u64) -> IpAddr {
+pub(crate) fn address(a: u8, b: u8, number: u64) -> IpAddr {
     let [high, low] = u16::try_from(number % 65_536).unwrap_or(0).to_be_bytes();
     IpAddr::V4(Ipv4Addr::new(a, b, high, low))
-}
-
-/// For quotients; exact up to 2^53.
-pub fn to_f64(number: u64) -> f64 {
-    number as f64
 }

@@ -21,20 +21,20 @@ datepattern = "StartUTC":"%%Y-%%m-%%dT%%H:%%M:%%S\.%%f\d*Z"
 "#;
 
 /// Whether it can take part.
-pub fn available() -> bool {
+pub(crate) fn available() -> bool {
     ["fail2ban-server", "fail2ban-client", "fail2ban-regex"].iter().all(|program| is_installed(program))
         && Path::new(ACTIONS).join("iptables.conf").is_file()
 }
 
 /// Writes the filter into `folder`.
-pub fn write_filter(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn write_filter(folder: &Path) -> Result<PathBuf> {
     let path = folder.join("bench.conf");
     fs::write(&path, FILTER).context("could not write the filter for fail2ban")?;
     Ok(path)
 }
 
 /// `fail2ban-regex` over a log.
-pub fn regex(log: &Path, filter: &Path) -> Command {
+pub(crate) fn regex(log: &Path, filter: &Path) -> Command {
     let mut command = Command::new("fail2ban-regex");
     // Times without a zone are UTC here.
     command.env("TZ", "UTC").arg(log).arg(filter);
@@ -42,7 +42,7 @@ pub fn regex(log: &Path, filter: &Path) -> Command {
 }
 
 /// How many lines `fail2ban-regex` found to match, of what it printed.
-pub fn matched(printed: &str) -> Option<u64> {
+pub(crate) fn matched(printed: &str) -> Option<u64> {
     let line = printed.lines().find(|line| line.starts_with("Lines: "))?;
     let before = line.split(" matched").next()?;
     before.rsplit(' ').next()?.parse().ok()
@@ -50,14 +50,14 @@ pub fn matched(printed: &str) -> Option<u64> {
 
 /// A running `fail2ban-server`. Ended when dropped.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     log: PathBuf,
 }
 
 impl Server {
     /// Starts it in `namespace`, with all that it writes in `folder`, to follow `log`; returns when its jail runs.
-    pub fn start(namespace: &Namespace, folder: &Path, log: &Path) -> Result<Self> {
+    pub(crate) fn start(namespace: &Namespace, folder: &Path, log: &Path) -> Result<Self> {
         let config = folder.join("fail2ban");
         write_config(&config, log).context("could not write a configuration for fail2ban")?;
         let socket = config.join("socket").display().to_string();
@@ -82,7 +82,7 @@ impl Server {
     }
 
     /// How it waits for lines: `polling`, `pyinotify`.
-    pub fn backend(&self) -> String {
+    pub(crate) fn backend(&self) -> String {
         let text = self.log_text();
         let backend = text.lines().find_map(|line| line.rsplit_once("Initiated '"));
         backend.and_then(|(_, rest)| rest.split('\'').next()).unwrap_or("unknown").to_owned()
@@ -94,7 +94,7 @@ impl Server {
     }
 
     /// Fails when it did.
-    pub fn no_errors(&self) -> Result<()> {
+    pub(crate) fn no_errors(&self) -> Result<()> {
         let text = self.log_text();
         let errors: Vec<&str> = text.lines().filter(|line| line.contains(" ERROR ")).take(5).collect();
         ensure!(errors.is_empty(), "fail2ban logged errors:\n{}", errors.join("\n"));

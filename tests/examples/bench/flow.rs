@@ -36,7 +36,7 @@ struct Arrivals {
 
 /// Receives on the server, until it is dropped.
 #[derive(Debug)]
-pub struct Receiver {
+pub(crate) struct Receiver {
     arrivals: Arc<Mutex<Arrivals>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -44,7 +44,7 @@ pub struct Receiver {
 
 impl Receiver {
     /// Listens on the server.
-    pub fn start(host: &Host) -> Result<Self> {
+    pub(crate) fn start(host: &Host) -> Result<Self> {
         let socket = host.server.within(|| Ok(UdpSocket::bind(("0.0.0.0", PORT))?)).context("could not listen")?;
         socket.set_read_timeout(Some(LOOK)).context("could not set a timeout")?;
         let (arrivals, stop) = (Arc::<Mutex<Arrivals>>::default(), Arc::<AtomicBool>::default());
@@ -86,7 +86,7 @@ impl Arrivals {
 
 /// Sends from some addresses in turn, until it is dropped.
 #[derive(Debug)]
-pub struct Flow<'a> {
+pub(crate) struct Flow<'a> {
     receiver: &'a Receiver,
     addresses: usize,
     /// When each packet was sent, in nanoseconds.
@@ -97,7 +97,7 @@ pub struct Flow<'a> {
 
 impl<'a> Flow<'a> {
     /// Begins to send from `addresses`, which the client has.
-    pub fn start(host: &Host, receiver: &'a Receiver, addresses: &[IpAddr]) -> Result<Self> {
+    pub(crate) fn start(host: &Host, receiver: &'a Receiver, addresses: &[IpAddr]) -> Result<Self> {
         let bind = || addresses.iter().map(|address| Ok(UdpSocket::bind((*address, 0))?)).collect::<Result<Vec<_>>>();
         let sockets = host.client.within(bind).context("could not bind the addresses of clients")?;
         let to = SocketAddr::new(host.address(), PORT);
@@ -120,7 +120,7 @@ impl<'a> Flow<'a> {
                 lock(&stamps).push(clock.now().as_nanos());
                 // What cannot be sent does not arrive: a sample without arrivals fails.
                 let _ = socket.send_to(&packet, to);
-                if number % PACKETS_AT_ONCE.min(sockets.len()) == 0 {
+                if number.is_multiple_of(PACKETS_AT_ONCE.min(sockets.len())) {
                     std::thread::sleep(PAUSE);
                 }
             }
@@ -129,17 +129,17 @@ impl<'a> Flow<'a> {
     }
 
     /// Packets that arrived so far.
-    pub fn arrived(&self) -> u64 {
+    pub(crate) fn arrived(&self) -> u64 {
         lock(&self.receiver.arrivals).count
     }
 
     /// Whether something arrived from every address.
-    pub fn all_arrive(&self) -> bool {
+    pub(crate) fn all_arrive(&self) -> bool {
         lock(&self.receiver.arrivals).last.iter().all(Option::is_some)
     }
 
     /// Ends it: for each address, when the first packet was sent that did not arrive any more, in nanoseconds.
-    pub fn finish(mut self) -> Result<Cut> {
+    pub(crate) fn finish(mut self) -> Result<Cut> {
         self.end();
         let sent = lock(&self.sent);
         let arrivals = lock(&self.receiver.arrivals);
@@ -170,11 +170,11 @@ impl Drop for Flow<'_> {
 
 /// When addresses were cut off.
 #[derive(Clone, Debug)]
-pub struct Cut {
+pub(crate) struct Cut {
     /// For each address, in nanoseconds since the epoch.
-    pub at: Vec<i64>,
+    pub(crate) at: Vec<i64>,
     /// The longest time between an address's last packet that arrived and the next: how much too late that may be.
-    pub gap: i64,
+    pub(crate) gap: i64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

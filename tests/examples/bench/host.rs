@@ -22,18 +22,18 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// Both namespaces, and a folder of their own.
 #[derive(Debug)]
-pub struct Host {
+pub(crate) struct Host {
     /// Where the service runs.
-    pub server: Namespace,
+    pub(crate) server: Namespace,
     /// Where the packets come from.
-    pub client: Namespace,
+    pub(crate) client: Namespace,
     /// For all that the service writes, and its log.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
 }
 
 impl Host {
     /// Makes both, with a log that is still empty.
-    pub fn new(folder: &Path) -> Result<Self> {
+    pub(crate) fn new(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder.join("state")).context("could not make a folder for the service")?;
         let folder = folder.to_owned();
         let host = Self { server: Namespace::new()?, client: Namespace::new()?, folder };
@@ -45,17 +45,17 @@ impl Host {
     }
 
     /// The log that the service follows.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.folder.join("access.log")
     }
 
     /// Address of the server.
-    pub fn address(&self) -> IpAddr {
+    pub(crate) fn address(&self) -> IpAddr {
         host(NETWORK, 1)
     }
 
     /// Gives the client more addresses.
-    pub fn add_clients(&self, addresses: &[IpAddr]) -> Result<()> {
+    pub(crate) fn add_clients(&self, addresses: &[IpAddr]) -> Result<()> {
         let mut batch = String::new();
         for address in addresses {
             writeln!(batch, "addr add {address}/32 dev {}", self.client.name())?;
@@ -67,7 +67,7 @@ impl Host {
     }
 
     /// Starts `portcullis run` with its defaults, and `more` configuration.
-    pub fn start_portcullis(&self, more: &str) -> Result<Service> {
+    pub(crate) fn start_portcullis(&self, more: &str) -> Result<Service> {
         let path = |name: &str| self.folder.join(name).display().to_string();
         let text = format!(
             "node = \"bench\"\nstate_dir = \"{}\"\n[api]\nsocket = \"{}\"\n\
@@ -81,27 +81,27 @@ impl Host {
         Service::start(&self.folder, self.server.name())
     }
 
-    /// The sum of a metric over its labels, asked from the service; `None` when there is no answer.
-    pub fn metric(&self, name: &str) -> Option<f64> {
+    /// The sum of the metric whose name ends so, over its labels, asked from the service; `None` when there is no answer.
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
         let text = self.server.within(scrape).ok()?;
-        let values = text.lines().filter_map(|line| {
-            let rest = line.strip_prefix(name)?;
-            let value = if rest.starts_with('{') { rest.split_once('}')?.1 } else { rest };
-            value.trim().parse::<f64>().ok()
-        });
-        Some(values.sum())
+        let values = text.lines().filter(|line| line.split(['{', ' ']).next().is_some_and(|key| key.ends_with(name)));
+        Some(values.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    }
+
+    /// IPv4 bans in the server's kernel, by its own count; `None` while there is no set for them.
+    pub(crate) fn banned(&self) -> Option<f64> {
+        let text = self.server.run("ipset", &["list", "-t", "portcullis-v4"]).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("Number of entries: ")?.parse().ok())
     }
 
     /// The process of the service: the only one of that name in the namespace.
-    pub fn pid(&self, name: &str) -> Result<u32> {
-        let pids = self.server_pids()?;
-        let is_it = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name);
-        pids.into_iter().find(is_it).with_context(|| format!("no {name} in namespace {}", self.server.name()))
-    }
-
-    fn server_pids(&self) -> Result<Vec<u32>> {
+    pub(crate) fn pid(&self, name: &str) -> Result<u32> {
         let text = self.server.run("ip", &["netns", "pids", self.server.name()])?;
-        Ok(text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
+        let is_it = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name);
+        text.split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .find(is_it)
+            .with_context(|| format!("no {name} in namespace {}", self.server.name()))
     }
 }
 

@@ -146,7 +146,7 @@ fn work(folder: &Path) -> Result<()> {
         let corpus = Corpus::write(&folder.join("corpus.log"), options.lines, now)?;
         println!(
             "corpus: {} lines of {} bytes on average, {} addresses to ban\n",
-            table::number(corpus::to_f64(corpus.lines)),
+            table::number(table::to_f64(corpus.lines)),
             table::number(corpus.line_bytes()),
             corpus.offenders
         );

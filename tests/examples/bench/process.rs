@@ -17,17 +17,17 @@ const RUN_MAX: Duration = Duration::from_secs(900);
 
 /// One run.
 #[derive(Clone, Copy, Debug)]
-pub struct Run {
+pub(crate) struct Run {
     /// From start to end, in seconds.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// User and system time of all its threads, in seconds.
-    pub cpu_seconds: f64,
+    pub(crate) cpu_seconds: f64,
     /// Peak of its resident memory in KiB; 0 when it ended before it was looked at.
-    pub peak_kib: u64,
+    pub(crate) peak_kib: u64,
 }
 
 /// Runs a program to its end, its output into `stdout`; fails when it fails.
-pub fn measure(command: &mut Command, stdout: &Path) -> Result<Run> {
+pub(crate) fn measure(command: &mut Command, stdout: &Path) -> Result<Run> {
     let name = command.get_program().display().to_string();
     let output = File::create(stdout).with_context(|| format!("could not create {}", stdout.display()))?;
     let clock = Clock::system();
@@ -65,7 +65,7 @@ pub fn measure(command: &mut Command, stdout: &Path) -> Result<Run> {
 }
 
 /// Peak of a process's resident memory in KiB (`VmHWM`, see proc(5)); `None` when it is gone.
-pub fn peak(pid: u32) -> Option<u64> {
+pub(crate) fn peak(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.split_whitespace().next()?.parse().ok()
 }
@@ -80,7 +80,12 @@ fn cpu_of_children() -> Result<f64> {
 }
 
 /// Whether a program can be started.
-pub fn is_installed(program: &str) -> bool {
-    let quiet = Command::new(program).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+pub(crate) fn is_installed(program: &str) -> bool {
+    let quiet = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     quiet.is_ok_and(|status| status.success())
 }

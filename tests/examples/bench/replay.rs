@@ -10,10 +10,10 @@ use proto::time::Clock;
 use serde_json::Value;
 use tests::portcullis::binary;
 
-use crate::corpus::{Corpus, to_f64};
+use crate::corpus::Corpus;
 use crate::fail2ban;
 use crate::process::{Run, measure};
-use crate::table::{Numbers, number, render};
+use crate::table::{Numbers, number, render, to_f64};
 
 /// Counted runs, after one that fills the caches.
 const RUNS: usize = 5;
@@ -56,7 +56,7 @@ impl<'a> Contestant<'a> {
 }
 
 /// Runs them in turn, prints the table, and returns the lines of the summary.
-pub fn run(folder: &Path, corpus: &Corpus) -> Result<Vec<String>> {
+pub(crate) fn run(folder: &Path, corpus: &Corpus) -> Result<Vec<String>> {
     let output = folder.join("output");
     let slice;
     let filter = fail2ban::write_filter(folder)?;

@@ -2,24 +2,24 @@
 
 /// Sorted numbers.
 #[derive(Clone, Debug)]
-pub struct Numbers(Vec<f64>);
+pub(crate) struct Numbers(Vec<f64>);
 
 impl Numbers {
     /// Sorts them.
-    pub fn new(numbers: impl IntoIterator<Item = f64>) -> Self {
+    pub(crate) fn new(numbers: impl IntoIterator<Item = f64>) -> Self {
         let mut numbers: Vec<f64> = numbers.into_iter().collect();
         numbers.sort_by(f64::total_cmp);
         Self(numbers)
     }
 
     /// The smallest number that `percent` of 100 do not exceed (nearest rank); NaN when there is none.
-    pub fn percentile(&self, percent: usize) -> f64 {
+    pub(crate) fn percentile(&self, percent: usize) -> f64 {
         let rank = (self.0.len() * percent).div_ceil(100).max(1);
         self.0.get(rank - 1).copied().unwrap_or(f64::NAN)
     }
 
     /// Half are below, half above.
-    pub fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         match self.0.len() {
             0 => f64::NAN,
             count if count % 2 == 1 => self.0[count / 2],
@@ -28,28 +28,28 @@ impl Numbers {
     }
 
     /// The smallest.
-    pub fn min(&self) -> f64 {
+    pub(crate) fn min(&self) -> f64 {
         self.percentile(0)
     }
 
     /// The greatest.
-    pub fn max(&self) -> f64 {
+    pub(crate) fn max(&self) -> f64 {
         self.percentile(100)
     }
 
     /// How many.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.0.len()
     }
 
     /// `min / median / max`, each as `show` writes it.
-    pub fn spread(&self, show: impl Fn(f64) -> String) -> String {
+    pub(crate) fn spread(&self, show: impl Fn(f64) -> String) -> String {
         format!("{} / {} / {}", show(self.min()), show(self.median()), show(self.max()))
     }
 }
 
 /// About four digits that matter.
-pub fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         _ if !value.is_finite() => "-".to_owned(),
         100.0.. => thousands(value),
@@ -73,7 +73,7 @@ fn thousands(value: f64) -> String {
 }
 
 /// Rows below a header; the first column to the left, the others to the right.
-pub fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
+pub(crate) fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
     let header = header.map(str::to_owned);
     let all = || std::iter::once(&header).chain(rows);
     let widths: [usize; N] =
@@ -89,4 +89,9 @@ pub fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String
         text.push('\n');
     }
     text
+}
+
+/// For quotients; exact up to 2^53.
+pub(crate) fn to_f64(number: u64) -> f64 {
+    number as f64
 }
