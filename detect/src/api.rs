@@ -361,3 +361,93 @@ impl LineStream {
 fn lines(stream: LineStream) -> impl Stream<Item = Result<Bytes, std::convert::Infallible>> {
     futures_util::stream::unfold(stream, |mut stream| async move { stream.next().await.map(|line| (Ok(line), stream)) })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use proto::bus::memory::Bus;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    fn backing(bus: &Bus, shutdown: &Shutdown) -> (Backing, mpsc::Receiver<Request>) {
+        let (requests, requests_in) = mpsc::channel(1);
+        let backing = Backing {
+            requests,
+            bans: bus.bans.clone(),
+            nodes: bus.nodes.clone(),
+            events: bus.events.clone(),
+            questions: bus.questions.clone(),
+            clock: Clock::system(),
+            shutdown: shutdown.clone(),
+        };
+        (backing, requests_in)
+    }
+
+    /// Sends one request as it stands and reads the answer to its end.
+    async fn send(path: &Path, head: &str, body: &str) -> String {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        let length = body.len();
+        let request = format!(
+            "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn bad_requests_get_a_reason_and_do_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let (bus, shutdown) = (Bus::new(), Shutdown::new());
+        let (backing, mut requests) = backing(&bus, &shutdown);
+        let server = tokio::spawn(run(Socket::bind(&path).unwrap(), backing));
+        for (head, body, status, reason) in [
+            ("POST /v1/ban", "{", 400, "Failed to parse"),
+            ("POST /v1/ban", r#"{"target":"192.0.2.1/40","seconds":1}"#, 400, "expected an IP address"),
+            ("POST /v1/ban", r#"{"target":"192.0.2.1","seconds":0}"#, 400, "at least 1"),
+            ("POST /v1/ban", r#"{"target":"192.0.2.1","secnds":1}"#, 400, "unknown field"),
+            ("POST /v1/unban", "{}", 400, "name targets"),
+            ("GET /v1/explain?address=host", "", 400, "address"),
+            ("GET /v1/ban", "", 404, "no such method"),
+            ("GET /v2", "", 404, "no such path"),
+        ] {
+            let answer = send(&path, head, body).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{head} {body}: {answer}");
+            assert!(answer.contains("{\"error\":") && answer.contains(reason), "{head} {body}: {answer}");
+        }
+        let large = format!(r#"{{"target":"192.0.2.1","seconds":1,"reason":"{}"}}"#, "x".repeat(BODY_MAX));
+        assert!(send(&path, "POST /v1/ban", &large).await.starts_with("HTTP/1.1 4"));
+        assert!(requests.try_recv().is_err(), "nothing reached the worker");
+        shutdown.begin();
+        server.await.unwrap().unwrap();
+        assert!(!path.exists(), "the socket is removed at the end");
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_closed_to_others_and_taken_by_one_process_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/api.sock");
+        let socket = Socket::bind(&path).unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
+        assert_eq!(metadata.uid(), Uid::effective().as_raw());
+        assert!(matches!(Socket::bind(&path), Err(DetectError::Listen { .. })));
+        drop(socket);
+        // What a killed process left behind is replaced.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        Socket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn only_root_ourselves_and_the_group_may_operate() {
+        let nobody = (Uid::from_raw(65_534), Gid::from_raw(65_534));
+        assert!(may_operate(Uid::from_raw(0), nobody.1));
+        assert!(may_operate(Uid::effective(), nobody.1));
+        assert_eq!(may_operate(nobody.0, nobody.1), Uid::effective() == nobody.0);
+    }
+}
