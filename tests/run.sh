@@ -89,20 +89,24 @@ stage_deny() {
   fi
 }
 
-# Adds up what libtest counted.
+# Adds up the results in the output of test programs, libtest's and those with a main of their own.
 count_tests() {
   local p f i
-  read -r p f i < <(awk '/^test result:/ { p += $4; f += $6; i += $8 } END { print p + 0, f + 0, i + 0 }' "$1")
+  read -r p f i < <(awk '/^test .* \.\.\. ok/ { p++ } /^test .* \.\.\. FAILED/ { f++ }
+    /^test .* \.\.\. ignored/ || /^SKIPPED/ { i++ } END { print p + 0, f + 0, i + 0 }' "$1")
   passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + i))
   [ $((p + f)) -gt 0 ]
 }
 
-# run_tests NAME COMMAND...: libtest's counts, plus one failure when it did not get that far.
+# What cargo and libtest say when all is well.
+noise='^ +(Compiling|Downloaded|Downloading|Blocking|Locking|Doc-tests)|^test .* \.\.\. ok$|^running | ok\. 0 passed; 0 failed|^$'
+
+# run_tests NAME COMMAND...: each test counts, and one failure more when it did not get that far.
 run_tests() {
   local name=$1 log code before=$failed
   shift
   log=$(mktemp)
-  "$@" 2>&1 | grep --line-buffered -vE '^ +(Compiling|Downloaded|Downloading|Blocking|Locking)|^test .* \.\.\. ok$|^$' | tee "$log"
+  "$@" 2>&1 | tee "$log" | grep --line-buffered -vE "$noise"
   code=${PIPESTATUS[0]}
   if ! count_tests "$log" || { [ "$code" -ne 0 ] && [ "$failed" -eq "$before" ]; }; then fail "$name"; fi
   rm -f "$log"
@@ -116,20 +120,18 @@ can_make_namespaces() {
 stage_test() {
   # The binary that the end-to-end tests start.
   cargo build --quiet --locked --package deploy || { fail "portcullis does not build"; return; }
-  if [ "$(id -u)" -eq 0 ] && can_make_namespaces; then
-    run_tests tests cargo test --locked --workspace
+  if ! can_be_root || ! can_make_namespaces; then
+    skip "tests in network namespaces: they need root and the right to make namespaces"
+    run_tests tests cargo test --locked --workspace --no-fail-fast -- --skip netns::
     return
   fi
-  run_tests tests cargo test --locked --workspace -- --skip netns
-  if can_be_root && can_make_namespaces; then
-    # Built above; only run as root.
-    local tests
-    tests=$(cargo test --locked --package tests --test main --no-run --message-format json 2>/dev/null \
-      | jq -r 'select(.executable and .target.name == "main") | .executable')
-    run_tests netns "${as_root[@]}" env "PATH=$PATH" PORTCULLIS_BUILT=1 "$tests" netns
-  else
-    skip "tests in network namespaces: they need root and the right to make namespaces"
+  if [ ${#as_root[@]} -gt 0 ]; then
+    # Built as this user, run as root.
+    local host
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
+    export "CARGO_TARGET_${host}_RUNNER=${as_root[*]} env PATH=$PATH CI=${CI:-} PORTCULLIS_BUILT=1"
   fi
+  run_tests tests cargo test --locked --workspace --no-fail-fast
 }
 
 # The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.
@@ -160,8 +162,10 @@ stage_fuzz() {
   # With a target named, the flags stay away from build scripts.
   local host
   host=$(rustc -vV | sed -n 's/^host: //p')
-  RUSTFLAGS=$flags CARGO_TARGET_DIR=$target/fuzz cargo build --quiet --release --target "$host" --bins \
-    --manifest-path ingest/fuzz/Cargo.toml || { fail "fuzz targets do not build"; return; }
+  # Lightly optimised: building takes longer than running.
+  RUSTFLAGS=$flags CARGO_TARGET_DIR=$target/fuzz CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=0 \
+    cargo build --quiet --locked --release --target "$host" --bins --manifest-path ingest/fuzz/Cargo.toml \
+    || { fail "fuzz targets do not build"; return; }
   for name in ingest/fuzz/fuzz_targets/*.rs; do
     name=$(basename "$name" .rs)
     corpus=$(mktemp -d)
