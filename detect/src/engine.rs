@@ -382,7 +382,10 @@ impl Engine {
                 history.last_end = now.min(history.last_end);
             }
             for rule in rules.iter().filter(|rule| rule.mode == Mode::Enforce) {
-                offender.history_mut(&rule.name).consumed = position;
+                let history = offender.history_mut(&rule.name);
+                history.consumed = position;
+                // All of it, what happened this very moment included.
+                history.last_end = now.saturating_add(Duration::from_nanos(1));
             }
             offender.set_quiet(Quiet { after: position, until: now });
         });

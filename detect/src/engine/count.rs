@@ -42,7 +42,9 @@ impl Engine {
             let histories = if rule.mode == Mode::Shadow { &self.shadow } else { &self.offenders };
             let history = histories.get(&counting.target).and_then(|offender| offender.history(&rule.name));
             let shadowed = rule.mode == Mode::Shadow && history.is_some_and(|history| counting.time < history.last_end);
-            let consumed = history.is_some_and(|history| counting.position <= history.consumed);
+            // What a ban has used up came before it, in the stream and in time.
+            let consumed = history
+                .is_some_and(|history| counting.position <= history.consumed && counting.time < history.last_end);
             if banned_then || shadowed || consumed {
                 continue;
             }
@@ -153,6 +155,10 @@ impl Engine {
             offender.set_quiet(Quiet { after: position, until });
         });
         self.stats.rules[rule].1 += 1;
+        let rest = complete.rest.iter().filter(|mark| mark.time >= end).copied().collect();
+        if let Some(rest) = Window::of_rest(rest) {
+            self.clients.update(target, rule as u16, self.now, |counted| *counted = Some(Counted::Window(rest)));
+        }
         let ban = Ban {
             target,
             rule: name.to_string(),

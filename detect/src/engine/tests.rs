@@ -105,6 +105,15 @@ fn a_ban_consumes_its_events_and_the_next_is_longer() {
 }
 
 #[test]
+fn an_event_after_the_end_of_a_ban_that_was_found_later_still_counts() {
+    let mut bench = Bench::new(simple(2, "10s", "1s"));
+    for seconds in [100, 50, 51] {
+        bench.feed_at(&event("192.0.2.1", seconds, 404), at(100));
+    }
+    assert_eq!(bench.feed_at(&event("192.0.2.1", 105, 404), at(105))[0].evidence.first_seen, Some(at(100)));
+}
+
+#[test]
 fn an_event_at_the_end_of_a_ban_counts_again() {
     let mut bench = Bench::new(simple(1, "1m", "1m"));
     assert_eq!(bench.storm("192.0.2.1", 0, 1).len(), 1);

@@ -75,6 +75,8 @@ pub struct Complete {
     pub hosts: Vec<String>,
     /// Sampled user agents.
     pub user_agents: Vec<String>,
+    /// Events newer than all of these; those after the end of the ban still count.
+    pub rest: Vec<Mark>,
 }
 
 impl Complete {
@@ -102,6 +104,11 @@ impl Window {
     /// A window with its first event.
     pub fn new(mark: Mark) -> Self {
         Self { marks: Marks::One(mark), samples: None }
+    }
+
+    /// A window of events that another has left over, oldest first; `None` when there are none.
+    pub fn of_rest(marks: Vec<Mark>) -> Option<Self> {
+        (!marks.is_empty()).then_some(Self { marks: Marks::Many(marks), samples: None })
     }
 
     /// Number of events held.
@@ -189,6 +196,8 @@ impl Window {
         let mut complete = Complete { marks, ..Complete::default() };
         let (Some(first), Some(last)) = (complete.marks.first(), complete.marks.last()) else { return complete };
         let (first, last) = (first.time, last.time);
+        let held = self.as_slice();
+        complete.rest = held[held.partition_point(|mark| mark.time <= last)..].to_vec();
         let samples = self.samples.iter().flat_map(|samples| &samples.0);
         for sample in samples.filter(|sample| (first..=last).contains(&sample.time)) {
             push_new(&mut complete.paths, &sample.path);
