@@ -11,7 +11,7 @@ use proto::report::{NodeReport, Problem, Role, SourceReport};
 use proto::shutdown::Shutdown;
 use proto::time::{Clock, Timestamp, render_duration};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 
 use crate::config::{FileConfig, IngestConfig, SourceConfig, SourceKind};
@@ -22,6 +22,10 @@ use crate::source::file::{FileSource, Rules};
 
 /// How often the role says how it is.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Log files that all sources together have open at a time; more are refused and reported. Half of the descriptors that a
+/// process has by default, so that the rest of it never lacks one.
+pub(crate) const OPEN_FILES_MAX: usize = 512;
 
 /// What the role is connected to.
 #[derive(Debug)]
@@ -52,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) source: Arc<str>,
     pub(crate) clock: Clock,
     pub(crate) shutdown: Shutdown,
+    /// One permit for each file that may still be opened, over all sources.
+    pub(crate) open_files: Arc<Semaphore>,
     silent_after: Duration,
     status: Mutex<SourceStatus>,
 }
@@ -79,8 +85,9 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
     let reporter = Reporter::new(&inputs);
     let mut tasks = JoinSet::new();
     let mut running: Vec<(Id, Arc<Shared>)> = Vec::new();
+    let open_files = Arc::new(Semaphore::new(OPEN_FILES_MAX));
     for source in config.sources {
-        let shared = Shared::new(&source, &inputs);
+        let shared = Shared::new(&source, &inputs, open_files.clone());
         let id = match source.kind {
             SourceKind::File(file) => start_file(&mut tasks, file, shared.clone(), &inputs),
         };
@@ -170,7 +177,7 @@ impl Reporter {
 }
 
 impl Shared {
-    fn new(source: &SourceConfig, inputs: &Inputs) -> Arc<Self> {
+    fn new(source: &SourceConfig, inputs: &Inputs, open_files: Arc<Semaphore>) -> Arc<Self> {
         let (kind, silent_after) = match &source.kind {
             SourceKind::File(file) => ("file", file.silent_after),
         };
@@ -180,6 +187,7 @@ impl Shared {
             source: source.name.as_str().into(),
             clock: inputs.clock.clone(),
             shutdown: inputs.shutdown.clone(),
+            open_files,
             silent_after,
             status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
         })

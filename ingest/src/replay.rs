@@ -3,7 +3,7 @@
 //! A line is written when its request ends and its time is when it began, so a file is sorted only roughly. Events are
 //! therefore held until every file has been read to `horizon` (detection's `lateness_max`) beyond them, and then handed
 //! out by time, node, source and offset. An event that is later than that comes when it is read; detection counts it as
-//! late anyway. Only events that the caller wants are held: memory is bounded by what matches within one horizon.
+//! late anyway. One line with a time far ahead of its file moves nothing until the next one confirms it. Only events that the caller wants are held: memory is bounded by what matches within one horizon.
 //!
 //! Files are opened when their time comes, not all at once. Nothing depends on the clock, the machine's state or the
 //! size of reads: two runs over the same files hand out the same.
@@ -26,7 +26,7 @@ use proto::time::Timestamp;
 use crate::error::ReplayError;
 use crate::frame::{Frame, Framer};
 use crate::parse::{Format, Outcome, Parser, Refusal, escape_sample};
-use merge::Merge;
+use merge::{Merge, Progress};
 use open::OpenLog;
 
 /// Bytes of text that are read and parsed at a time.
@@ -171,7 +171,7 @@ impl ReplayReader {
         for file in &self.files {
             // One file needs no order among files; several are begun in the order of their first times.
             let newest = if self.files.len() > 1 { self.first_time(file)? } else { None };
-            logs.push(Log { newest, open: None, ended: false });
+            logs.push(Log { progress: Progress::new(newest), open: None, ended: false });
         }
         let mut merge = Merge::new(&self.files, self.settings.horizon, keep, each);
         let mut stats = ReplayStats::default();
@@ -179,17 +179,17 @@ impl ReplayReader {
         while let Some(index) = behind_most(&logs) {
             let others = logs.iter().enumerate().filter(|(i, log)| *i != index && !log.ended);
             // Events before this are held back by no other file.
-            merge.others = others.map(|(_, log)| log.newest.unwrap_or(Timestamp::EPOCH)).min();
+            merge.others = others.map(|(_, log)| log.progress.newest.unwrap_or(Timestamp::EPOCH)).min();
             let (file, log) = (&self.files[index], &mut logs[index]);
             if log.open.is_none() {
                 log.open = Some(Lines::open(file, &self.settings, Some(self.bytes_read.clone()))?);
             }
             let Some(lines) = &mut log.open else { continue };
-            let newest = &mut log.newest;
+            let progress = &mut log.progress;
             let goes_on = lines.read_chunk(file, &mut chunk, |frame, parser| {
                 let outcome = frame.line.map(|line| {
                     parser.with_event(line, frame.start, |event| {
-                        merge.take(index, event, newest);
+                        merge.take(index, event, progress);
                         (event.time, event.client.err())
                     })
                 });
@@ -235,34 +235,34 @@ impl ReplayReader {
         Ok(stats)
     }
 
-    /// The time of the first event that has one; `None` for what cannot be read twice.
+    /// The first time that the next one confirms, or else the last one of the file; `None` for what cannot be read twice.
     fn first_time(&self, file: &ReplayFile) -> Result<Option<Timestamp>, ReplayError> {
         if !fs::metadata(&file.path).is_ok_and(|metadata| metadata.is_file()) {
             return Ok(None);
         }
         let mut lines = Lines::open(file, &self.settings, None)?;
         let mut chunk = vec![0; CHUNK_BYTES];
-        let mut first = None;
-        while first.is_none() {
+        let mut first = Progress::default();
+        while first.newest.is_none() {
             let goes_on = lines.read_chunk(file, &mut chunk, |frame, parser| {
-                if let (None, Some(line)) = (first, frame.line)
-                    && let Outcome::Event(time) = parser.with_event(line, frame.start, |event| event.time)
+                if let (None, Some(line)) = (first.newest, frame.line)
+                    && let Outcome::Event(Some(time)) = parser.with_event(line, frame.start, |event| event.time)
                 {
-                    first = time;
+                    first.note(time, self.settings.horizon);
                 }
             })?;
             if !goes_on {
                 break;
             }
         }
-        Ok(first)
+        Ok(first.or_leap())
     }
 }
 
 /// How far one file has been read.
 struct Log {
-    /// Newest event time so far; before anything was read, the time of its first event.
-    newest: Option<Timestamp>,
+    /// Before anything was read, the time of its first event.
+    progress: Progress,
     open: Option<Lines>,
     ended: bool,
 }
@@ -270,7 +270,7 @@ struct Log {
 /// The file that is furthest behind in time; the first of several.
 fn behind_most(logs: &[Log]) -> Option<usize> {
     let unfinished = logs.iter().enumerate().filter(|(_, log)| !log.ended);
-    unfinished.min_by_key(|(_, log)| log.newest).map(|(index, _)| index)
+    unfinished.min_by_key(|(_, log)| log.progress.newest).map(|(index, _)| index)
 }
 
 /// The lines of an open file.

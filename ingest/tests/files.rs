@@ -56,6 +56,10 @@ fn start_with_queue(include: &Path, positions: &Positions, queue: usize, change:
     let SourceKind::File(file) = &mut config.sources[0].kind;
     file.poll_interval = Duration::from_millis(50);
     change(file);
+    start_config(config, positions, queue)
+}
+
+fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Role {
     let (sender, batches) = mpsc::channel(queue);
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
     let mut registry = Registry::with_prefix("portcullis");
@@ -97,7 +101,9 @@ impl Role {
     async fn receive_until(&mut self, is_enough: impl Fn(&Self) -> bool) {
         while !is_enough(self) {
             let batch = tokio::time::timeout(DEADLINE, self.batches.recv()).await;
-            let Ok(batch) = batch else { panic!("only {:?} and {:?} came", self.counts, self.numbers.last()) };
+            let Ok(batch) = batch else {
+                panic!("only {:?} and {:?} came; {:?}", self.counts, self.numbers.last(), self.nodes.all());
+            };
             self.take(&batch.expect("the role runs"));
         }
     }
@@ -383,6 +389,136 @@ async fn pieces_of_a_line_stay_in_one_batch() {
     let spans = role.spans.values().next().expect("one generation");
     assert_eq!(spans.len(), 1);
     expect(role.stop().await.0, 0..1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_piece_of_another_stream_holds_nothing_back() {
+    let (_directory, path) = log();
+    let piece = "2026-01-01T00:00:00Z stderr P a line whose end\n";
+    let cri = |range: std::ops::Range<u64>| -> String {
+        range.map(|number| format!("2026-01-01T00:00:00Z stdout F {}", line(number))).collect()
+    };
+    fs::write(&path, format!("{}{piece}{}", cri(0..5), cri(5..3000))).unwrap();
+    // Neither a tick nor more lines come.
+    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut batches = Vec::new();
+    while role.counts.lines < 3001 {
+        let batch = tokio::time::timeout(DEADLINE, role.batches.recv()).await.expect("in time").expect("it runs");
+        batches.push(batch.counts.lines);
+        role.take(&batch);
+    }
+    assert_eq!(batches[0], 5, "what came before the piece is not held back");
+    assert!(batches.iter().all(|lines| *lines <= 513), "{batches:?}");
+    assert_eq!(role.counts.unparsed, 1, "the line without an end");
+    expect(role.stop().await.0, 0..3000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_few_lines_behind_an_open_piece_come_soon_and_a_stop_before_loses_none() {
+    let (_directory, path) = log();
+    let text = line(1);
+    let (head, tail) = text.trim_end().split_at(40);
+    let cri =
+        |stream: &str, tag: &str, text: &str| format!("2026-01-01T00:00:00Z {stream} {tag} {}\n", text.trim_end());
+    fs::write(&path, [cri("stdout", "F", &line(0)), cri("stdout", "P", head), cri("stderr", "F", &line(2))].concat())
+        .unwrap();
+    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    role.receive_lines(1).await;
+    let (mut numbers, positions) = role.stop().await;
+    assert_eq!(numbers, [0], "a stop leaves the open line and what follows it to the next start");
+    let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+    file.write_all(cri("stdout", "F", tail).as_bytes()).unwrap();
+    file.write_all(cri("stdout", "P", head).as_bytes()).unwrap();
+    file.write_all(cri("stderr", "F", &line(3)).as_bytes()).unwrap();
+    let mut role = start(&path, &positions, |file| file.poll_interval = Duration::from_secs(3600));
+    role.receive_until(|role| role.counts.lines >= 5).await;
+    assert_eq!(role.counts, Counts { lines: 5, unparsed: 1, oversized: 0 });
+    numbers.extend(role.stop().await.0);
+    expect(numbers, 0..4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_matches_too_counts_once() {
+    let (directory, path) = log();
+    let (pattern, copy) = (directory.path().join("access*.log"), |n| directory.path().join(format!("access-{n}.log")));
+    let copies = |report: &NodeReport| report.problems.iter().filter(|p| p.text.contains("is a copy")).count();
+    append(&path, 0..100);
+    let mut role = start(&pattern, &Positions::new(), |_| {});
+    role.receive_lines(100).await;
+    fs::copy(&path, copy(1)).unwrap();
+    role.report(|report| copies(report) == 1).await;
+    // The second copy is seen only after the truncation.
+    let unseen = directory.path().join("unseen");
+    for (round, former) in [(1, None), (2, Some(&unseen))] {
+        former.map(|former| fs::copy(&path, former).unwrap());
+        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        append(&path, round * 100..round * 100 + 50);
+        append(&path, round * 100 + 50..round * 100 + 100);
+        role.receive_lines(round * 100 + 100).await;
+    }
+    fs::rename(&unseen, copy(2)).unwrap();
+    role.report(|report| copies(report) == 2 && report.sources[0].files == 1).await;
+    let (mut numbers, positions) = role.stop().await;
+
+    append(&path, 300..301);
+    let mut role = start(&pattern, &positions, |_| {});
+    role.report(|report| copies(report) == 2).await;
+    role.receive_lines(1).await;
+    numbers.extend(role.stop().await.0);
+    expect(numbers, 0..301);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_files_with_the_same_first_line_are_read() {
+    let (directory, path) = log();
+    let other = |n| directory.path().join(format!("access-{n}.log"));
+    append(&path, [0, 1]);
+    let mut role = start(&directory.path().join("access*.log"), &Positions::new(), |_| {});
+    role.receive_lines(2).await;
+    fs::write(other(1), line(0) + &line(2)).unwrap();
+    role.receive_lines(4).await;
+    // As long as it holds nothing else it is taken for a copy.
+    append(&other(2), [0]);
+    role.report(|report| report.problems.iter().any(|problem| problem.text.contains("is a copy"))).await;
+    append(&other(2), [3]);
+    role.receive_lines(6).await;
+    role.report(|report| report.problems.is_empty()).await;
+    assert_eq!(sorted(role.stop().await.0), [0, 0, 0, 1, 2, 3]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_sources_share_the_files_that_may_be_open() {
+    let directory = tempfile::tempdir().unwrap();
+    for number in 0..300 {
+        fs::write(directory.path().join(format!("a-{number}")), "").unwrap();
+        fs::write(directory.path().join(format!("b-{number}")), "").unwrap();
+    }
+    let mut config = IngestConfig::for_files(vec![directory.path().join("a-*")]);
+    let mut other = IngestConfig::for_files(vec![directory.path().join("b-*")]).sources.remove(0);
+    other.name = "other".to_owned();
+    config.sources.push(other);
+    let mut role = start_config(config, &Positions::new(), 64);
+    let report = role.report(|report| report.sources.iter().map(|source| source.files).sum::<u64>() == 512).await;
+    let refused = report.problems.iter().filter(|problem| problem.severity == Severity::Degraded);
+    assert!(refused.filter(|problem| problem.text.contains("files are not followed")).count() > 0, "{report:?}");
+    role.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_is_made_again_is_watched_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let sub = directory.path().join("sub");
+    fs::create_dir(&sub).unwrap();
+    append(&sub.join("access.log"), 0..1);
+    let pattern = directory.path().join("*/access.log");
+    let mut role = start(&pattern, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    role.receive_lines(1).await;
+    fs::remove_dir_all(&sub).unwrap();
+    role.report(|report| report.sources[0].lines == 1).await;
+    fs::create_dir(&sub).unwrap();
+    append(&sub.join("access.log"), 1..2);
+    role.receive_lines(2).await;
+    expect(role.stop().await.0, 0..2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,9 +4,10 @@
 //! `host - user [time] "method path protocol" status size "referer" "agent"[ count "router" "url" 0ms]`
 //!
 //! Nothing before the time is quoted or escaped, and the user name is whatever the client sent, spaces, quotes and
-//! brackets included. So the time is looked for at every ` [`, and the rest must then fit to the last byte. At most one
-//! place fits: a path has no spaces, and quotes inside a quoted value are escaped. A user name with a line feed forges
-//! a whole line; the format gives no way to tell.
+//! brackets included. So the time is looked for from the end, three words before the few quotes that may end the request, and
+//! all must then fit to the last byte. At most one place fits: a path has no spaces, and quotes inside the last two
+//! values are escaped. The work is linear in the length of the line, whatever it holds. A user name with a line feed
+//! forges a whole line; the format gives no way to tell.
 
 use std::borrow::Cow;
 
@@ -42,24 +43,32 @@ pub(crate) struct Request<'a> {
     pub(crate) user_agent: Cow<'a, str>,
 }
 
-/// Places inside the quoted values that are tried as the border between them; more than any honest value holds.
-const SEPARATORS_MAX: usize = 64;
+/// Bare quotes, those without a backslash before them, from the one behind the protocol to the end: four around the last
+/// two values, where all quotes inside are escaped. So no earlier quote can end the request.
+const BARE_QUOTES_MAX: usize = 5;
+/// Bytes from the space before the time to the quote before the method: ` [08/Dec/2021:09:16:05 +0000] `.
+const TIME_BYTES: usize = 30;
 
 /// Parses a whole line. Behind a proxy the host may be a forwarded chain that a client began, ` - ` included, so there
 /// the host ends at the last ` - ` before the time; a user name with ` - ` then costs the line its client, but no
 /// client can name another. Elsewhere the host ends at the first one.
 pub(crate) fn parse(line: &str, behind_proxy: bool) -> Option<ClfLine<'_>> {
     let (front, router) = split_traefik(line).map_or((line, None), |(front, router)| (front, Some(router)));
-    let mut from = 0;
-    loop {
-        let at = from + front.get(from..)?.find(" [")?;
-        if let Ok((_, request)) = all_consuming(after_user).parse(&front[at + 1..]) {
-            let before = &front[..at];
-            let (host, username) = if behind_proxy { before.rsplit_once(" - ") } else { before.split_once(" - ") }?;
-            return (!host.is_empty()).then_some(ClfLine { host, username, router, request });
-        }
-        from = at + 2;
-    }
+    let (at, request) = times(front).find_map(|at| {
+        let (_, request) = all_consuming(after_user).parse(&front[at + 1..]).ok()?;
+        Some((at, request))
+    })?;
+    let before = &front[..at];
+    let (host, username) = if behind_proxy { before.rsplit_once(" - ") } else { before.split_once(" - ") }?;
+    (!host.is_empty()).then_some(ClfLine { host, username, router, request })
+}
+
+/// Where ` [time] "` may stand, from the end: at most [`BARE_QUOTES_MAX`] places.
+fn times(front: &str) -> impl Iterator<Item = usize> {
+    let bytes = front.as_bytes();
+    let ends = memchr::memrchr_iter(b'"', bytes).filter(|&at| is_bare(bytes, at)).take(BARE_QUOTES_MAX);
+    let begins = ends.filter_map(|end| front[..end].rmatch_indices(' ').nth(2).map(|(space, _)| space + 1));
+    begins.filter_map(|begin| begin.checked_sub(TIME_BYTES)).filter(|&at| bytes[at..].starts_with(b" ["))
 }
 
 /// Cuts ` count "router" "url" 0ms` off the end. Those are Traefik's own words and hold no quotes.
@@ -96,19 +105,20 @@ fn count(input: &str) -> IResult<&str, &str> {
 /// `"referer" "agent"`. Inside, every `"` has a backslash before it, but a backslash is not escaped itself: a value may
 /// end with one, so a separator behind a backslash is taken where there is no other.
 fn split_quoted(quoted: &str) -> Option<(Cow<'_, str>, Cow<'_, str>)> {
-    const SEPARATOR: &str = "\" \"";
     let inner = quoted.strip_prefix('"')?.strip_suffix('"')?;
-    let split = |at: usize| (&inner[..at], &inner[at + SEPARATOR.len()..]);
-    let fits = |pair: &(&str, &str)| is_escaped(pair.0) && is_escaped(pair.1);
-    let places = || memchr::memmem::find_iter(inner.as_bytes(), SEPARATOR).take(SEPARATORS_MAX);
-    let bare = places().filter(|&at| at == 0 || inner.as_bytes()[at - 1] != b'\\').map(split).find(fits);
-    let (referer, user_agent) = bare.or_else(|| places().map(split).find(fits))?;
-    Some((unescape(referer), unescape(user_agent)))
+    let bytes = inner.as_bytes();
+    let mut bare = memchr::memchr_iter(b'"', bytes).filter(|&at| is_bare(bytes, at));
+    // The second quote of the separator is always bare, its first may look escaped, and no other one is bare.
+    let (first, second) = match (bare.next()?, bare.next(), bare.next()) {
+        (second, None, _) => (second.checked_sub(2)?, second),
+        (first, Some(second), None) if first + 2 == second => (first, second),
+        _ => return None,
+    };
+    (&bytes[first..second] == b"\" ").then(|| (unescape(&inner[..first]), unescape(&inner[second + 1..])))
 }
 
-fn is_escaped(value: &str) -> bool {
-    let bytes = value.as_bytes();
-    memchr::memchr_iter(b'"', bytes).all(|at| at > 0 && bytes[at - 1] == b'\\')
+fn is_bare(bytes: &[u8], at: usize) -> bool {
+    at == 0 || bytes[at - 1] != b'\\'
 }
 
 fn unescape(value: &str) -> Cow<'_, str> {
@@ -176,9 +186,43 @@ mod tests {
         let line = |quoted: &str| format!(r#"192.0.2.1 - - {TIME} "GET / HTTP/1.1" 200 1 {quoted}{TAIL}"#);
         expect(&line(r#""a\"b" "c\" \"d""#), ["192.0.2.1", "-", "/", "a\"b", "c\" \"d"]);
         expect(&line(r#""-" "ends\""#), ["192.0.2.1", "-", "/", "-", "ends\\"]);
+        let query = line(r#""-" "-""#).replace("/ HTTP", r#"/?"]"[""" HTTP"#);
+        expect(&query, ["192.0.2.1", "-", r#"/?"]"[""""#, "-", "-"]);
         expect(&line(r#""ends\" "x""#), ["192.0.2.1", "-", "/", "ends\\", "x"]);
         expect(&line(r#""" """#), ["192.0.2.1", "-", "/", "", ""]);
+        expect(&line(r#""a\" " "x""#), ["192.0.2.1", "-", "/", "a\" ", "x"]);
+        expect(&line(r#""a" " \"b""#), ["192.0.2.1", "-", "/", "a", " \"b"]);
         assert_eq!(fields(&line(r#""a"b" "c""#)), None);
+        assert_eq!(fields(&line(r#""a\"x"b""#)), None);
+    }
+
+    #[test]
+    fn a_hostile_line_of_any_length_costs_a_few_attempts() {
+        let request = r#""GET / HTTP/1.1" 200 1 "-" "-""#;
+        for part in [
+            " [",
+            " [x",
+            "[x",
+            "]",
+            "] \"",
+            "\"",
+            "\\\"",
+            "\" \"",
+            "\\\" \"",
+            " - ",
+            &format!(" {TIME} \""),
+            &format!(" {TIME} \"G / H\" 2 1 \""),
+            &format!(" {TIME} {request}"),
+        ] {
+            let hostile = part.repeat((1 << 20) / part.len());
+            assert!(times(&hostile).count() <= BARE_QUOTES_MAX, "{part}");
+            let refused = format!("192.0.2.1 - {hostile} \"");
+            assert_eq!(parse(&refused, false), None, "{part}");
+            assert!(parse(&format!("192.0.2.1 - {hostile} {TIME} {request}{TAIL}"), false).is_some(), "{part}");
+            let quoted = format!(r#"192.0.2.1 - - {TIME} "GET / HTTP/1.1" 200 1 "{hostile}" "{hostile}""#);
+            assert!(times(&quoted).count() <= BARE_QUOTES_MAX, "{part}");
+            assert_eq!(parse(&quoted, false).is_some(), !part.contains('"') || part == "\\\"", "{part}");
+        }
     }
 
     #[test]

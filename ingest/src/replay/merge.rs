@@ -12,6 +12,41 @@ use proto::time::Timestamp;
 
 use super::{ReplayFile, ReplayItem};
 
+/// How far in time a file has been read. A single line with a time far ahead does not count: a time more than the horizon
+/// after all before it is believed once the next one is not more than the horizon before it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Progress {
+    /// Newest time that is believed.
+    pub(super) newest: Option<Timestamp>,
+    /// A newer time that the next one must confirm.
+    leap: Option<Timestamp>,
+}
+
+impl Progress {
+    /// A file whose first time is known.
+    pub(super) fn new(newest: Option<Timestamp>) -> Self {
+        Self { newest, leap: None }
+    }
+
+    /// Takes the time of the next event; returns whether `newest` has moved.
+    pub(super) fn note(&mut self, time: Timestamp, horizon: Duration) -> bool {
+        let before = self.newest;
+        let confirmed = self.leap.take().filter(|leap| time.saturating_add(horizon) >= *leap);
+        self.newest = self.newest.max(confirmed);
+        if self.newest.is_some_and(|newest| time <= newest.saturating_add(horizon)) {
+            self.newest = self.newest.max(Some(time));
+        } else {
+            self.leap = Some(time);
+        }
+        self.newest != before
+    }
+
+    /// The newest time, also one that nothing has confirmed.
+    pub(super) fn or_leap(&self) -> Option<Timestamp> {
+        self.newest.or(self.leap)
+    }
+}
+
 /// What orders events: time, rank of node and source, offset; the file only so that no two are equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Turn {
@@ -83,12 +118,11 @@ where
         Self { files, ranks, horizon, keep, each, held: BinaryHeap::new(), arrivals: 0, others: None }
     }
 
-    /// Takes the next event of a file, whose newest time is `newest`, and hands out what need not wait any more.
-    pub(super) fn take(&mut self, file: usize, event: &Event<'_>, newest: &mut Option<Timestamp>) {
-        let has_moved = event.time > *newest;
-        *newest = event.time.max(*newest);
+    /// Takes the next event of a file, which has been read as far as `progress`, and hands out what need not wait any more.
+    pub(super) fn take(&mut self, file: usize, event: &Event<'_>, progress: &mut Progress) {
+        let has_moved = event.time.is_some_and(|time| progress.note(time, self.horizon));
         if (self.keep)(event) {
-            let time = event.time.or(*newest).unwrap_or(Timestamp::EPOCH);
+            let time = event.time.or(progress.or_leap()).unwrap_or(Timestamp::EPOCH);
             self.arrivals += 1;
             let turn =
                 Turn { time, rank: self.ranks[file], offset: event.offset, file: file as u32, arrival: self.arrivals };
@@ -96,7 +130,7 @@ where
         } else if !has_moved {
             return;
         }
-        let read_to = newest.unwrap_or(Timestamp::EPOCH);
+        let read_to = progress.newest.unwrap_or(Timestamp::EPOCH);
         self.release(self.others.map_or(read_to, |others| others.min(read_to)));
     }
 

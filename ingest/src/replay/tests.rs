@@ -94,10 +94,40 @@ fn a_broken_archive_is_an_error_that_names_the_file() {
 #[test]
 fn what_is_later_than_the_horizon_comes_when_it_is_read() {
     let directory = tempfile::tempdir().unwrap();
-    let text = [line(10_000, "/a"), line(20_000, "/b"), line(5_000, "/late"), line(12_000, "/c")].concat();
+    let text =
+        [line(10_000, "/a"), line(19_000, "/skip"), line(20_000, "/b"), line(5_000, "/late"), line(12_000, "/c")]
+            .concat();
     let files = || vec![file(&directory, "a.log", text.as_bytes())];
     assert_eq!(paths(files(), Duration::from_secs(9)), ["/a", "/late", "/c", "/b"]);
     assert_eq!(paths(files(), Duration::from_secs(20)), ["/late", "/a", "/c", "/b"]);
+}
+
+#[test]
+fn a_single_time_far_ahead_moves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let far = 400 * 86_400_000;
+    for first in [false, true] {
+        let mut one = vec![line(1_000, "/a1"), line(3_000, "/a3"), line(5_000, "/a5"), line(6_000, "/a6")];
+        one.insert(if first { 0 } else { 1 }, line(far, "/far"));
+        let two = [line(2_000, "/b2"), line(4_000, "/b4"), line(20_000, "/b20")].concat();
+        let files =
+            || vec![file(&directory, "a.log", one.concat().as_bytes()), file(&directory, "b.log", two.as_bytes())];
+        let horizon = Duration::from_secs(1);
+        assert_eq!(paths(files(), horizon), ["/a1", "/b2", "/a3", "/b4", "/a5", "/a6", "/b20", "/far"]);
+        let alone = vec![files().remove(0)];
+        assert_eq!(paths(alone, horizon), ["/a1", "/a3", "/a5", "/a6", "/far"]);
+    }
+}
+
+#[test]
+fn a_leap_that_is_confirmed_counts() {
+    let mut progress = Progress::default();
+    let mut note = |seconds| {
+        progress.note(Timestamp::from_secs(seconds), Duration::from_secs(10));
+        progress.newest.map(|newest| newest.as_millis() / 1000)
+    };
+    assert_eq!([note(100), note(101), note(200), note(195)], [None, Some(101), Some(101), Some(200)]);
+    assert_eq!([note(900), note(201), note(300), note(400), note(401)].map(Option::unwrap), [200, 201, 201, 300, 401]);
 }
 
 #[test]

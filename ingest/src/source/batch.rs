@@ -1,8 +1,10 @@
-//! From lines to batches: one lane a file, cut so that a batch is small, covers one stretch, and never ends between the
-//! pieces of a line.
+//! From lines to batches: one lane a file, cut so that a batch is small, covers one stretch, and does not end between the
+//! pieces of a line. So a batch also ends where a line in pieces begins, and no line waits for pieces of another for
+//! longer than [`PIECES_WAIT_MAX`] or a full batch: then they are given up.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::client_ip::{ClientIpPolicy, NoClient};
 use proto::event::{AccessBatch, FileSpan, Interest, LineCounts};
@@ -23,6 +25,8 @@ const BATCH_EVENTS_MAX: usize = 512;
 const BATCH_TEXT_BYTES_MAX: usize = 64 << 10;
 /// Lines of a batch, for files that hold no accesses.
 const BATCH_LINES_MAX: u64 = 8192;
+/// How long the end of a line in pieces is waited for. Container runtimes write all pieces of a line at once.
+const PIECES_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Nobody takes batches any more, or the end was forced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +55,8 @@ struct Lane {
     parser: Parser,
     batch: Option<AccessBatch>,
     tally: Tally,
-    /// Whether pieces of a line waited at the last tick already.
-    waited: bool,
+    /// Since when there have been pieces of a line without its end; the batch begins with the first of them.
+    joining_since: Option<Timestamp>,
 }
 
 /// What a batch brought, for reports and metrics.
@@ -93,28 +97,39 @@ impl Batcher {
         let lane = self.lanes.entry(piece.file).or_insert_with(|| {
             let (policy, interest) = (self.policy.clone(), self.interest.clone());
             let parser = Parser::new(self.format, self.line_bytes_max, policy, interest);
-            Lane { parser, batch: None, tally: Tally::default(), waited: false }
+            Lane { parser, batch: None, tally: Tally::default(), joining_since: None }
         });
         if lane.must_cut(piece) {
             self.cut(piece.file)?;
         }
         let Some(lane) = self.lanes.get_mut(&piece.file) else { return Ok(()) };
-        let shared = &self.shared;
+        let shared = self.shared.clone();
         let new = || AccessBatch::new(shared.node.clone(), shared.source.clone(), now);
-        let batch = lane.batch.get_or_insert_with(new);
+        let batch = lane.batch.get_or_insert_with(&new);
+        let outcome = piece.frame.line.map(|line| {
+            let outcome = lane.parser.with_event(line, piece.frame.start, |event| {
+                batch.push(event);
+                event.client.err()
+            });
+            (outcome, line)
+        });
+        if !lane.parser.is_joining() {
+            lane.joining_since = None;
+        } else if lane.joining_since.is_none() {
+            lane.joining_since = Some(now);
+            // What came before the line need not wait for its end.
+            self.send_batch(piece.file, 0)?;
+        }
+        let Some(lane) = self.lanes.get_mut(&piece.file) else { return Ok(()) };
+        let batch = lane.batch.get_or_insert_with(&new);
         let start = batch.span.map_or(piece.frame.start, |span| span.start);
         batch.span = Some(FileSpan { generation: piece.generation, start, end: piece.frame.end });
         batch.read_at = now;
         batch.counts.lines += 1;
-        let Some(line) = piece.frame.line else {
-            batch.counts.oversized += 1;
-            return Ok(());
-        };
-        let outcome = lane.parser.with_event(line, piece.frame.start, |event| {
-            batch.push(event);
-            event.client.err()
-        });
-        lane.tally.note(outcome, line, &mut batch.counts);
+        match outcome {
+            Some((outcome, line)) => lane.tally.note(outcome, line, &mut batch.counts),
+            None => batch.counts.oversized += 1,
+        }
         Ok(())
     }
 
@@ -124,17 +139,14 @@ impl Batcher {
         if is_whole { self.cut(file) } else { Ok(()) }
     }
 
-    /// Gives up on lines whose end has not come for a whole interval.
-    pub(crate) fn tick(&mut self) -> Result<(), Stopped> {
-        let mut overdue = Vec::new();
-        for (file, lane) in &mut self.lanes {
-            let waits = lane.parser.is_joining();
-            if waits && lane.waited {
-                overdue.push(*file);
-            }
-            lane.waited = waits;
+    /// Gives up on lines whose end has not come in time. Returns how long the next one may still wait.
+    pub(crate) fn give_up_overdue(&mut self, now: Timestamp) -> Result<Option<Duration>, Stopped> {
+        let waits = self.lanes.iter().filter_map(|(file, lane)| Some((*file, now.since(lane.joining_since?))));
+        let waits: Vec<(FileKey, Duration)> = waits.collect();
+        for (file, _) in waits.iter().filter(|(_, waited)| *waited >= PIECES_WAIT_MAX) {
+            self.cut(*file)?;
         }
-        overdue.into_iter().try_for_each(|file| self.cut(file))
+        Ok(waits.iter().filter_map(|(_, waited)| PIECES_WAIT_MAX.checked_sub(*waited)).filter(|d| !d.is_zero()).min())
     }
 
     /// Sends what there is of a file and forgets it.
@@ -159,10 +171,19 @@ impl Batcher {
         self.batches.closed().await;
     }
 
+    /// Sends what there is of a file and gives up on lines in pieces.
     fn cut(&mut self, file: FileKey) -> Result<(), Stopped> {
         let Some(lane) = self.lanes.get_mut(&file) else { return Ok(()) };
-        let Some(mut batch) = lane.batch.take() else { return Ok(()) };
-        batch.counts.unparsed += lane.parser.abandon();
+        lane.joining_since = None;
+        let abandoned = lane.parser.abandon();
+        self.send_batch(file, abandoned)
+    }
+
+    fn send_batch(&mut self, file: FileKey, abandoned: u64) -> Result<(), Stopped> {
+        let Some(lane) = self.lanes.get_mut(&file) else { return Ok(()) };
+        // A batch that covers nothing yet is none.
+        let Some(mut batch) = lane.batch.take().filter(|batch| batch.span.is_some()) else { return Ok(()) };
+        batch.counts.unparsed += abandoned;
         let tally = std::mem::take(&mut lane.tally);
         let format = lane.parser.seen_format().map_or("", |format| format.as_str());
         self.count(&batch, tally, format);
@@ -243,13 +264,16 @@ impl Batcher {
 }
 
 impl Lane {
+    /// Whether the batch ends before the line. A full one also ends inside a line in pieces, which is then given up.
     fn must_cut(&self, piece: &Piece<'_>) -> bool {
         let Some(batch) = &self.batch else { return false };
-        let is_other = batch.span.is_some_and(|span| span.generation != piece.generation);
+        // What a batch covers has no gap, whatever a file did.
+        let joins = |span: FileSpan| span.generation == piece.generation && span.end == piece.frame.start;
+        let is_other = !batch.span.is_none_or(joins);
         let is_full = batch.len() >= BATCH_EVENTS_MAX
             || batch.text_bytes() >= BATCH_TEXT_BYTES_MAX
             || batch.counts.lines >= BATCH_LINES_MAX;
-        is_other || (is_full && !self.parser.is_joining())
+        is_other || is_full
     }
 }
 
@@ -270,5 +294,28 @@ impl Tally {
             }
             Outcome::Blank | Outcome::Partial => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Frame;
+    use crate::source::tail::{Command, FileId, Seen, Tail, TailSettings};
+
+    #[test]
+    fn a_batch_ends_where_the_next_line_does_not_join() {
+        let mut tail = Tail::new(TailSettings { line_bytes_max: 100, skip_existing: false }, BTreeMap::new());
+        let (id, modified) = (FileId { dev: 1, inode: 1 }, Timestamp::EPOCH);
+        tail.handle_scan(vec![Seen { path: "log".into(), id, size: 0, modified, sibling_of: None }], modified);
+        let Some(Command::Open { file, .. }) = tail.poll_command() else { panic!("a file is opened") };
+        let parser = Parser::new(Format::Auto, 100, Arc::default(), Arc::default());
+        let mut batch = AccessBatch::new("node".into(), "source".into(), modified);
+        batch.span = Some(FileSpan { generation: 1, start: 10, end: 20 });
+        let lane = Lane { parser, batch: Some(batch), tally: Tally::default(), joining_since: None };
+        let cuts = |generation, start| {
+            lane.must_cut(&Piece { file, generation, frame: Frame { start, end: start + 5, line: Some(b"line") } })
+        };
+        assert_eq!([cuts(1, 20), cuts(2, 20), cuts(1, 0), cuts(1, 21)], [false, true, true, true]);
     }
 }

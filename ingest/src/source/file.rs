@@ -8,14 +8,15 @@ use std::fs::File;
 use std::future;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::client_ip::ClientIpPolicy;
 use proto::event::{Interest, Position};
 use proto::report::Problem;
 use tokio::runtime::Handle;
-use tokio::sync::watch as channel;
+use tokio::sync::{OwnedSemaphorePermit, watch as channel};
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::batch::{Batcher, Stopped};
@@ -23,7 +24,7 @@ use super::discover;
 use super::tail::{Command, FileKey, Read, Tail, TailSettings};
 use super::watch::{Changes, Watch};
 use crate::config::FileConfig;
-use crate::pipeline::Shared;
+use crate::pipeline::{OPEN_FILES_MAX, Shared};
 
 /// Bytes that are read at a time. At least one more than the longest line allowed.
 const READ_BYTES: usize = 256 << 10;
@@ -31,6 +32,8 @@ const READ_BYTES: usize = 256 << 10;
 const READS_MAX: usize = 64;
 /// Failures that are reported one by one.
 const FAILURES_SHOWN_MAX: usize = 5;
+/// Times that directories are listed anew in one scan because some were new.
+const DIRECTORY_LOOKS_MAX: usize = 4;
 
 /// What changes while the source runs.
 pub(crate) struct Rules {
@@ -53,6 +56,8 @@ pub(crate) struct FileSource {
     dirty: BTreeSet<FileKey>,
     /// Failures to open or read, until the next scan.
     failures: Vec<(PathBuf, String)>,
+    /// Files that the newest scan found and that the process may not open.
+    unopened: usize,
     scan_due: bool,
     positions_checked: bool,
     missing: usize,
@@ -63,6 +68,8 @@ struct OpenFile {
     file: File,
     /// Whether its end was reached once: until then older files go first.
     caught_up: bool,
+    /// Its share of the files that the process may have open.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl FileSource {
@@ -88,6 +95,7 @@ impl FileSource {
             head: Vec::new(),
             dirty: BTreeSet::new(),
             failures: Vec::new(),
+            unopened: 0,
             scan_due: true,
             positions_checked: false,
             missing: 0,
@@ -120,7 +128,8 @@ impl FileSource {
                 self.publish();
             }
             self.batcher.set_behind(self.tail.behind_bytes(), self.tail.lost_bytes());
-            match handle.block_on(self.wait(&mut ticks, more)) {
+            let due = self.batcher.give_up_overdue(self.shared.clock.now())?;
+            match handle.block_on(self.wait(&mut ticks, more, due)) {
                 Wake::Tick => self.tick()?,
                 Wake::Changed(changes) => self.note(changes),
                 Wake::Rules => self.update_rules(),
@@ -130,7 +139,7 @@ impl FileSource {
         }
     }
 
-    async fn wait(&mut self, ticks: &mut Interval, more: bool) -> Wake {
+    async fn wait(&mut self, ticks: &mut Interval, more: bool, due: Option<Duration>) -> Wake {
         tokio::select! {
             biased;
             () = self.shared.shutdown.draining() => Wake::Ready,
@@ -140,6 +149,7 @@ impl FileSource {
             Ok(()) = self.rules.interest.changed() => Wake::Rules,
             changes = self.watch.changed() => Wake::Changed(changes),
             () = future::ready(()), if more => Wake::Ready,
+            () = tokio::time::sleep(due.unwrap_or_default()), if due.is_some() => Wake::Ready,
         }
     }
 
@@ -161,6 +171,12 @@ impl FileSource {
     fn tick(&mut self) -> Result<(), Stopped> {
         self.scan_due = true;
         self.dirty.extend(self.open.keys());
+        // What was written since the last read keeps a file open.
+        for (key, open) in &self.open {
+            if let Ok(metadata) = open.file.metadata() {
+                self.tail.handle_size(*key, metadata.size());
+            }
+        }
         let now = self.shared.clock.now();
         let batcher = &mut self.batcher;
         let mut stopped = Ok(());
@@ -170,18 +186,24 @@ impl FileSource {
             }
         });
         stopped?;
-        self.batcher.tick()?;
         self.obey()
     }
 
     fn scan(&mut self) -> Result<(), Stopped> {
         let mut scan = discover::scan(&self.config);
+        // Directories within new directories may be new as well, but not for ever.
+        for _ in 0..DIRECTORY_LOOKS_MAX {
+            if !self.watch.set_directories(&scan.directories) {
+                break;
+            }
+            scan = discover::scan(&self.config);
+        }
         if self.tail.wants_siblings(scan.seen.iter().map(|seen| seen.path.as_path())) {
             scan.add_siblings();
         }
-        self.watch.set_directories(&scan.directories);
         self.tail.handle_scan(scan.seen, self.shared.clock.now());
         self.failures = scan.failures;
+        self.unopened = 0;
         self.obey()?;
         self.publish();
         Ok(())
@@ -203,13 +225,20 @@ impl FileSource {
     }
 
     fn open_file(&mut self, key: FileKey, path: PathBuf) {
+        let Ok(permit) = self.shared.open_files.clone().try_acquire_owned() else {
+            self.tail.handle_failed(key);
+            self.unopened += 1;
+            return;
+        };
         let opened = File::open(&path).and_then(|file| file.metadata().map(|metadata| (file, metadata)));
         match opened {
             Ok((file, metadata)) => {
-                self.watch.add_file(key, &file);
-                self.open.insert(key, OpenFile { path, file, caught_up: false });
-                self.dirty.insert(key);
-                self.tail.handle_opened(key, discover::id_of(&metadata));
+                // A second watch of a file would take the place of the first.
+                if self.tail.handle_opened(key, discover::id_of(&metadata)) {
+                    self.watch.add_file(key, &file);
+                    self.open.insert(key, OpenFile { path, file, caught_up: false, _permit: permit });
+                    self.dirty.insert(key);
+                }
             }
             Err(error) => {
                 self.tail.handle_failed(key);
@@ -304,9 +333,29 @@ impl FileSource {
             let include: Vec<String> = self.config.include.iter().map(|path| path.display().to_string()).collect();
             problems.push(Problem::degraded(format!("source {name}: no log file at {}", include.join(", "))));
         }
-        if self.tail.refused_files() > 0 {
-            let (refused, max) = (self.tail.refused_files(), super::tail::FILES_MAX);
-            problems.push(Problem::degraded(format!("source {name}: {refused} files beyond {max} are not followed")));
+        let refused = self.tail.refused_files() + self.unopened;
+        if refused > 0 {
+            problems.push(Problem::degraded(format!(
+                "source {name}: {refused} files are not followed: at most {OPEN_FILES_MAX} are open at a time"
+            )));
+        }
+        let copies: Vec<&Path> = self.tail.copies().collect();
+        for path in copies.iter().take(FAILURES_SHOWN_MAX) {
+            let path = path.display();
+            problems.push(Problem::warning(format!(
+                "source {name}: {path} is a copy of a log that is followed, so it is not read; exclude it"
+            )));
+        }
+        if copies.len() > FAILURES_SHOWN_MAX {
+            let more = copies.len() - FAILURES_SHOWN_MAX;
+            problems.push(Problem::warning(format!("source {name}: {more} more files are copies and are not read")));
+        }
+        if self.tail.repeated() > 0 {
+            problems.push(Problem::warning(format!(
+                "source {name}: a truncated log began with the same line again, {} times; up to where it had been read \
+                 such a log does not count",
+                self.tail.repeated()
+            )));
         }
         if self.missing > 0 {
             problems.push(Problem::warning(format!(
@@ -326,7 +375,7 @@ enum Wake {
     Changed(Changes),
     Rules,
     ReceiverGone,
-    /// There is more to read, or the end has begun.
+    /// There is more to read, a line in pieces is overdue, or the end has begun.
     Ready,
 }
 

@@ -10,6 +10,8 @@
 //!   without a line end handed out. Without a successor it ends after [`ORPHAN_QUIET`].
 //! - Truncation shows as a size below the position or as a changed beginning. The beginning is compared after each read,
 //!   so that bytes of a refilled file are never taken for a continuation. What had not been read is lost and counted.
+//! - A new file that begins as another one does, or did before it was truncated or before a restart, is a copy (logrotate's
+//!   `copytruncate`) and is not read. While less than [`HEAD_BYTES_MAX`] tells so, a file that grows is judged again.
 //! - After a restart files begin where [`Positions`](proto::event::Positions) say, rotated ones too, by generation.
 //!   A file that was both created and rotated while nobody looked is not recognised.
 
@@ -22,14 +24,17 @@ use proto::time::Timestamp;
 
 use crate::frame::{Frame, Framer};
 
-/// How long a replaced file must be quiet before it is closed: logrotate signals the writer right after the rename.
-pub const ROTATED_QUIET: Duration = Duration::from_secs(5);
+/// How long a replaced file must be quiet before it is closed: a Traefik that is being replaced still finishes its requests
+/// in the old file, as long as its grace period says, some ten seconds by default.
+pub const ROTATED_QUIET: Duration = Duration::from_secs(60);
 /// The same where no successor has any content: its writer may not know yet that the file was moved or deleted.
 pub const ORPHAN_QUIET: Duration = Duration::from_secs(3600);
 /// Files that one source follows at a time; more are refused and reported.
-pub const FILES_MAX: usize = 1024;
-/// Bytes at the beginning of a file that are compared to notice that it was refilled.
-const HEAD_BYTES_MAX: usize = 1024;
+pub const FILES_MAX: usize = 512;
+/// Bytes at the beginning of a file that are compared to notice that it was refilled, or is a copy of another.
+const HEAD_BYTES_MAX: usize = 4096;
+/// Truncated contents whose beginning is remembered, to know their copies.
+const FORMER_MAX: usize = 16;
 
 /// What the file system calls a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -121,7 +126,13 @@ pub struct TailSettings {
 pub struct Tail {
     settings: TailSettings,
     positions: BTreeMap<u64, Position>,
+    /// Offsets of the generations known at the start, for good.
+    known: BTreeMap<u64, u64>,
     files: Vec<File>,
+    /// Newest last.
+    former: VecDeque<Former>,
+    copies: BTreeMap<FileId, CopiedFile>,
+    repeated: u64,
     commands: VecDeque<Command>,
     paths: BTreeSet<PathBuf>,
     next_key: u64,
@@ -161,6 +172,24 @@ enum FileOrigin {
     Truncated,
 }
 
+/// A content that was truncated.
+#[derive(Debug)]
+struct Former {
+    id: FileId,
+    generation: u64,
+    head: Vec<u8>,
+    /// Offset after the last line that was read.
+    end: u64,
+}
+
+/// A file that is not read, because its lines were or will be read elsewhere.
+#[derive(Debug)]
+struct CopiedFile {
+    path: PathBuf,
+    /// Its size when it was judged; `None` when its whole head was compared, so that growing changes nothing.
+    size: Option<u64>,
+}
+
 #[derive(Debug)]
 enum State {
     Opening,
@@ -191,8 +220,12 @@ impl Tail {
     pub fn new(settings: TailSettings, positions: BTreeMap<u64, Position>) -> Self {
         Self {
             settings,
+            known: positions.iter().map(|(generation, position)| (*generation, position.offset)).collect(),
             positions,
             files: Vec::new(),
+            former: VecDeque::new(),
+            copies: BTreeMap::new(),
+            repeated: 0,
             commands: VecDeque::new(),
             paths: BTreeSet::new(),
             next_key: 0,
@@ -216,10 +249,15 @@ impl Tail {
         for file in &mut self.files {
             file.look_up(&seen, now);
         }
+        self.copies.retain(|id, copy| {
+            let found = seen.iter().find(|seen| seen.id == *id);
+            found.is_some_and(|found| found.path == copy.path && copy.size.is_none_or(|size| found.size <= size))
+        });
         self.refused_files = 0;
         for found in &seen {
             let is_matched = || seen.iter().any(|other| other.sibling_of.is_none() && other.id == found.id);
-            if self.files.iter().any(|file| file.id == found.id) || (found.sibling_of.is_some() && is_matched()) {
+            let is_known = self.files.iter().any(|file| file.id == found.id) || self.copies.contains_key(&found.id);
+            if is_known || (found.sibling_of.is_some() && is_matched()) {
                 continue;
             }
             if self.files.len() >= FILES_MAX {
@@ -260,8 +298,9 @@ impl Tail {
         self.commands.pop_front()
     }
 
-    /// The file is open and is in fact `id`: its path may have moved since the scan.
-    pub fn handle_opened(&mut self, file: FileKey, id: FileId) {
+    /// The file is open and is in fact `id`: its path may have moved since the scan. Returns whether it is kept; one that
+    /// is open already is not.
+    pub fn handle_opened(&mut self, file: FileKey, id: FileId) -> bool {
         let is_twin = self.files.iter().any(|other| other.key != file && other.id == id);
         if is_twin {
             self.close(file);
@@ -269,6 +308,7 @@ impl Tail {
             file.id = id;
             file.state = State::FirstLine(Vec::new());
         }
+        !is_twin
     }
 
     /// The file could not be opened or read and is forgotten. The next scan tries again, from where reading ended.
@@ -323,13 +363,20 @@ impl Tail {
                 let is_same = read.head == following.head;
                 if is_same && !read.data.is_empty() {
                     file.grown_at = now;
+                    following.extend_head(read.data);
                     following.feed(key, read.data, each);
                 }
                 let position = following.framer.position();
                 if is_same && read.size >= position {
                     return position < read.size;
                 }
-                self.lost_bytes += before.max(position) - following.framer.complete();
+                let end = following.framer.complete();
+                self.lost_bytes += before.max(position) - end;
+                let (generation, head) = (following.generation, std::mem::take(&mut following.head));
+                self.former.push_back(Former { id: file.id, generation, head, end });
+                if self.former.len() > FORMER_MAX {
+                    self.former.pop_front();
+                }
                 file.state = State::FirstLine(Vec::new());
                 file.origin = FileOrigin::Truncated;
                 read.size > 0
@@ -350,8 +397,22 @@ impl Tail {
             return false;
         };
         let generation = generation_of(file.id.inode, &read.data[..end]);
+        let (id, origin) = (file.id, file.origin);
         // A position serves once: the same beginning after a truncation is new content.
-        let (offset, skip_line) = match (self.positions.remove(&generation), file.origin) {
+        let position = self.positions.remove(&generation);
+        let was_before = || self.former.iter().any(|former| former.id == id && former.generation == generation);
+        if position.is_some_and(|position| position.offset > read.size) || was_before() {
+            self.repeated += 1;
+        }
+        let copied = if position.is_none() && matches!(origin, FileOrigin::Existing | FileOrigin::New) {
+            self.copied(index, read, &read.data[..end])
+        } else {
+            None
+        };
+        let file = &mut self.files[index];
+        let (offset, skip_line) = match (position, origin) {
+            _ if copied == Some(Copied::Wholly { certain: true }) => return self.skip_copy(index, None),
+            _ if copied == Some(Copied::Wholly { certain: false }) => return self.skip_copy(index, Some(read.size)),
             (Some(position), _) => (position.offset.min(read.size), false),
             (None, FileOrigin::Sibling) => {
                 self.close_at(index);
@@ -359,7 +420,7 @@ impl Tail {
             }
             // From the last byte on, so that a line that ends there is told from one that goes on.
             (None, FileOrigin::Existing) if self.settings.skip_existing => (read.size.saturating_sub(1), true),
-            (None, _) => (0, false),
+            (None, _) => (if let Some(Copied::UpTo(offset)) = copied { offset } else { 0 }, false),
         };
         let head = read.data[..read.data.len().min(HEAD_BYTES_MAX)].to_vec();
         let mut following = Following { generation, framer: Framer::new(offset, max), head, skip_line };
@@ -369,6 +430,58 @@ impl Tail {
         let more = following.framer.position() < read.size;
         file.state = State::Following(following);
         more
+    }
+
+    /// Whether the file at `index`, which is unknown and begins with `first_line`, is a copy.
+    fn copied(&self, index: usize, read: Read<'_>, first_line: &[u8]) -> Option<Copied> {
+        let id = self.files[index].id;
+        let begins_as = |head: &[u8]| {
+            let length = head.len().min(read.data.len());
+            (head[..length] == read.data[..length]).then_some(length >= HEAD_BYTES_MAX)
+        };
+        // A file that no path names any more was replaced by its copy, which is then the log.
+        for other in self.files.iter().filter(|other| other.id != id && other.gone_at.is_none()) {
+            let known = self.known.get(&generation_of(other.id.inode, first_line));
+            if known.is_some_and(|offset| *offset <= read.size) {
+                return Some(Copied::Wholly { certain: false });
+            }
+            if let State::Following(following) = &other.state
+                && let Some(certain) = begins_as(&following.head)
+                && (certain || read.size <= other.size)
+            {
+                return Some(Copied::Wholly { certain });
+            }
+        }
+        let former = self.former.iter().rev().filter(|former| former.id != id);
+        let (former, certain) = former.filter_map(|former| Some((former, begins_as(&former.head)?))).next()?;
+        let is_whole = certain || read.size <= former.end;
+        Some(if is_whole { Copied::Wholly { certain } } else { Copied::UpTo(former.end) })
+    }
+
+    /// Closes a copy; `size` is given where its growth would tell that it is none. Nothing more is to be read.
+    fn skip_copy(&mut self, index: usize, size: Option<u64>) -> bool {
+        let File { id, path, .. } = &self.files[index];
+        self.copies.insert(*id, CopiedFile { path: path.clone(), size });
+        self.close_at(index);
+        false
+    }
+
+    /// Paths of files that are copies of others and are not read.
+    pub fn copies(&self) -> impl Iterator<Item = &Path> {
+        self.copies.values().map(|copy| copy.path.as_path())
+    }
+
+    /// Contents that began with the same line as one that the same file held before: they have its generation, so that
+    /// their lines count only from where that one ended.
+    pub fn repeated(&self) -> u64 {
+        self.repeated
+    }
+
+    /// Notes the present size of a file, which keeps it open if there is more to read.
+    pub fn handle_size(&mut self, key: FileKey, size: u64) {
+        if let Some(file) = self.file_mut(key) {
+            file.size = file.size.max(size);
+        }
     }
 
     /// Ends files that are finished, as their newest reads tell: hands out a last line without a line end, and closes.
@@ -473,7 +586,24 @@ impl File {
     }
 }
 
+/// What a copy holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copied {
+    /// Nothing else; `certain` when the whole head was compared.
+    Wholly { certain: bool },
+    /// Lines of a truncated file up to this offset, and then others.
+    UpTo(u64),
+}
+
 impl Following {
+    /// Adds what `data`, which stands at the position, tells of the head.
+    fn extend_head(&mut self, data: &[u8]) {
+        let known = usize::try_from(self.framer.position()).ok().and_then(|at| self.head.len().checked_sub(at));
+        if let Some(new) = known.and_then(|known| data.get(known..)) {
+            self.head.extend(&new[..new.len().min(HEAD_BYTES_MAX.saturating_sub(self.head.len()))]);
+        }
+    }
+
     fn feed(&mut self, file: FileKey, data: &[u8], each: &mut impl FnMut(Piece<'_>)) {
         let generation = self.generation;
         let skip_line = &mut self.skip_line;

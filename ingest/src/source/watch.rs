@@ -67,8 +67,10 @@ impl Watch {
         self.failure.as_deref()
     }
 
-    /// From now on these directories are watched, and no others.
-    pub(super) fn set_directories(&mut self, wanted: &BTreeSet<PathBuf>) {
+    /// From now on these directories are watched, and no others. Whether any is new: what was put into it before the
+    /// watch was there has told nobody.
+    pub(super) fn set_directories(&mut self, wanted: &BTreeSet<PathBuf>) -> bool {
+        let mut any_new = false;
         let gone: Vec<PathBuf> = self.directories.keys().filter(|path| !wanted.contains(*path)).cloned().collect();
         for path in gone {
             if let Some(descriptor) = self.directories.remove(&path) {
@@ -76,13 +78,16 @@ impl Watch {
             }
         }
         let names = WatchMask::CREATE | WatchMask::MOVED_FROM | WatchMask::MOVED_TO | WatchMask::DELETE;
+        let names = names | WatchMask::MOVE_SELF;
         for path in wanted {
             if !self.directories.contains_key(path)
                 && let Some(descriptor) = self.add(path, names | WatchMask::ONLYDIR)
             {
                 self.directories.insert(path.clone(), descriptor);
+                any_new = true;
             }
         }
+        any_new
     }
 
     /// Watches an open file, whatever its name is now.
@@ -134,15 +139,29 @@ impl Watch {
             let read = guard.try_io(|inotify| {
                 let events = inotify.get_mut().read_events(&mut self.buffer)?;
                 let mut changes = Changes::default();
+                let mut gone = Vec::new();
                 for event in events {
                     if event.mask.contains(EventMask::Q_OVERFLOW) {
                         changes.all = true;
                     } else if let Some(key) = self.by_descriptor.get(&event.wd) {
                         changes.files.insert(*key);
-                    } else if !event.mask.contains(EventMask::IGNORED) {
-                        changes.names = true;
+                    } else {
+                        let is_gone = event.mask.intersects(EventMask::IGNORED | EventMask::MOVE_SELF);
+                        gone.extend(is_gone.then_some(event.wd));
+                        let is_own = event.mask.contains(EventMask::IGNORED)
+                            && !self.directories.values().any(|descriptor| gone.last() == Some(descriptor));
+                        changes.names |= !is_own;
                     }
                 }
+                // Another directory may take its path: the next scan watches that one.
+                self.directories.retain(|_, descriptor| {
+                    let is_gone = gone.contains(descriptor);
+                    if is_gone {
+                        // The kernel has removed the watch of a directory that was deleted.
+                        let _ = inotify.get_ref().watches().remove(descriptor.clone());
+                    }
+                    !is_gone
+                });
                 Ok(changes)
             });
             match read {

@@ -242,7 +242,7 @@ impl World {
         self.reopen();
         self.write(3, 40);
         for _ in 0..4 {
-            self.now = self.now.saturating_add(Duration::from_secs(10));
+            self.now = self.now.saturating_add(ROTATED_QUIET * 2);
             self.scan();
             while self.read_step() {}
             self.close_finished();
@@ -315,7 +315,7 @@ fn a_renamed_file_stays_open_until_its_successor_has_content() {
     world.inodes.push(Inode::default());
     world.paths.insert(LOG.to_owned(), 1);
     world.scan();
-    for seconds in [60, 60] {
+    for seconds in [600, 600] {
         world.now = world.now.saturating_add(Duration::from_secs(seconds));
         while world.read_step() {}
         world.close_finished();
@@ -339,7 +339,7 @@ fn every_late_line_keeps_a_renamed_file_open() {
     world.paths.insert(LOG.to_owned(), 1);
     for _ in 0..10 {
         world.write(5, 40);
-        world.now = world.now.saturating_add(Duration::from_secs(4));
+        world.now = world.now.saturating_add(ROTATED_QUIET - Duration::from_secs(1));
         world.scan();
         while world.read_step() {}
         world.close_finished();
@@ -460,6 +460,63 @@ fn existing_files_can_be_skipped_but_not_what_comes_then() {
         // Of a half line its end is skipped too.
         assert_eq!(pieces, 2 - usize::from(matches!(before, Act::Write { cut: 4, .. })));
     }
+}
+
+#[test]
+fn a_truncated_file_that_begins_with_the_same_line_again_is_counted() {
+    let mut world = World::new();
+    for act in [LINE, LINE, Act::Scan, Act::Read(9), Act::Truncate, Act::Read(9)] {
+        world.act(&act);
+    }
+    world.lines = 0;
+    for act in [LINE, Act::Scan, Act::Read(9)] {
+        world.act(&act);
+    }
+    assert_eq!(world.tail.repeated(), 1);
+    // The same while nobody looked: the position is beyond the end.
+    let key = world.tail.files().next().unwrap();
+    let generation = *world.positions.keys().next().unwrap();
+    assert!(world.tail.next_read(key).is_some());
+    world.positions.insert(generation, Position { offset: 1000, needed: false });
+    world.restart();
+    world.act(&Act::Scan);
+    world.act(&Act::Read(9));
+    assert_eq!(world.tail.repeated(), 1);
+}
+
+#[test]
+fn what_came_after_the_last_read_keeps_a_file_open() {
+    let mut world = World::new();
+    for act in [LINE, Act::Scan, Act::Read(9), Act::Rename, Act::Reopen, LINE, Act::Scan, Act::Read(9)] {
+        world.act(&act);
+    }
+    world.now = world.now.saturating_add(ROTATED_QUIET);
+    while world.read_step() {}
+    let old = *world.open.iter().find(|(_, inode)| **inode == 0).unwrap().0;
+    world.inodes[0].data.extend(b"L9:late\n");
+    world.tail.handle_size(old, world.inodes[0].data.len() as u64);
+    world.close_finished();
+    while world.read_step() {}
+    assert_eq!(world.delivered[&(0, 0)], world.inodes[0].data.len() as u64);
+}
+
+#[test]
+fn a_file_that_is_open_already_is_not_kept_twice() {
+    let mut tail = new_tail(BTreeMap::new());
+    let seen = |path: &str, inode| Seen {
+        path: path.into(),
+        id: FileId { dev: 1, inode },
+        size: 0,
+        modified: Timestamp::EPOCH,
+        sibling_of: None,
+    };
+    tail.handle_scan(vec![seen("a", 1), seen("b", 2)], Timestamp::EPOCH);
+    let opened: Vec<bool> = std::iter::from_fn(|| match tail.poll_command()? {
+        Command::Open { file, .. } => Some(tail.handle_opened(file, FileId { dev: 1, inode: 1 })),
+        Command::Close { .. } => None,
+    })
+    .collect();
+    assert_eq!(opened, [true, false]);
 }
 
 #[test]
