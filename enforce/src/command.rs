@@ -37,6 +37,12 @@ pub enum CommandError {
         /// Its path.
         program: String,
     },
+    /// It may still come into effect.
+    #[error("`{command}` does not end; nothing is changed until it does")]
+    Unfinished {
+        /// The command line.
+        command: String,
+    },
     /// It said no.
     #[error("`{command}` failed: {said}")]
     Failed {

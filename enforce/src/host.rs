@@ -1,7 +1,9 @@
 //! What the host says of itself: its addresses, gateways, families, and what this process may do.
 
 use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use nix::ifaddrs::getifaddrs;
 
@@ -9,6 +11,16 @@ use crate::plan::Family;
 
 /// Bit of CAP_NET_ADMIN in the capability masks of `/proc/self/status`.
 const CAP_NET_ADMIN: u32 = 12;
+
+/// The host did not say. That is not the same as having none.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read the host's {what}")]
+pub(crate) struct HostError {
+    /// Addresses or routes.
+    pub(crate) what: &'static str,
+    /// Why.
+    pub(crate) source: io::Error,
+}
 
 /// Whether this process may change the firewall of its network namespace.
 pub(crate) fn may_change_firewall() -> bool {
@@ -33,15 +45,9 @@ pub(crate) fn legacy_is_awake(family: Family) -> bool {
     fs::read_to_string(names).is_ok_and(|names| !names.trim().is_empty())
 }
 
-/// Addresses of all interfaces, ascending. Empty, and said so, when they cannot be read.
-pub(crate) fn own_addresses() -> Vec<IpAddr> {
-    let interfaces = match getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            tracing::warn!(error = %error, "Cannot read the host's addresses");
-            return Vec::new();
-        }
-    };
+/// Addresses of all interfaces, ascending.
+pub(crate) fn own_addresses() -> Result<Vec<IpAddr>, HostError> {
+    let interfaces = getifaddrs().map_err(|error| HostError { what: "addresses", source: error.into() })?;
     let mut own: Vec<IpAddr> = interfaces
         .filter_map(|interface| {
             let address = interface.address?;
@@ -51,17 +57,24 @@ pub(crate) fn own_addresses() -> Vec<IpAddr> {
         .collect();
     own.sort_unstable();
     own.dedup();
-    own
+    Ok(own)
 }
 
 /// Next hops of all routes of the main table, ascending.
-pub(crate) fn gateways() -> Vec<IpAddr> {
-    let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let mut gateways = parse_routes_v4(&read("/proc/net/route"));
-    gateways.extend(parse_routes_v6(&read("/proc/net/ipv6_route")));
+pub(crate) fn gateways() -> Result<Vec<IpAddr>, HostError> {
+    let mut gateways = parse_routes_v4(&read_routes(Path::new("/proc/net/route"))?);
+    gateways.extend(parse_routes_v6(&read_routes(Path::new("/proc/net/ipv6_route"))?));
     gateways.sort_unstable();
     gateways.dedup();
-    gateways
+    Ok(gateways)
+}
+
+/// A kernel without the family has no such file, and no routes.
+fn read_routes(path: &Path) -> Result<String, HostError> {
+    match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.map_err(|source| HostError { what: "routes", source }),
+    }
 }
 
 /// `/proc/net/route`: the third column is the next hop, in the byte order of memory.
@@ -81,6 +94,14 @@ fn parse_routes_v6(text: &str) -> Vec<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn routes_that_cannot_be_read_are_not_taken_for_none() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read_routes(&dir.path().join("none")).unwrap(), "");
+        assert_eq!(read_routes(dir.path()).unwrap_err().to_string(), "cannot read the host's routes");
+        assert!(!own_addresses().unwrap().is_empty() && gateways().is_ok());
+    }
 
     #[test]
     fn gateways_are_read_from_the_routes() {

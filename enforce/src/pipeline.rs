@@ -66,8 +66,7 @@ pub async fn run(config: EnforceConfig, inputs: Inputs) -> Result<(), EnforceErr
     let mut role = Enforcer::new(config, inputs);
     role.start().await?;
     role.follow().await?;
-    role.end().await;
-    Ok(())
+    role.end().await
 }
 
 struct Enforcer {
@@ -174,10 +173,15 @@ impl Enforcer {
     }
 
     /// Puts in force what came last, and keeps it.
-    async fn end(mut self) {
+    async fn end(mut self) -> Result<(), EnforceError> {
         let shutdown = self.inputs.shutdown.clone();
         let work = async {
             self.take_bans().await;
+            // A change of rules that has begun is not left half done.
+            if self.rules_job.is_some() {
+                let done = finish(&mut self.rules_job).await;
+                self.take_rules(done)?;
+            }
             if let Some(job) = self.store_job.take() {
                 let _ = job.await;
             }
@@ -189,11 +193,16 @@ impl Enforcer {
                 }
             }
             self.report();
+            Ok(())
         };
         tokio::select! {
-            () = work => tracing::info!("Stopped enforcing; bans stay in force"),
+            done = work => {
+                done?;
+                tracing::info!("Stopped enforcing; bans stay in force");
+            }
             () = shutdown.forced() => tracing::warn!("Stopped enforcing before the last changes; bans stay in force"),
         }
+        Ok(())
     }
 
     fn state_dir(&self) -> Option<PathBuf> {

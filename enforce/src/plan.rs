@@ -110,15 +110,40 @@ pub struct Held {
     pub comment: Arc<str>,
 }
 
+/// How a set was made, its size aside.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// Type, family, timeouts and comments are as we make them.
+    #[default]
+    Ours,
+    /// Timeouts or comments are not; it can be swapped with one that has them.
+    Extras,
+    /// Type or family are not: the kernel does not swap it with one of ours.
+    Foreign,
+}
+
 /// A set as the kernel holds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelSet {
     /// Room for so many members.
     pub maxelem: u32,
-    /// Whether type, family, timeouts and comments are as we make them.
-    pub well_formed: bool,
+    /// How it was made.
+    pub form: Form,
     /// Its members.
     pub members: BTreeMap<Target, Held>,
+}
+
+impl KernelSet {
+    /// Whether it, as the set `id`, is not what we make, and no step would make it so. Rules use it, so it cannot be
+    /// destroyed. It is reported and left alone.
+    pub fn is_beyond_repair(&self, id: SetId) -> bool {
+        match id {
+            // It has no other that it could be swapped with.
+            SetId::Guard(_) => self.form != Form::Ours || self.maxelem != GUARD_NETS_MAX,
+            SetId::Bans(_) => self.form == Form::Foreign,
+            SetId::Fresh(_) => false,
+        }
+    }
 }
 
 /// One change to the kernel's sets.
@@ -194,7 +219,7 @@ impl Kernel {
     pub fn note(&mut self, step: &Step, now: Timestamp) {
         match step {
             Step::Create { set, maxelem } => {
-                self.sets.insert(*set, KernelSet { maxelem: *maxelem, well_formed: true, members: BTreeMap::new() });
+                self.sets.insert(*set, KernelSet { maxelem: *maxelem, form: Form::Ours, members: BTreeMap::new() });
             }
             Step::Swap(family) => {
                 let (fresh, bans) = (SetId::Fresh(*family), SetId::Bans(*family));
@@ -271,7 +296,8 @@ pub fn plan_targets<'a>(
     let (mut removals, mut additions) = (Vec::new(), Vec::new());
     for target in targets {
         let set = SetId::Bans(Family::of(target));
-        let Some(members) = kernel.sets.get(&set).map(|set| &set.members) else { continue };
+        let usable = kernel.sets.get(&set).filter(|kernel_set| !kernel_set.is_beyond_repair(set));
+        let Some(members) = usable.map(|set| &set.members) else { continue };
         match (desired.wanted(target), members.get(target)) {
             (Some(entry), Some(held)) if is_same(entry, held, now) => {}
             (Some(entry), _) => additions.extend(add(set, target, entry, now)),
@@ -300,6 +326,9 @@ fn plan_guard(frame: &Frame, family: Family, kernel: &Kernel, steps: &mut Vec<St
     let nets = frame.guard_nets.iter().filter(|net| Family::of(net) == family).take(GUARD_NETS_MAX as usize);
     let wanted: BTreeSet<Target> = nets.copied().collect();
     let none = BTreeMap::new();
+    if kernel.sets.get(&set).is_some_and(|held| held.is_beyond_repair(set)) {
+        return;
+    }
     let held = kernel.sets.get(&set).map(|set| &set.members);
     if held.is_none() {
         steps.push(Step::Create { set, maxelem: GUARD_NETS_MAX });
@@ -330,18 +359,22 @@ fn plan_bans(
         steps.push(Step::Destroy(fresh));
     }
     let wanted = desired.all_wanted().filter(|(target, _)| Family::of(target) == family);
-    let fits = |set: &&KernelSet| set.well_formed && set.maxelem == frame.maxelem();
     let Some(set) = kernel.sets.get(&bans) else {
         steps.push(Step::Create { set: bans, maxelem: frame.maxelem() });
         steps.extend(wanted.filter_map(|(target, entry)| add(bans, target, entry, now)));
         return;
     };
-    if Some(set).filter(fits).is_some() {
-        // Paused, and nothing that may stay: one step instead of one a member.
-        if desired.is_paused() && !set.members.is_empty() {
-            steps.push(Step::Flush(bans));
-            return;
-        }
+    let fits = set.form == Form::Ours && set.maxelem == frame.maxelem();
+    let stays = fits || set.is_beyond_repair(bans);
+    // Paused, and nothing that may stay: one step instead of one a member.
+    if stays && desired.is_paused() && !set.members.is_empty() {
+        steps.push(Step::Flush(bans));
+        return;
+    }
+    if set.is_beyond_repair(bans) {
+        return;
+    }
+    if fits {
         let targets: BTreeSet<&Target> = wanted.map(|(target, _)| target).chain(set.members.keys()).collect();
         steps.extend(plan_targets(targets, desired, kernel, now));
         return;

@@ -7,6 +7,7 @@ mod explain;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use proto::ban::Lists;
@@ -21,10 +22,10 @@ use crate::backend::{Applied, Sets};
 use crate::config::{BackendKind, FirewallConfig};
 use crate::desired::Desired;
 use crate::guard::{Guard, GuardFacts};
-use crate::host;
+use crate::host::{self, HostError};
 use crate::last_set::LastSet;
 use crate::metrics::EnforceMetrics;
-use crate::plan::{self, Family, Frame, Kernel, SetId, Step};
+use crate::plan::{self, Family, Form, Frame, Kernel, SetId, Step};
 
 /// Owns the desired set and what is known of the kernel's.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub(crate) struct Reconciler {
     metrics: EnforceMetrics,
     dry_run: bool,
     facts: GuardFacts,
+    /// Facts that could not be read at the last look at the host.
+    blind: Vec<HostError>,
     guard: Guard,
     lists: Arc<Lists>,
     kernel: Kernel,
@@ -97,14 +100,15 @@ impl Reconciler {
         clock: Clock,
         metrics: EnforceMetrics,
     ) -> Self {
-        let facts = GuardFacts {
-            own: host::own_addresses(),
-            gateways: host::gateways(),
+        let mut facts = GuardFacts {
+            own: Vec::new(),
+            gateways: Vec::new(),
             trusted_proxies,
             never_ban: Vec::new(),
             prefix_min_v4: config.prefix_min_v4,
             prefix_min_v6: config.prefix_min_v6,
         };
+        let blind = read_host(&mut facts, host::own_addresses(), host::gateways());
         let guard = Guard::new(&facts);
         let frame = Frame { families: host::families(), guard_nets: guard.nets(), bans_max: config.bans_max };
         Self {
@@ -116,6 +120,7 @@ impl Reconciler {
             metrics,
             dry_run,
             facts,
+            blind,
             guard,
             lists: Arc::default(),
             kernel: Kernel::default(),
@@ -222,7 +227,8 @@ impl Reconciler {
     /// Looks at the host anew.
     pub(crate) async fn handle_host(&mut self) {
         self.open();
-        let facts = GuardFacts { own: host::own_addresses(), gateways: host::gateways(), ..self.facts.clone() };
+        let mut facts = self.facts.clone();
+        self.blind = read_host(&mut facts, host::own_addresses(), host::gateways());
         let families = host::families();
         let family_came = families != self.frame.families;
         self.frame.families = families;
@@ -313,8 +319,12 @@ impl Reconciler {
             let fits = |set: SetId, maxelem: u32, least: usize| {
                 let most = self.kernel.sets.get(&set).map_or(0, |set| set.members.len());
                 headers.get(&set).is_some_and(|header| {
+                    if let Some(known) = self.kernel.sets.get(&set).filter(|known| known.is_beyond_repair(set)) {
+                        // Nothing can be done about it, until it becomes another.
+                        return header.form == known.form && header.maxelem == known.maxelem;
+                    }
                     let counts = least.saturating_sub(slack)..=most + slack;
-                    header.well_formed && header.maxelem == maxelem && counts.contains(&header.count)
+                    header.form == Form::Ours && header.maxelem == maxelem && counts.contains(&header.count)
                 })
             };
             let guard = SetId::Guard(family);
@@ -404,6 +414,20 @@ impl Reconciler {
     /// What is not as it should be.
     pub(crate) fn problems(&self) -> Vec<Problem> {
         let mut problems: Vec<Problem> = self.unavailable.iter().cloned().collect();
+        for error in &self.blind {
+            let text = format!("the guard knows only what the host said before: {}", chain_of(error));
+            problems.push(Problem::degraded(text));
+        }
+        for (id, _) in self.kernel.sets.iter().filter(|(id, set)| set.is_beyond_repair(**id)) {
+            let lost =
+                if id.holds_bans() { "nobody is banned by it" } else { "a wider ban could catch guarded addresses" };
+            let text = format!(
+                "set {} is not as we make it and cannot be replaced while rules use it; {lost}; stop, remove it with \
+                 --teardown and start again",
+                id.name()
+            );
+            problems.push(Problem::degraded(text));
+        }
         if let Some(failure) = &self.failure {
             problems.push(Problem::degraded(format!("kernel sets: {failure}")));
         }
@@ -442,6 +466,25 @@ impl Reconciler {
     }
 }
 
+/// Takes what the host says. What it does not say stays as it was; returns why.
+fn read_host(
+    facts: &mut GuardFacts,
+    own: Result<Vec<IpAddr>, HostError>,
+    gateways: Result<Vec<IpAddr>, HostError>,
+) -> Vec<HostError> {
+    let mut blind = Vec::new();
+    for (fact, said) in [(&mut facts.own, own), (&mut facts.gateways, gateways)] {
+        match said {
+            Ok(said) => *fact = said,
+            Err(error) => {
+                tracing::warn!(error = %chain_of(&error), "Guard kept as it was");
+                blind.push(error);
+            }
+        }
+    }
+    blind
+}
+
 fn is_paused(lists: &Lists, now: Timestamp) -> bool {
     lists.paused.is_some_and(|pause| pause.until.is_none_or(|until| now < until))
 }
@@ -455,4 +498,53 @@ pub(crate) fn chain_of(error: &dyn Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+    use crate::plan::KernelSet;
+
+    fn reconciler() -> Reconciler {
+        let metrics = EnforceMetrics::register(&mut Registry::default());
+        Reconciler::new(FirewallConfig::default(), NetSet::default(), true, Clock::system(), metrics)
+    }
+
+    #[test]
+    fn what_the_host_does_not_say_stays_guarded_and_is_reported() {
+        let fail = |what| Err(HostError { what, source: io::Error::other("busy") });
+        let (own, gateway) = ("192.0.2.1".parse().unwrap(), "192.0.2.254".parse().unwrap());
+        let mut facts = GuardFacts { own: vec![own], gateways: vec![gateway], ..GuardFacts::default() };
+        let mut reconciler = reconciler();
+        reconciler.blind = read_host(&mut facts, fail("addresses"), fail("routes"));
+        assert_eq!((&facts.own[..], &facts.gateways[..]), (&[own][..], &[gateway][..]));
+        let problems: Vec<String> = reconciler.problems().into_iter().map(|problem| problem.text).collect();
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].ends_with("cannot read the host's addresses: busy"), "{problems:?}");
+
+        assert!(read_host(&mut facts, Ok(Vec::new()), Ok(vec![gateway])).is_empty());
+        assert_eq!((facts.own.len(), facts.gateways.len()), (0, 1), "what it says is taken");
+    }
+
+    #[test]
+    fn a_set_beyond_repair_is_reported_by_name_and_looked_at_no_more_than_others() {
+        let mut reconciler = reconciler();
+        reconciler.frame.families = vec![Family::V4];
+        let (guard, bans) = (SetId::Guard(Family::V4), SetId::Bans(Family::V4));
+        let (room, maxelem) = (plan::GUARD_NETS_MAX, reconciler.frame.maxelem());
+        let set = |form, maxelem| KernelSet { form, maxelem, members: BTreeMap::new() };
+        reconciler.kernel.sets = [(guard, set(Form::Extras, room)), (bans, set(Form::Foreign, maxelem))].into();
+        let problems = format!("{:?}", reconciler.problems());
+        assert!(problems.contains("portcullis-guard-v4") && problems.contains("set portcullis-v4"), "{problems}");
+
+        let header = |form, maxelem| Header { form, maxelem, count: 7 };
+        let mut headers = BTreeMap::from([(guard, header(Form::Extras, room)), (bans, header(Form::Foreign, maxelem))]);
+        assert!(reconciler.agrees(&headers), "everything is looked at again for nothing");
+        headers.insert(guard, header(Form::Ours, room));
+        assert!(!reconciler.agrees(&headers), "that someone has put it right is not noticed");
+    }
 }

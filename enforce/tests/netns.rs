@@ -9,8 +9,11 @@
 mod inside;
 
 use std::env;
+use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -24,7 +27,7 @@ const QUICK: &str = r#"{"firewall":{"resync_interval":"1s"}}"#;
 
 type Scenario = fn(&Host);
 
-const SCENARIOS: [(&str, Scenario); 13] = [
+const SCENARIOS: [(&str, Scenario); 16] = [
     ("a_ban_cuts_new_and_open_connections_and_spares_others", cuts_connections),
     ("a_wider_ban_does_not_catch_guarded_addresses", guards),
     ("drift_is_repaired_and_foreign_rules_stay", repairs_drift),
@@ -37,6 +40,9 @@ const SCENARIOS: [(&str, Scenario); 13] = [
     ("a_dry_run_changes_nothing", dry_runs),
     ("what_does_not_fit_is_the_shortest_remainder", leaves_out_the_shortest),
     ("what_a_host_lacks_is_said_and_the_process_goes_on", goes_on_without),
+    ("rules_that_cannot_be_read_are_left_alone_and_so_is_the_other_variant", leaves_unreadable_alone),
+    ("sets_of_another_kind_are_named_and_left_alone", leaves_foreign_sets_alone),
+    ("a_move_to_the_top_opens_no_gap_and_is_ended_before_we_stop", ends_a_move),
     ("a_burst_is_in_the_kernel_in_one_process_a_batch", takes_bursts),
 ];
 
@@ -149,7 +155,27 @@ impl Host {
     }
 
     fn enforcer(&self, config: &str) -> Part {
-        let part = Part::new(&self.name, &["enforcer", config, self.state.path().to_str().unwrap(), "for-real"]);
+        self.enforcer_after("", config)
+    }
+
+    /// Finds a stand-in in `dir` for a program of this variant: it notes each call in `calls`, runs `shell`, then becomes
+    /// the program. Returns what to run before the enforcer.
+    fn stand_in(&self, dir: &Path, suffix: &str, shell: &str) -> String {
+        for family in ["iptables", "ip6tables"] {
+            let name = format!("{family}-{}-{suffix}", self.variant);
+            let path = dir.join(&name);
+            let dir = dir.display();
+            let script =
+                format!("#!/bin/sh\ncd {dir}\necho >> calls\n{shell}\nPATH=${{PATH#*:}}\nexec {name} \"$@\"\n");
+            fs::write(&path, script).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        format!("export PATH={}:$PATH", dir.display())
+    }
+
+    fn enforcer_after(&self, shell: &str, config: &str) -> Part {
+        let args = ["enforcer", config, self.state.path().to_str().unwrap(), "for-real"];
+        let part = Part::after(shell, &self.name, &args);
         part.ask("publish");
         part.wait_for_report();
         part
@@ -498,6 +524,77 @@ fn takes_bursts(host: &Host) {
     assert!(burst.iter().step_by(50).all(|address| host.holds(address)));
     let sum = enforcer.metric("portcullis_log_to_kernel_seconds_sum").unwrap();
     println!("  41 batches, 540 bans: {:.1} ms a batch on average", sum * 1000.0 / 41.0);
+}
+
+fn leaves_unreadable_alone(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let broken = dir.path().join("broken");
+    let calls = || fs::read_to_string(dir.path().join("calls")).unwrap_or_default().len();
+    let fail = "if [ -e broken ]; then echo no answer >&2; exit 1; fi";
+    let shell = host.stand_in(dir.path(), "save", fail);
+    fs::write(&broken, "").unwrap();
+    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    let enforcer = Part::after(&shell, &host.name, &args);
+    let before = host.rules();
+    let other_is_untouched = || {
+        if host.variant == "nft" {
+            host.run("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names").is_empty()
+        } else {
+            !["iptables", "ip6tables"].map(|name| host.run(&format!("{name}-nft-save"))).concat().contains("PORTCULLIS")
+        }
+    };
+    enforcer.ask("ban 10.77.0.2 600");
+    until("what cannot be read is said", || enforcer.report()["problems"].to_string().contains("no answer"));
+    until("it was looked at several times", || calls() >= 6);
+    assert!(other_is_untouched(), "the other variant was taken");
+    assert_eq!(host.rules(), before);
+
+    fs::remove_file(&broken).unwrap();
+    until("nothing is missing any more", || enforcer.report()["problems"] == Value::Array(Vec::new()));
+    let placed = host.rules();
+    assert!(placed.iter().any(|rule| rule == "-A PREROUTING -j PORTCULLIS"), "{placed:?}");
+    fs::write(&broken, "").unwrap();
+    let sofar = calls();
+    until("it was looked at several times", || calls() >= sofar + 6);
+    assert!(other_is_untouched(), "the other variant was taken");
+    assert_eq!(host.rules(), placed);
+}
+
+fn leaves_foreign_sets_alone(host: &Host) {
+    host.run("ipset create portcullis-guard-v4 hash:net timeout 600");
+    host.run("ipset create portcullis-v4 hash:ip");
+    let enforcer = host.enforcer(QUICK);
+    enforcer.ask("ban 10.77.0.2,fd77::2 600");
+    until("the other family is enforced", || host.holds("fd77::2"));
+    let steps = || {
+        ["add", "create", "swap"]
+            .map(|kind| enforcer.metric(&format!("portcullis_enforce_steps_total{{kind=\"{kind}\"}}")))
+    };
+    let before = steps();
+    for name in ["set portcullis-guard-v4", "set portcullis-v4"] {
+        until("the set is named", || enforcer.report()["problems"].to_string().contains(name));
+    }
+    // A repair in the other family shows that a resync is over.
+    for n in 1..=2 {
+        let repairs = enforcer.report()["backends"][0]["repairs"].as_u64().unwrap();
+        host.run("ipset add portcullis-v6 fd77::9");
+        until("a resync is over", || enforcer.report()["backends"][0]["repairs"].as_u64() > Some(repairs));
+        assert_eq!(steps(), before, "it is filled again at resync {n}");
+    }
+    assert!(host.run("ipset list -t portcullis-v4").contains("hash:ip"));
+    assert!(host.try_run("ipset -q list -t portcullis-new-v4").is_none(), "a set is left over");
+}
+
+fn ends_a_move(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let shell = host.stand_in(dir.path(), "restore", "sleep 1");
+    let enforcer = host.enforcer_after(&shell, QUICK);
+    host.iptables("4", "-t raw -I PREROUTING 1 -s 10.77.0.2 -j ACCEPT");
+    until("the move begins", || dir.path().join("calls").exists());
+    let rules = || host.iptables("4", "-t raw -S PREROUTING");
+    assert!(rules().contains("-A PREROUTING -j PORTCULLIS"), "there is a gap: {}", rules());
+    enforcer.stop();
+    assert_eq!(rules().lines().nth(1), Some("-A PREROUTING -j PORTCULLIS"), "the move was not ended: {}", rules());
 }
 
 fn goes_on_without(host: &Host) {

@@ -15,7 +15,7 @@ use proto::time::Clock;
 
 use crate::backend::{Applied, Refused};
 use crate::command::{self, CommandError};
-use crate::plan::{Family, Held, Kernel, KernelSet, SetId, Step};
+use crate::plan::{Family, Form, Held, Kernel, KernelSet, SetId, Step};
 
 /// Refused lines of one batch after which the rest of it is left for the next look.
 const REFUSED_MAX: usize = 100;
@@ -32,7 +32,7 @@ pub(crate) struct Ipset {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) maxelem: u32,
-    pub(crate) well_formed: bool,
+    pub(crate) form: Form,
     /// Members, some of which may have just ended.
     pub(crate) count: usize,
 }
@@ -145,8 +145,8 @@ impl Ipset {
                     (target, Held { ends, comment })
                 })
                 .collect();
-            let Header { maxelem, well_formed, .. } = header;
-            kernel.sets.insert(set, KernelSet { maxelem, well_formed, members });
+            let Header { maxelem, form, .. } = header;
+            kernel.sets.insert(set, KernelSet { maxelem, form, members });
         }
         Ok(kernel)
     }
@@ -205,13 +205,15 @@ fn parse_headers(listed: &str) -> BTreeMap<SetId, Header> {
         let words: Vec<&str> = value("Header:").unwrap_or_default().split(' ').collect();
         let after = |key: &str| words.iter().skip_while(|word| **word != key).nth(1).copied();
         let has = |key: &str| words.contains(&key);
-        let well_formed = value("Type:") == Some("hash:net")
-            && after("family") == Some(render_family(set.family()))
-            && has("timeout") == set.holds_bans()
-            && has("comment") == set.holds_bans();
+        let same_kind = value("Type:") == Some("hash:net") && after("family") == Some(render_family(set.family()));
+        let form = match has("timeout") == set.holds_bans() && has("comment") == set.holds_bans() {
+            true if same_kind => Form::Ours,
+            false if same_kind => Form::Extras,
+            _ => Form::Foreign,
+        };
         let maxelem = after("maxelem").and_then(|number| number.parse().ok()).unwrap_or(0);
         let count = value("Number of entries:").and_then(|number| number.parse().ok()).unwrap_or(0);
-        headers.insert(set, Header { maxelem, well_formed, count });
+        headers.insert(set, Header { maxelem, form, count });
     }
     headers
 }
@@ -256,9 +258,11 @@ mod tests {
             Name: portcullis-guard-v6\nType: hash:net\nHeader: family inet hashsize 1024 maxelem 65536\nNumber of entries: 0\n\n\
             Name: other\nType: hash:ip\nHeader: family inet hashsize 1024 maxelem 65536\nNumber of entries: 1\n";
         let headers = parse_headers(listed);
-        let good = Header { maxelem: 135_168, well_formed: true, count: 7 };
-        let bad = Header { maxelem: 65_536, well_formed: false, count: 0 };
+        let good = Header { maxelem: 135_168, form: Form::Ours, count: 7 };
+        let bad = Header { maxelem: 65_536, form: Form::Foreign, count: 0 };
         assert_eq!(headers, [(SetId::Guard(Family::V6), bad), (SetId::Bans(Family::V4), good)].into());
+        let extras = parse_headers("Name: portcullis-v4\nType: hash:net\nHeader: family inet maxelem 9 timeout 0\n");
+        assert_eq!(extras[&SetId::Bans(Family::V4)].form, Form::Extras);
     }
 
     #[test]

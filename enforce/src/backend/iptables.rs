@@ -1,33 +1,23 @@
 //! Chains and jumps through iptables, for both families, in the variant that the host uses.
 //!
-//! It is looked at with `iptables-save -c`, one process a variant, and changed through the crate `iptables`. Legacy
-//! tables are never woken: even listing them would create them, so `/proc` is asked first.
+//! It is looked at with `iptables-save -c`, one process a variant, and changed through [`calls`]. Legacy tables are never
+//! woken where nft is there: even listing them would create them, so `/proc` is asked first. What could not be read is
+//! not taken for empty: nothing is decided or changed in that family until the next look.
+
+mod calls;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Duration;
 
-use iptables::IPTables;
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 
+use crate::backend::iptables::calls::{Calls, Programs};
 use crate::command::{self, CommandError};
 use crate::config::{FirewallConfig, Table};
 use crate::host;
 use crate::plan::Family;
 use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
-
-/// Seconds that iptables waits for the lock that all its users share.
-const LOCK_WAIT_S: u32 = 5;
-/// After that a call that does not return is given up.
-const CALL_DEADLINE: Duration = Duration::from_secs(15);
-
-/// The programs of one family in one variant.
-#[derive(Clone, Copy, Debug)]
-struct Programs {
-    change: &'static str,
-    save: &'static str,
-}
 
 /// What a look at the rules brought about.
 #[derive(Debug, Default)]
@@ -61,6 +51,7 @@ pub(crate) struct Iptables {
     config: FirewallConfig,
     dry_run: bool,
     clock: Clock,
+    calls: Calls,
     programs: BTreeMap<(Family, Variant), Programs>,
     lifts: BTreeMap<Family, Lifts>,
     /// Families whose rules were in place at the last look.
@@ -75,6 +66,7 @@ impl Iptables {
             config,
             dry_run,
             clock,
+            calls: Calls::new(),
             programs: BTreeMap::new(),
             lifts: BTreeMap::new(),
             placed: BTreeSet::new(),
@@ -99,24 +91,24 @@ impl Iptables {
     }
 
     async fn resync_family(&mut self, family: Family, outcome: &mut RulesOutcome) -> Result<(), CommandError> {
+        self.calls.check_finished()?;
         let (views, unreadable) = self.look(family).await;
+        // The other variant is no choice: the one that cannot be read now may hold the rules, ours among them.
+        if let Some(error) = unreadable {
+            return Err(error);
+        }
         let (nft, legacy) = (views.get(&Variant::Nft), views.get(&Variant::Legacy));
         let chosen = rules::choose_variant(nft, legacy).or_else(|| self.sleeping_legacy(family));
         let Some((variant, why)) = chosen else {
             let name = program_name(family);
             self.placed.remove(&family);
-            return unreadable.map_or_else(
-                || {
-                    let text = format!("{}: {name} is not installed; nobody is banned there", family.as_str());
-                    outcome.problems.push(Problem::degraded(text));
-                    Ok(())
-                },
-                Err,
-            );
+            let text = format!("{}: {name} is not installed; nobody is banned there", family.as_str());
+            outcome.problems.push(Problem::degraded(text));
+            return Ok(());
         };
         let empty = View::default();
         let view = views.get(&variant).unwrap_or(&empty);
-        let usable = self.usable_tables(family, variant, view).await;
+        let usable = self.usable_tables(family, variant, view).await?;
         let layout = Layout::new(&self.config, family, view, &usable);
         self.report(family, (variant, why), &layout, outcome);
         self.count(family, view);
@@ -155,8 +147,8 @@ impl Iptables {
 
     /// Legacy tables may be woken where there is nothing else.
     fn sleeping_legacy(&self, family: Family) -> Option<(Variant, &'static str)> {
-        let there = self.programs.contains_key(&(family, Variant::Legacy));
-        there.then_some((Variant::Legacy, "nft is not available"))
+        let there = |variant| self.programs.contains_key(&(family, variant));
+        (there(Variant::Legacy) && !there(Variant::Nft)).then_some((Variant::Legacy, "nft is not available"))
     }
 
     async fn find_programs(&mut self, family: Family) {
@@ -165,44 +157,53 @@ impl Iptables {
             if self.programs.contains_key(&(family, variant)) {
                 continue;
             }
-            let full = format!("{name}{suffix}");
-            if let (Some(change), Some(save)) = (command::find(&full), command::find(&format!("{full}-save"))) {
-                self.add_programs(family, variant, (change, save));
-            }
+            self.find_variant(family, variant, &format!("{name}{suffix}"));
         }
         // Hosts with one variant may have only the plain name.
         let known =
             [Variant::Nft, Variant::Legacy].iter().any(|variant| self.programs.contains_key(&(family, *variant)));
-        if !known && let (Some(change), Some(save)) = (command::find(name), command::find(&format!("{name}-save"))) {
-            let version = command::succeed(&change, &["--version"]).await.unwrap_or_default();
+        if !known && let Some(program) = command::find(name) {
+            // One that does not say what it is is asked again at the next look.
+            let Ok(version) = command::succeed(&program, &["--version"]).await else { return };
             let is_nft = String::from_utf8_lossy(&version).contains("nf_tables");
-            self.add_programs(family, if is_nft { Variant::Nft } else { Variant::Legacy }, (change, save));
+            self.find_variant(family, if is_nft { Variant::Nft } else { Variant::Legacy }, name);
         }
     }
 
-    fn add_programs(&mut self, family: Family, variant: Variant, (change, save): (PathBuf, PathBuf)) {
-        // The crate wants names that live for ever. There are at most eight, found once.
+    fn find_variant(&mut self, family: Family, variant: Variant, name: &str) {
+        let find = |suffix: &str| command::find(&format!("{name}{suffix}"));
+        // The crate wants names that live for ever. There are at most twelve, found once.
         let forever = |path: PathBuf| path.into_os_string().into_string().ok().map(|name| &*name.leak());
-        if let (Some(change), Some(save)) = (forever(change), forever(save)) {
-            self.programs.insert((family, variant), Programs { change, save });
+        if let (Some(change), Some(save), Some(restore)) = (find(""), find("-save"), find("-restore"))
+            && let (Some(change), Some(save), Some(restore)) = (forever(change), forever(save), forever(restore))
+        {
+            self.programs.insert((family, variant), Programs { change, save, restore });
         }
     }
 
     /// Tables that are there or come with their first use.
-    async fn usable_tables(&self, family: Family, variant: Variant, view: &View) -> BTreeSet<Table> {
+    async fn usable_tables(
+        &mut self,
+        family: Family,
+        variant: Variant,
+        view: &View,
+    ) -> Result<BTreeSet<Table>, CommandError> {
         let mut usable: BTreeSet<Table> = view.tables.keys().copied().collect();
         for table in Layout::tables(&self.config) {
             // To ask is to make the table in legacy, so a dry run takes it for granted.
             let usable_too = match self.programs.get(&(family, variant)) {
                 _ if usable.contains(&table) || self.dry_run => true,
-                Some(programs) => call(programs, table, "-S".to_owned()).await.is_ok(),
+                Some(&programs) => match self.calls.call(programs, table, "-S".to_owned()).await {
+                    Err(error @ CommandError::Unfinished { .. }) => return Err(error),
+                    answered => answered.is_ok(),
+                },
                 None => false,
             };
             if usable_too {
                 usable.insert(table);
             }
         }
-        usable
+        Ok(usable)
     }
 
     fn report(&self, family: Family, (variant, why): (Variant, &str), layout: &Layout, outcome: &mut RulesOutcome) {
@@ -306,15 +307,15 @@ impl Iptables {
     }
 
     async fn apply(
-        &self,
+        &mut self,
         family: Family,
         variant: Variant,
         steps: &[RuleStep],
         outcome: &mut RulesOutcome,
     ) -> Result<(), CommandError> {
-        let Some(programs) = self.programs.get(&(family, variant)) else { return Ok(()) };
+        let Some(&programs) = self.programs.get(&(family, variant)) else { return Ok(()) };
         for step in steps {
-            apply_step(programs, step).await?;
+            self.calls.apply(programs, step).await?;
             outcome.steps.push(step.kind());
         }
         Ok(())
@@ -325,10 +326,10 @@ impl Iptables {
         let (views, unreadable) = self.look(family).await;
         let mut removed = Vec::new();
         for (variant, view) in &views {
-            let Some(programs) = self.programs.get(&(family, *variant)) else { continue };
+            let Some(&programs) = self.programs.get(&(family, *variant)) else { continue };
             for step in rules::plan_removal(view, |_| false, |_| false) {
                 if !self.dry_run {
-                    apply_step(programs, &step).await?;
+                    self.calls.apply(programs, &step).await?;
                 }
                 removed.push(step);
             }
@@ -347,31 +348,6 @@ fn program_name(family: Family) -> &'static str {
 async fn save(programs: &Programs) -> Result<View, CommandError> {
     let saved = command::succeed(programs.save.as_ref(), &["-c"]).await?;
     Ok(View::parse(&String::from_utf8_lossy(&saved)))
-}
-
-async fn apply_step(programs: &Programs, step: &RuleStep) -> Result<(), CommandError> {
-    for (table, arguments) in step.commands() {
-        call(programs, table, arguments).await?;
-    }
-    Ok(())
-}
-
-/// One call through the crate. It blocks, so it has a thread and a deadline; `-w` bounds the wait for the lock, which the
-/// crate's own `--wait` would not.
-async fn call(programs: &Programs, table: Table, command: String) -> Result<(), CommandError> {
-    let tables = IPTables { cmd: programs.change, has_check: true, has_wait: false, is_numeric: true };
-    let line = format!("{} -t {} {command}", programs.change, table.as_str());
-    let failed = |said: String| CommandError::Failed { command: line.clone(), said };
-    let work = tokio::task::spawn_blocking(move || {
-        let output = tables.execute(table.as_str(), &format!("-w {LOCK_WAIT_S} {command}"));
-        output.map_err(|error| error.to_string())
-    });
-    let output = tokio::time::timeout(CALL_DEADLINE, work)
-        .await
-        .map_err(|_| CommandError::Deadline { program: programs.change.to_owned() })?
-        .map_err(|error| failed(error.to_string()))?
-        .map_err(failed)?;
-    if output.status.success() { Ok(()) } else { Err(failed(command::one_line(&output.stderr))) }
 }
 
 fn cause(error: &CommandError) -> Option<String> {

@@ -223,6 +223,13 @@ pub enum RuleStep {
     },
     /// Jump to our chain from the top of another.
     Jump(ChainRef),
+    /// Move the jumps to our chain to the top of another as one jump, at once: there is always one.
+    Lift {
+        /// That chain.
+        place: ChainRef,
+        /// Jumps in it.
+        jumps: usize,
+    },
     /// Remove one jump to our chain.
     Unjump(ChainRef),
     /// Remove our chain and what is in it.
@@ -239,14 +246,18 @@ impl fmt::Display for RuleStep {
 }
 
 impl RuleStep {
-    /// What iptables is told, one call after the other.
+    /// What iptables is told, one call after the other; for [`Self::Lift`] in one transaction, all in one table.
     pub fn commands(&self) -> Vec<(Table, String)> {
         match self {
             Self::NewChain(table) => vec![(*table, format!("-N {CHAIN}"))],
             Self::Insert { table, position, rule } => vec![(*table, format!("-I {CHAIN} {position} {rule}"))],
             Self::DeleteAt { table, position } => vec![(*table, format!("-D {CHAIN} {position}"))],
-            Self::Jump(place) => vec![(place.table, format!("-I {} 1 -j {CHAIN}", place.chain))],
-            Self::Unjump(place) => vec![(place.table, format!("-D {} -j {CHAIN}", place.chain))],
+            Self::Jump(place) => vec![(place.table, render_jump(place))],
+            Self::Lift { place, jumps } => {
+                let removals = (0..*jumps).map(|_| render_unjump(place));
+                removals.chain([render_jump(place)]).map(|arguments| (place.table, arguments)).collect()
+            }
+            Self::Unjump(place) => vec![(place.table, render_unjump(place))],
             Self::RemoveChain(table) => vec![(*table, format!("-F {CHAIN}")), (*table, format!("-X {CHAIN}"))],
         }
     }
@@ -258,10 +269,19 @@ impl RuleStep {
             Self::Insert { .. } => "insert_rule",
             Self::DeleteAt { .. } => "delete_rule",
             Self::Jump(_) => "jump",
+            Self::Lift { .. } => "lift",
             Self::Unjump(_) => "unjump",
             Self::RemoveChain(_) => "remove_chain",
         }
     }
+}
+
+fn render_jump(place: &ChainRef) -> String {
+    format!("-I {} 1 -j {CHAIN}", place.chain)
+}
+
+fn render_unjump(place: &ChainRef) -> String {
+    format!("-D {} -j {CHAIN}", place.chain)
 }
 
 /// Remembers when we moved to the top of a chain.
@@ -309,9 +329,9 @@ pub fn plan_rules(layout: &Layout, view: &View, lifts: &mut Lifts, now: Timestam
                 plan.overtaken.push(place.clone());
                 continue;
             }
-            _ => plan.steps.extend((0..jumps).map(|_| RuleStep::Unjump(place.clone()))),
+            0 => plan.steps.push(RuleStep::Jump(place.clone())),
+            _ => plan.steps.push(RuleStep::Lift { place: place.clone(), jumps }),
         }
-        plan.steps.push(RuleStep::Jump(place.clone()));
     }
     plan.steps.extend(plan_removal(
         view,
