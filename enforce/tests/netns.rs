@@ -27,7 +27,7 @@ const QUICK: &str = r#"{"firewall":{"resync_interval":"1s"}}"#;
 
 type Scenario = fn(&Host);
 
-const SCENARIOS: [(&str, Scenario); 16] = [
+const SCENARIOS: [(&str, Scenario); 17] = [
     ("a_ban_cuts_new_and_open_connections_and_spares_others", cuts_connections),
     ("a_wider_ban_does_not_catch_guarded_addresses", guards),
     ("drift_is_repaired_and_foreign_rules_stay", repairs_drift),
@@ -41,6 +41,7 @@ const SCENARIOS: [(&str, Scenario); 16] = [
     ("what_does_not_fit_is_the_shortest_remainder", leaves_out_the_shortest),
     ("what_a_host_lacks_is_said_and_the_process_goes_on", goes_on_without),
     ("rules_that_cannot_be_read_are_left_alone_and_so_is_the_other_variant", leaves_unreadable_alone),
+    ("a_kernel_without_nf_tables_gets_legacy_rules", does_without_nf_tables),
     ("sets_of_another_kind_are_named_and_left_alone", leaves_foreign_sets_alone),
     ("a_move_to_the_top_opens_no_gap_and_is_ended_before_we_stop", ends_a_move),
     ("a_burst_is_in_the_kernel_in_one_process_a_batch", takes_bursts),
@@ -558,6 +559,19 @@ fn leaves_unreadable_alone(host: &Host) {
     until("it was looked at several times", || calls() >= sofar + 6);
     assert!(other_is_untouched(), "the other variant was taken");
     assert_eq!(host.rules(), placed);
+}
+
+fn does_without_nf_tables(host: &Host) {
+    if host.variant != "nft" {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let shell = host.stand_in(dir.path(), "save", "echo no nf_tables >&2; exit 1");
+    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    let enforcer = Part::after(&shell, &host.name, &args);
+    enforcer.ask("ban 10.77.0.2 600");
+    until("legacy took over", || host.run("iptables-legacy-save").contains("-A PREROUTING -j PORTCULLIS"));
+    until("nothing is missing", || enforcer.report()["problems"] == Value::Array(Vec::new()));
 }
 
 fn leaves_foreign_sets_alone(host: &Host) {

@@ -19,6 +19,9 @@ use crate::host;
 use crate::plan::Family;
 use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
 
+/// Looks at the nft variant that all failed, since the start, before the kernel is taken for one without nf_tables.
+const UNREAD_MAX: u32 = 6;
+
 /// What a look at the rules brought about.
 #[derive(Debug, Default)]
 pub(crate) struct RulesOutcome {
@@ -53,6 +56,10 @@ pub(crate) struct Iptables {
     clock: Clock,
     calls: Calls,
     programs: BTreeMap<(Family, Variant), Programs>,
+    /// Families whose nft variant was read at least once.
+    read: BTreeSet<Family>,
+    /// Failed looks at the nft variant of the others.
+    unread: BTreeMap<Family, u32>,
     lifts: BTreeMap<Family, Lifts>,
     /// Families whose rules were in place at the last look.
     placed: BTreeSet<Family>,
@@ -68,6 +75,8 @@ impl Iptables {
             clock,
             calls: Calls::new(),
             programs: BTreeMap::new(),
+            read: BTreeSet::new(),
+            unread: BTreeMap::new(),
             lifts: BTreeMap::new(),
             placed: BTreeSet::new(),
             counted: BTreeMap::new(),
@@ -138,17 +147,36 @@ impl Iptables {
                 continue;
             }
             match save(programs).await {
-                Ok(view) => drop(views.insert(variant, view)),
+                Ok(view) => {
+                    views.insert(variant, view);
+                    if variant == Variant::Nft {
+                        self.read.insert(family);
+                    }
+                }
+                Err(_) if variant == Variant::Nft && self.is_without_nft(family) => {}
                 Err(error) => unreadable = Some(error),
             }
         }
         (views, unreadable)
     }
 
+    /// Counts a failed look at nft. One is chance; a kernel without nf_tables fails each time, and then legacy is all
+    /// there is.
+    fn is_without_nft(&mut self, family: Family) -> bool {
+        if self.read.contains(&family) {
+            return false;
+        }
+        let failures = self.unread.entry(family).or_default();
+        *failures = failures.saturating_add(1);
+        *failures > UNREAD_MAX
+    }
+
     /// Legacy tables may be woken where there is nothing else.
     fn sleeping_legacy(&self, family: Family) -> Option<(Variant, &'static str)> {
         let there = |variant| self.programs.contains_key(&(family, variant));
-        (there(Variant::Legacy) && !there(Variant::Nft)).then_some((Variant::Legacy, "nft is not available"))
+        let given_up = !self.read.contains(&family) && self.unread.get(&family).is_some_and(|n| *n > UNREAD_MAX);
+        let has_nft = there(Variant::Nft) && !given_up;
+        (there(Variant::Legacy) && !has_nft).then_some((Variant::Legacy, "nft is not available"))
     }
 
     async fn find_programs(&mut self, family: Family) {
