@@ -57,3 +57,27 @@ pub async fn run(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn names_are_resolved_at_once_and_again_when_the_list_changes() {
+        let interval = Duration::from_secs(3600);
+        let names = watch::Sender::new(Names { names: vec!["localhost".to_owned()], interval });
+        let (requests, mut requests_in) = mpsc::channel(4);
+        let shutdown = Shutdown::new();
+        let task = tokio::spawn(run(names.subscribe(), requests, shutdown.clone()));
+        for round in 0..2 {
+            let Some(Request::Resolved { name, addrs: Ok(addrs) }) = requests_in.recv().await else {
+                panic!("round {round} gave no answer")
+            };
+            assert_eq!(name, "localhost");
+            assert!(!addrs.is_empty() && addrs.iter().all(IpAddr::is_loopback), "{addrs:?}");
+            names.send_modify(|names| names.interval += interval);
+        }
+        shutdown.begin();
+        task.await.unwrap().unwrap();
+    }
+}

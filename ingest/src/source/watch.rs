@@ -80,11 +80,19 @@ impl Watch {
         let names = WatchMask::CREATE | WatchMask::MOVED_FROM | WatchMask::MOVED_TO | WatchMask::DELETE;
         let names = names | WatchMask::MOVE_SELF;
         for path in wanted {
-            if !self.directories.contains_key(path)
-                && let Some(descriptor) = self.add(path, names | WatchMask::ONLYDIR)
-            {
-                self.directories.insert(path.clone(), descriptor);
-                any_new = true;
+            // Asked for each time: a directory that was deleted while a file in it is open is not told of, and another
+            // may have taken its path. For the same directory the kernel gives the same descriptor.
+            let found = self.add(path, names | WatchMask::ONLYDIR);
+            if self.directories.get(path) == found.as_ref() {
+                continue;
+            }
+            any_new |= found.is_some();
+            let former = match found {
+                Some(descriptor) => self.directories.insert(path.clone(), descriptor),
+                None => self.directories.remove(path),
+            };
+            if let Some(former) = former {
+                self.remove(former);
             }
         }
         any_new
