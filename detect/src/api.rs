@@ -63,17 +63,20 @@ pub struct Backing {
     pub shutdown: Shutdown,
 }
 
-/// The listening socket; removed when dropped.
+/// The listening socket; its file is removed when dropped.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
 }
 
-impl Drop for Socket {
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
         // A socket that somebody has removed already is as good.
-        let _gone = std::fs::remove_file(&self.path);
+        let _gone = std::fs::remove_file(&self.0);
     }
 }
 
@@ -102,7 +105,7 @@ impl Socket {
             tracing::warn!(%error, group = GROUP, "Socket cannot be given to the group");
         }
         std::fs::rename(&staged, path).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener, file: SocketFile(path.to_owned()) })
     }
 }
 
@@ -131,20 +134,13 @@ pub async fn run(socket: Socket, backing: Backing) -> Result<(), DetectError> {
         .layer(middleware::from_fn(check_peer))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(backing);
-    let Socket { listener, .. } = &socket;
-    let listener = duplicate(listener).map_err(DetectError::Serve)?;
+    let Socket { listener, file } = socket;
     let served = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
         .with_graceful_shutdown(async move { shutdown.draining().await })
         .await
         .map_err(DetectError::Serve);
-    drop(socket);
+    drop(file);
     served
-}
-
-fn duplicate(listener: &UnixListener) -> std::io::Result<UnixListener> {
-    use std::os::fd::AsFd;
-    let fd = listener.as_fd().try_clone_to_owned()?;
-    UnixListener::from_std(std::os::unix::net::UnixListener::from(fd))
 }
 
 /// Credentials of a connection.

@@ -471,7 +471,7 @@ impl Engine {
     }
 
     /// All that a restart needs.
-    pub fn snapshot(&mut self) -> Snapshot {
+    pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             control: self.control(),
             bans: self.bans.iter().cloned().collect(),

@@ -97,7 +97,7 @@ pub struct Worker {
     pending: Commit,
     /// To be published once `pending` is stored.
     changes: Vec<BanChange>,
-    told: Vec<(EventType, CloudEvent)>,
+    told: Vec<CloudEvent>,
     cause: Option<Timestamp>,
     /// Whether the lists may have changed since they were published.
     lists_changed: bool,
@@ -206,7 +206,7 @@ impl Worker {
             tokio::select! {
                 biased;
                 Some(request) = requests.recv() => self.handle_request(request),
-                () = tokio::time::sleep(timeout.unwrap_or(TICK)) => {
+                () = tokio::time::sleep(timeout.unwrap_or_default()), if timeout.is_some() => {
                     self.engine.handle_timeout(self.clock.now());
                     self.collect();
                     tokio::task::block_in_place(|| self.settle(false));
@@ -348,7 +348,7 @@ impl Worker {
                 }
                 Output::Told(kind, ban) => {
                     let time = self.clock.now();
-                    self.told.push((kind, CloudEvent::of_ban(&self.node, kind, &ban, time)));
+                    self.told.push(CloudEvent::of_ban(&self.node, kind, &ban, time));
                 }
                 Output::Shadow(ban) => {
                     tracing::info!(rule = ban.rule, target = %ban.target, reason = ban.reason, "Shadow rule would have banned");
@@ -359,7 +359,7 @@ impl Worker {
                 Output::Alarm { kind, text } => {
                     tracing::warn!(kind, text, "Alarm");
                     let alarm = CloudEvent::of_alarm(&self.node, kind, text, self.clock.now());
-                    self.told.push((EventType::Alarm, alarm));
+                    self.told.push(alarm);
                 }
             }
         }
@@ -388,8 +388,8 @@ impl Worker {
         if std::mem::take(&mut self.lists_changed) {
             self.outlets.lists.send_replace(Arc::new(self.engine.lists()));
         }
-        for (kind, event) in self.told.drain(..) {
-            log_event(kind, &event);
+        for event in self.told.drain(..) {
+            log_event(&event);
             // Without a reader there is nobody to tell.
             let _unread = self.outlets.events.send(Arc::new(event));
         }
@@ -500,10 +500,10 @@ fn merge_files(pending: &mut Vec<crate::engine::stream::FileChange>, newer: Vec<
     }
 }
 
-fn log_event(kind: EventType, event: &CloudEvent) {
+fn log_event(event: &CloudEvent) {
     let proto::envelope::Data::Ban(ban) = &event.data else { return };
     let (target, until) = (ban.target, ban.expires_at.map(|end| end.to_string()));
-    match kind {
+    match event.kind {
         EventType::Ban => tracing::info!(
             %target, rule = ban.rule, count = ban.ban_count, seconds = ban.ban_seconds, until, reason = ban.reason,
             "Client banned"

@@ -62,7 +62,7 @@ struct Life {
 
 impl Life {
     fn new() -> Self {
-        let mut engine = Engine::new(rules(0));
+        let engine = Engine::new(rules(0));
         let stored = engine.snapshot();
         Self { engine, stored }
     }
