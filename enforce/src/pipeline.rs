@@ -174,7 +174,7 @@ impl Enforcer {
 
     /// Puts in force what came last, and keeps it.
     async fn end(mut self) -> Result<(), EnforceError> {
-        let shutdown = self.inputs.shutdown.clone();
+        let (shutdown, dry_run) = (self.inputs.shutdown.clone(), self.inputs.dry_run);
         let work = async {
             self.take_bans().await;
             // A change of rules that has begun is not left half done.
@@ -198,7 +198,11 @@ impl Enforcer {
         tokio::select! {
             done = work => {
                 done?;
-                tracing::info!("Stopped enforcing; bans stay in force");
+                if dry_run {
+                    tracing::info!("Stopped; nothing was changed");
+                } else {
+                    tracing::info!("Stopped enforcing; bans stay in force");
+                }
             }
             () = shutdown.forced() => tracing::warn!("Stopped enforcing before the last changes; bans stay in force"),
         }

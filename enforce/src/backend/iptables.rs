@@ -277,7 +277,7 @@ impl Iptables {
                     tracing::info!(
                         family = family.as_str(),
                         variant = variant.as_str(),
-                        command = format!("iptables {step}"),
+                        command = format!("{} {step}", program_name(family)),
                         "Would change a rule"
                     );
                 }
