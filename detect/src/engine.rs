@@ -14,6 +14,7 @@ pub mod command;
 mod count;
 pub mod escalation;
 pub mod explain;
+mod follow;
 pub mod matcher;
 pub mod offender;
 pub mod output;
@@ -121,6 +122,12 @@ pub struct Engine {
     bucket: Bucket,
     stats: Stats,
     outputs: VecDeque<Output>,
+    /// By rule: the first version of the predicate under which a node sends all that the rule may match.
+    covered_from: Vec<u64>,
+    /// The version of the predicate that the batch at hand was filtered by.
+    filter: u64,
+    /// The latest present moment; later than `now` while a backlog is worked off.
+    present: Timestamp,
 }
 
 impl Engine {
@@ -130,12 +137,20 @@ impl Engine {
     }
 
     /// Continues from a snapshot, at `now`.
-    pub fn restore(config: EngineConfig, snapshot: Snapshot, now: Timestamp) -> Self {
-        let Snapshot { control, bans, offenders, files } = snapshot;
+    pub fn restore(config: EngineConfig, mut snapshot: Snapshot, now: Timestamp) -> Self {
         let since = now.saturating_sub(config.horizon());
+        let stream = Stream::restore(snapshot.control.position, std::mem::take(&mut snapshot.files), since);
+        let mut engine = Self::assemble(config, snapshot, stream, now);
+        engine.lift_guarded("never_ban");
+        engine.handle_timeout(now);
+        engine
+    }
+
+    fn assemble(config: EngineConfig, snapshot: Snapshot, stream: Stream, now: Timestamp) -> Self {
+        let Snapshot { control, bans, offenders, files: _ } = snapshot;
         let mut engine = Self {
             now,
-            stream: Stream::restore(control.position, files, since),
+            stream,
             clients: Clients::default(),
             offenders: Offenders::default(),
             shadow: Offenders::default(),
@@ -149,6 +164,9 @@ impl Engine {
             bucket: Bucket::default(),
             stats: Stats { rules: vec![(0, 0); config.rules.len()], ..Stats::default() },
             outputs: VecDeque::new(),
+            covered_from: vec![0; config.rules.len()],
+            filter: 0,
+            present: now,
             config,
         };
         for (target, offender) in offenders {
@@ -157,8 +175,6 @@ impl Engine {
         for ban in bans.into_iter().flat_map(|record| record.bans) {
             engine.bans.put(ban);
         }
-        engine.lift_guarded("never_ban");
-        engine.handle_timeout(now);
         engine
     }
 
@@ -201,9 +217,10 @@ impl Engine {
     pub fn handle_event(&mut self, source: Source, event: &Event<'_>, now: Timestamp) {
         self.now = self.now.max(now);
         let now = self.now;
-        let admission = source.slot.map_or(Admission::Decide { position: self.stream.position() }, |slot| {
-            self.stream.admit(slot, event.offset, now)
-        });
+        let admission = match source.slot {
+            Some(slot) => self.stream.admit(slot, event.offset, now),
+            None => self.stream.admit_unnumbered(now),
+        };
         let (position, decides, not_before, not_after) = match admission {
             Admission::Duplicate => {
                 self.stats.duplicates += 1;
@@ -213,9 +230,9 @@ impl Engine {
                 self.stats.rebuilt += 1;
                 (position, false, after, before)
             }
-            Admission::Decide { position } => {
+            Admission::Decide { position, arrival } => {
                 self.stats.events += 1;
-                (position, true, now, now)
+                (position, true, arrival, arrival)
             }
         };
         let Ok(client) = event.client else {
@@ -257,7 +274,10 @@ impl Engine {
         let node = self.nodes.get(usize::from(node)).map_or("", |node| node);
         let mut matching = 0;
         for (i, rule) in self.config.rules.iter().enumerate() {
-            if rule.matcher.may_match_status(event.status) && rule.matcher.matches(event, node) {
+            if self.covered_from[i] <= self.filter
+                && rule.matcher.may_match_status(event.status)
+                && rule.matcher.matches(event, node)
+            {
                 matching |= 1 << i;
                 self.stats.rules[i].0 += 1;
             }
@@ -304,10 +324,8 @@ impl Engine {
         if let Some(until) = self.paused.and_then(|pause| pause.until).filter(|until| *until <= now) {
             self.resume(until);
         }
+        self.forget_windows();
         let horizon = self.config.horizon();
-        while self.clients.oldest_counted().is_some_and(|counted| counted.saturating_add(horizon) < now) {
-            self.clients.evict_oldest();
-        }
         let forget = self.config.rules.iter().map(|rule| rule.escalation.forget_after).max().unwrap_or_default();
         let keep = forget.max(horizon);
         while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
@@ -319,13 +337,22 @@ impl Engine {
         }
     }
 
+    fn forget_windows(&mut self) {
+        let (horizon, now) = (self.config.horizon(), self.stream.window_time(self.now));
+        while self.clients.oldest_counted().is_some_and(|counted| counted.saturating_add(horizon) < now) {
+            self.clients.evict_oldest();
+        }
+    }
+
     /// When [`Self::handle_timeout`] is next needed; `None` = not before something else happens.
     pub fn poll_timeout(&self) -> Option<Timestamp> {
         let horizon = self.config.horizon();
         let clients = self
             .clients
             .oldest_counted()
-            .map(|counted| counted.saturating_add(horizon).saturating_add(Duration::from_nanos(1)));
+            .map(|counted| counted.saturating_add(horizon).saturating_add(Duration::from_nanos(1)))
+            // A log's windows are of another time than ours.
+            .filter(|_| !self.stream.is_log());
         let pause = self.paused.and_then(|pause| pause.until);
         [self.bans.next_end(), self.allows.next_end(), pause, clients].into_iter().flatten().min()
     }
@@ -428,6 +455,19 @@ impl Engine {
     /// The address that most visitors hide behind, and its share in per cent.
     pub fn hidden_behind(&self) -> Option<(IpAddr, u8)> {
         self.visitors.hidden_behind()
+    }
+
+    /// Sets from which version of the predicate on each rule is covered, by rule; a batch filtered by an older one
+    /// counts for the other rules only.
+    pub fn set_coverage(&mut self, covered_from: Vec<u64>) {
+        self.covered_from = covered_from;
+        self.covered_from.resize(self.config.rules.len(), 0);
+    }
+
+    /// The present moment, which is later than that of the events while a backlog is worked off: a ban that is over by
+    /// then is not enforced.
+    pub fn set_present(&mut self, present: Timestamp) {
+        self.present = self.present.max(present);
     }
 
     /// What enforcers must know beside bans.

@@ -206,6 +206,8 @@ pub struct AccessBatch {
     pub span: Option<FileSpan>,
     /// What was read.
     pub counts: LineCounts,
+    /// Version of the predicate it was filtered by; 0 = not filtered.
+    pub filter: u64,
     /// When the newest line was read from its source; the start of the way to the kernel, for latency metrics.
     pub read_at: Timestamp,
     text: String,
@@ -242,7 +244,7 @@ impl AccessBatch {
     pub fn new(node: Arc<str>, source: Arc<str>, read_at: Timestamp) -> Self {
         let counts = LineCounts::default();
         let text = ABSENT.to_owned();
-        Self { node, source, span: None, counts, read_at, text, records: Vec::new(), headers: Vec::new() }
+        Self { node, source, span: None, counts, filter: 0, read_at, text, records: Vec::new(), headers: Vec::new() }
     }
 
     /// Appends a copy of `event`. Its headers are all kept: the caller selects them.

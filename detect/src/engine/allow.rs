@@ -87,6 +87,12 @@ impl Allows {
         self.unite();
     }
 
+    /// Takes over what another detector was told.
+    pub fn follow(&mut self, allowed: BTreeMap<Target, Option<Timestamp>>, resolved: BTreeMap<String, Vec<IpAddr>>) {
+        (self.allowed, self.resolved) = (allowed, resolved);
+        self.unite();
+    }
+
     /// Moves on to `now`: allowances end, and are forgotten `keep` after that. Whether any has ended.
     pub fn advance(&mut self, now: Timestamp, keep: Duration) -> bool {
         let (former, now) = (self.now, now.max(self.now));

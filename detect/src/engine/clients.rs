@@ -135,6 +135,21 @@ impl Clients {
         }
     }
 
+    /// Forgets what `target` did before `end`, which a decision made elsewhere has used up for `rule`.
+    pub fn consume(&mut self, target: Target, rule: u16, end: Timestamp, now: Timestamp) {
+        if self.find(&target).is_none() {
+            return;
+        }
+        self.update(target, rule, now, |counted| {
+            *counted = match counted.take() {
+                Some(Counted::Window(window)) => window.since(end).map(Counted::Window),
+                // A bucket that ran over starts empty.
+                Some(Counted::Bucket { newest, level }) if newest >= end => Some(Counted::Bucket { newest, level }),
+                Some(Counted::Bucket { .. }) | None => None,
+            };
+        });
+    }
+
     /// Forgets every client within `outer`. Looks at all of them.
     pub fn forget_within(&mut self, outer: &Target) {
         let ids: Vec<u32> = self.oldest_first().filter(|&id| outer.contains(&self.slab[id as usize].target)).collect();

@@ -62,7 +62,8 @@ impl Engine {
     /// Adds the event to the rule's window or bucket; what it completes, if anything, is taken out.
     fn count_for_rule(&mut self, counting: &Counting<'_, '_>, rule: usize) -> Option<Complete> {
         let may_sample = self.clients.sampled() < SAMPLED_WINDOWS_MAX;
-        let Self { config, clients, bucket, stats, now, .. } = self;
+        let Self { config, clients, bucket, stats, .. } = self;
+        let now = self.stream.window_time(self.now);
         let oldest = now.saturating_sub(config.lateness_max);
         let rule_number = rule as u16;
         let mark = Mark {
@@ -74,7 +75,7 @@ impl Engine {
             fresh: counting.decides,
         };
         match config.rules[rule].threshold {
-            Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, *now, |counted| {
+            Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, now, |counted| {
                 let held =
                     if let Some(Counted::Bucket { level, newest }) = counted { Some((*level, *newest)) } else { None };
                 let newest = held.map_or(counting.time, |(_, newest)| newest.max(counting.time));
@@ -98,7 +99,7 @@ impl Engine {
                 let find_nanos = i64::try_from(find_time.as_nanos()).unwrap_or(i64::MAX);
                 let span = Span { max_retry, find_nanos, distinct: distinct.is_some() };
                 let oldest = oldest.saturating_sub(find_time);
-                clients.update(counting.target, rule_number, *now, |counted| {
+                clients.update(counting.target, rule_number, now, |counted| {
                     let held = counted.take();
                     let mut window = match held {
                         Some(Counted::Window(mut window)) => {
@@ -157,7 +158,8 @@ impl Engine {
         self.stats.rules[rule].1 += 1;
         let rest = complete.rest.iter().filter(|mark| mark.time >= end).copied().collect();
         if let Some(rest) = Window::of_rest(rest) {
-            self.clients.update(target, rule as u16, self.now, |counted| *counted = Some(Counted::Window(rest)));
+            let now = self.stream.window_time(self.now);
+            self.clients.update(target, rule as u16, now, |counted| *counted = Some(Counted::Window(rest)));
         }
         let ban = Ban {
             target,
@@ -176,7 +178,7 @@ impl Engine {
             return;
         }
         self.push_offender(target);
-        if ban.is_in_force(self.now) {
+        if ban.is_in_force(self.now.max(self.present)) {
             self.put_ban(ban);
         } else {
             self.outputs.push_back(Output::Over(Box::new(ban)));

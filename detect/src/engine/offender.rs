@@ -130,6 +130,13 @@ impl Offenders {
         result
     }
 
+    /// Forgets one offender.
+    pub fn forget(&mut self, target: &Target) {
+        if let Some(offender) = self.by_target.remove(target) {
+            self.by_end.remove(&(offender.end(), *target));
+        }
+    }
+
     /// Forgets the offender whose last ban ended first.
     pub fn evict_oldest(&mut self) -> Option<Target> {
         let (_, target) = self.by_end.pop_first()?;

@@ -3,6 +3,9 @@
 //! One host has no broker that numbers its lines, and its files have no common order. What the engine must know later is
 //! only whether an event was handled before or after a decision. So a [`Position`] is the number of decisions made
 //! before the event, and for each file it is remembered from which offset each number applies.
+//!
+//! A cluster's lines come through one numbered [`Log`], which is read again after a restart. There a position is the
+//! place of the event in the log, and the floor, up to which all is decided, takes the place of what is remembered.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,9 +18,33 @@ use proto::time::Timestamp;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position(pub u64);
 
+/// Bits of a log's position that number the events of one batch.
+const INDEX_BITS: u32 = 16;
+
 impl Position {
     /// Before everything: nothing is consumed.
     pub const START: Self = Self(0);
+
+    /// Of event `index` in the batch with number `sequence` in a log. Further events than a batch may have share one.
+    pub fn in_log(sequence: u64, index: usize) -> Self {
+        Self(sequence << INDEX_BITS | (index as u64).min((1 << INDEX_BITS) - 1))
+    }
+
+    /// After every event of the batch with number `sequence` in a log.
+    pub fn after_batch(sequence: u64) -> Self {
+        Self::in_log(sequence, usize::MAX)
+    }
+}
+
+/// Where a numbered log stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// Of the newest event.
+    pub position: Position,
+    /// When it arrived, by the log's stamps; never decreases.
+    pub arrival: Timestamp,
+    /// Up to here everything is decided.
+    pub floor: Position,
 }
 
 /// Generations of files that are remembered; the one that was read longest ago goes first.
@@ -170,6 +197,8 @@ pub enum Admission {
     Decide {
         /// Its position.
         position: Position,
+        /// When it arrived.
+        arrival: Timestamp,
     },
 }
 
@@ -183,6 +212,8 @@ pub struct Stream {
     marks_dropped: u64,
     /// Forgotten since the last [`Stream::take_changes`].
     dropped: Vec<FileKey>,
+    /// `None` on one host, where lines come straight from files.
+    log: Option<Log>,
 }
 
 impl Default for Stream {
@@ -195,11 +226,42 @@ impl Default for Stream {
             forgotten: 0,
             marks_dropped: 0,
             dropped: Vec::new(),
+            log: None,
         }
     }
 }
 
 impl Stream {
+    /// Of a log that is decided up to `floor`. Which lines were counted is learned by reading it again.
+    pub fn of_log(floor: Position, arrival: Timestamp) -> Self {
+        Self { log: Some(Log { position: Position::START, arrival, floor }), ..Self::default() }
+    }
+
+    /// What comes now is event `index` of the batch with number `sequence`, stamped by the log.
+    pub fn locate(&mut self, sequence: u64, index: usize, stamp: Timestamp) {
+        if let Some(log) = &mut self.log {
+            log.position = Position::in_log(sequence, index);
+            log.arrival = log.arrival.max(stamp);
+        }
+    }
+
+    /// Everything up to the newest event, or to `floor` if that is later, is decided.
+    pub fn raise_floor(&mut self, floor: Position) {
+        if let Some(log) = &mut self.log {
+            log.floor = log.floor.max(floor);
+        }
+    }
+
+    /// Whether lines come through a numbered log.
+    pub fn is_log(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// The time of which windows are: the newest arrival in a log, which may lie far back, else `now`.
+    pub fn window_time(&self, now: Timestamp) -> Timestamp {
+        self.log.map_or(now, |log| log.arrival)
+    }
+
     /// Continues a stored stream. Windows are rebuilt from what arrived after `since`.
     pub fn restore(
         position: Position,
@@ -230,7 +292,21 @@ impl Stream {
 
     /// The position of what comes now.
     pub fn position(&self) -> Position {
-        self.position
+        // What an order finds decided in a log is everything up to the floor, if nothing has come since.
+        self.log.map_or(self.position, |log| log.position.max(log.floor))
+    }
+
+    fn judge_in_log(log: &Log) -> Admission {
+        if log.position <= log.floor {
+            return Admission::Rebuild { position: log.position, after: log.arrival, before: log.arrival };
+        }
+        Admission::Decide { position: log.position, arrival: log.arrival }
+    }
+
+    /// Judges an event of a source whose lines have no offsets.
+    pub fn admit_unnumbered(&self, now: Timestamp) -> Admission {
+        let new = Admission::Decide { position: self.position, arrival: now };
+        self.log.as_ref().map_or(new, Self::judge_in_log)
     }
 
     /// Generations forgotten because there were more than [`FILES_MAX`].
@@ -269,6 +345,9 @@ impl Stream {
         if file.covered.contains(offset) {
             return Admission::Duplicate;
         }
+        if let Some(log) = &self.log {
+            return Self::judge_in_log(log);
+        }
         if file.state.decided.contains(offset) {
             let marks = &file.state.marks;
             let after = marks.partition_point(|mark| mark.offset <= offset);
@@ -287,7 +366,7 @@ impl Stream {
             self.close_pinned(slot, offset, now);
             self.mark(slot, offset, now);
         }
-        Admission::Decide { position: self.position }
+        Admission::Decide { position: self.position, arrival: now }
     }
 
     /// Notes that what follows from `offset` on arrived at `now` or later.
@@ -323,6 +402,9 @@ impl Stream {
 
     /// Notes the exact arrival of the line at `offset`, as what became of it hangs on it.
     pub fn pin(&mut self, slot: Slot, offset: u64, now: Timestamp) {
+        if self.log.is_some() {
+            return;
+        }
         self.mark(slot, offset, now);
         self.files[slot.0].pinned = true;
     }
@@ -344,6 +426,10 @@ impl Stream {
     pub fn cover(&mut self, slot: Slot, span: FileSpan, now: Timestamp, since: Timestamp) {
         let file = &mut self.files[slot.0];
         file.covered.add(span.start, span.end);
+        if self.log.is_some() {
+            file.state.last_arrival = now;
+            return;
+        }
         if span.end > file.state.decided.end() {
             file.state.last_arrival = now;
         }
@@ -355,6 +441,9 @@ impl Stream {
 
     /// What has changed since the last call, for storing, and the files forgotten since.
     pub fn take_changes(&mut self) -> (Vec<FileChange>, Vec<FileKey>) {
+        if self.log.is_some() {
+            return Default::default();
+        }
         let changed = self.files.iter_mut().filter(|file| file.changed).map(|file| {
             let unsaved = file.state.marks.partition_point(|mark| mark.offset < file.unsaved_from);
             let change = FileChange {
@@ -409,10 +498,10 @@ mod tests {
     fn a_line_counts_once() {
         let mut stream = Stream::default();
         let slot = stream.open(key());
-        assert_eq!(stream.admit(slot, 0, at(1)), Admission::Decide { position: Position(1) });
+        assert_eq!(stream.admit(slot, 0, at(1)), Admission::Decide { position: Position(1), arrival: at(1) });
         stream.cover(slot, span(0, 100), at(1), at(0));
         assert_eq!(stream.admit(slot, 50, at(2)), Admission::Duplicate);
-        assert_eq!(stream.admit(slot, 100, at(2)), Admission::Decide { position: Position(1) });
+        assert_eq!(stream.admit(slot, 100, at(2)), Admission::Decide { position: Position(1), arrival: at(2) });
     }
 
     #[test]
@@ -445,7 +534,7 @@ mod tests {
         };
         assert_eq!(stream.admit(slot, 10, at(400)), rebuild(1, 200, 300));
         assert_eq!(stream.admit(slot, 20, at(400)), rebuild(2, 300, 300));
-        assert_eq!(stream.admit(slot, 30, at(400)), Admission::Decide { position: Position(2) });
+        assert_eq!(stream.admit(slot, 30, at(400)), Admission::Decide { position: Position(2), arrival: at(400) });
         stream.cover(slot, span(10, 40), at(400), at(0));
         assert_eq!(stream.admit(slot, 20, at(401)), Admission::Duplicate);
     }

@@ -111,6 +111,12 @@ impl Window {
         (!marks.is_empty()).then_some(Self { marks: Marks::Many(marks), samples: None })
     }
 
+    /// Its events from `end` on; `None` when there are none.
+    pub fn since(&self, end: Timestamp) -> Option<Self> {
+        let held = self.as_slice();
+        Self::of_rest(held[held.partition_point(|mark| mark.time < end)..].to_vec())
+    }
+
     /// Number of events held.
     pub fn len(&self) -> usize {
         self.as_slice().len()

@@ -1,0 +1,100 @@
+//! Following a detector that decides elsewhere: the engine of a standby, and how it takes over.
+//!
+//! What was decided comes from the shared state, and the events up to its floor from the log; in this order, which is
+//! that of a rebuild. So windows stand as the active detector's, and nothing is decided here before [`Engine::lead`].
+
+use std::collections::BTreeMap;
+
+use proto::ban::BanChange;
+use proto::event::AccessBatch;
+use proto::net::Target;
+use proto::time::Timestamp;
+
+use super::clients::Clients;
+use super::offender::{History, Offender};
+use super::rule::Mode;
+use super::stream::{Position, Stream};
+use super::{Control, Engine, EngineConfig, Snapshot, Source};
+
+impl Engine {
+    /// Follows a log that is decided up to `floor`, whose batch arrived at `arrival`. Gives no output.
+    pub fn follow(config: EngineConfig, snapshot: Snapshot, floor: Position, arrival: Timestamp) -> Self {
+        Self::assemble(config, snapshot, Stream::of_log(floor, arrival), arrival)
+    }
+
+    /// From now on this engine decides what stands after the floor.
+    pub fn lead(&mut self, now: Timestamp) {
+        self.lift_guarded("never_ban");
+        self.handle_timeout(now);
+    }
+
+    /// Everything up to `floor` is decided, by whoever decides.
+    pub fn raise_floor(&mut self, floor: Position) {
+        self.stream.raise_floor(floor);
+    }
+
+    /// Handles the batch with number `sequence`, which the log stamped at `stamp`.
+    pub fn handle_logged(&mut self, batch: &AccessBatch, sequence: u64, stamp: Timestamp) {
+        let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
+        self.filter = batch.filter;
+        self.stream.locate(sequence, 0, stamp);
+        for (index, event) in batch.events().enumerate() {
+            self.stream.locate(sequence, index, stamp);
+            self.handle_event(source, &event, stamp);
+        }
+        if let Some(span) = batch.span {
+            self.close(source, span);
+        }
+        self.stream.locate(sequence, usize::MAX, stamp);
+        self.forget_windows();
+    }
+
+    /// When the newest event of the log arrived.
+    pub fn log_arrival(&self) -> Timestamp {
+        self.stream.window_time(self.now)
+    }
+
+    /// Takes over a change of the ban set.
+    pub fn follow_record(&mut self, change: BanChange) {
+        self.bans.remove(&change.target());
+        if let BanChange::Put(record) = change {
+            for ban in record.bans {
+                self.bans.put(ban);
+            }
+        }
+    }
+
+    /// Takes over a history, and forgets the events that its newest decisions have used up.
+    pub fn follow_offender(&mut self, target: Target, offender: Option<Offender>) {
+        let former = self.offenders.get(&target).cloned().unwrap_or_default();
+        let Some(offender) = offender else {
+            self.offenders.forget(&target);
+            return;
+        };
+        for i in 0..self.config.rules.len() {
+            let rule = &self.config.rules[i];
+            let newer =
+                |history: &&History| former.history(&rule.name).is_none_or(|former| former.consumed < history.consumed);
+            let history = offender.history(&rule.name).filter(newer).filter(|_| rule.mode == Mode::Enforce);
+            if let Some(end) = history.map(|history| history.last_end) {
+                let now = self.stream.window_time(self.now);
+                self.clients.consume(target, i as u16, end, now);
+            }
+        }
+        self.offenders.update(target, |known| *known = offender);
+    }
+
+    /// Takes over what there is one of, and forgets what it says does not count.
+    pub fn follow_control(&mut self, control: &Control) {
+        if control.counts_after > self.counts_after {
+            self.clients = Clients::default();
+        }
+        let allowed: BTreeMap<_, _> = self.allows.allowed().clone();
+        for target in control.allowed.keys().filter(|target| !allowed.contains_key(target)) {
+            self.clients.forget_within(target);
+        }
+        self.allows.follow(control.allowed.clone(), control.resolved.clone());
+        (self.paused, self.counts_from, self.counts_after) =
+            (control.paused, control.counts_from, control.counts_after);
+    }
+}
