@@ -4,7 +4,9 @@
 //! knows no log format and no firewall.
 
 pub mod api;
+pub mod cluster;
 pub mod config;
+mod decider;
 pub mod engine;
 pub mod error;
 pub mod metrics;

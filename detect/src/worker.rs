@@ -3,7 +3,7 @@
 //!
 //! Nothing is published before it is stored, so that no enforcer ever holds a ban that a restart does not know.
 
-use std::collections::BTreeMap;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,16 @@ use std::time::Duration;
 use proto::api::ExplainReply;
 use proto::ban::{BanChange, Lists};
 use proto::bus::memory::{BanBucket, Nodes};
-use proto::envelope::{CloudEvent, EventType};
+use proto::envelope::CloudEvent;
 use proto::event::{AccessBatch, Interest, Positions};
-use proto::report::{DetectReport, NodeReport, Problem, Role, RuleReport};
+use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::config::DetectConfig;
 use crate::engine::command::{Command, Refusal, Reply};
-use crate::engine::{Engine, Output, hidden_text};
+use crate::decider::{Decider, Identity, log_event};
+use crate::engine::Engine;
 use crate::error::{DetectError, StoreError};
 use crate::metrics::Metrics;
 use crate::resolve::Names;
@@ -31,8 +32,6 @@ const GROUP_MAX: usize = 16;
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks from the reading of headers that new rules look at to these rules: more than a batch takes on its way.
 const RELOAD_TICKS: u8 = 1;
-/// How far the clock may go back before time follows it; arrival never decreases for less.
-const CLOCK_STEP_MAX: Duration = Duration::from_secs(60);
 /// Requests that wait for the worker.
 pub const REQUESTS_MAX: usize = 256;
 
@@ -85,22 +84,10 @@ pub struct Outlets {
 /// The worker, made before its tasks start so that ingest learns where to begin.
 #[derive(Debug)]
 pub struct Worker {
-    node: Arc<str>,
-    engine: Engine,
+    decider: Decider,
     store: Store,
     outlets: Outlets,
-    clock: Clock,
-    metrics: Metrics,
-    started_at: Timestamp,
-    problems: Vec<Problem>,
-    unresolved: BTreeMap<String, String>,
-    pending: Commit,
-    /// To be published once `pending` is stored.
-    changes: Vec<BanChange>,
-    told: Vec<CloudEvent>,
     cause: Option<Timestamp>,
-    /// Whether the lists may have changed since they were published.
-    lists_changed: bool,
     published: bool,
     store_broken: bool,
     /// A new configuration, and the ticks to wait until batches have what its rules look at.
@@ -154,30 +141,17 @@ impl Worker {
         let names = Names { names: config.names.clone(), interval: config.resolve_interval };
         let engine = Engine::restore(config.engine, snapshot, now);
         tracing::info!(bans = restored.0, offenders = restored.1, "Detection started");
-        let mut worker = Self {
-            node,
-            engine,
-            store,
-            outlets,
-            clock,
-            metrics,
-            started_at: now,
-            problems,
-            unresolved: BTreeMap::new(),
-            pending: Commit::default(),
-            changes: Vec::new(),
-            told: Vec::new(),
-            cause: None,
-            lists_changed: false,
-            published: false,
-            store_broken: false,
-            reload: None,
-        };
+        let identity = Identity { node, clock, metrics, names: outlets.names.clone(), started_at: now };
+        let mut decider = Decider::new(identity, engine);
+        decider.problems = problems;
+        let (cause, reload) = (None, None);
+        let mut worker =
+            Self { decider, store, outlets, cause, published: false, store_broken: false, reload };
         worker.outlets.names.send_replace(names);
-        worker.outlets.interest.send_replace(Arc::new(worker.engine.config().interest()));
-        worker.outlets.lists.send_replace(Arc::new(worker.engine.lists()));
-        worker.collect();
-        worker.changes = worker.engine.bans().cloned().map(BanChange::Put).collect();
+        worker.outlets.interest.send_replace(Arc::new(worker.decider.engine.config().interest()));
+        worker.outlets.lists.send_replace(Arc::new(worker.decider.engine.lists()));
+        worker.decider.collect();
+        worker.decider.changes = worker.decider.engine.bans().cloned().map(BanChange::Put).collect();
         worker.settle(true);
         worker.report(0);
         Ok(worker)
@@ -185,9 +159,9 @@ impl Worker {
 
     /// Where ingest begins to read the files it knows.
     pub fn read_positions(&mut self) -> Positions {
-        let since = self.started_at.saturating_sub(self.engine.config().horizon());
-        let node = self.node.clone();
-        self.engine.stream().read_positions(&node, since)
+        let since = self.decider.started_at.saturating_sub(self.decider.engine.config().horizon());
+        let node = self.decider.node.clone();
+        self.decider.engine.stream().read_positions(&node, since)
     }
 
     /// Works until every sender of batches is gone, then stores what is left.
@@ -202,13 +176,13 @@ impl Worker {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let timeout = self.engine.poll_timeout().map(|at| at.since(self.clock.now()));
+            let timeout = self.decider.engine.poll_timeout().map(|at| at.since(self.decider.clock.now()));
             tokio::select! {
                 biased;
                 Some(request) = requests.recv() => self.handle_request(request),
                 () = tokio::time::sleep(timeout.unwrap_or_default()), if timeout.is_some() => {
-                    self.engine.handle_timeout(self.clock.now());
-                    self.collect();
+                    self.decider.engine.handle_timeout(self.decider.clock.now());
+                    self.decider.collect();
                     tokio::task::block_in_place(|| self.settle(false));
                 }
                 _ = tick.tick() => {
@@ -221,11 +195,11 @@ impl Worker {
                 },
             }
         }
-        self.collect();
+        self.decider.collect();
         tokio::task::block_in_place(|| self.settle(true));
         self.report(0);
         // One more try, so that the reason is told.
-        if self.store_broken { Ok(tokio::task::block_in_place(|| self.store.commit(&self.pending))?) } else { Ok(()) }
+        if self.store_broken { Ok(tokio::task::block_in_place(|| self.store.commit(&self.decider.pending))?) } else { Ok(()) }
     }
 
     fn handle_batches(&mut self, first: AccessBatch, more: &mut mpsc::Receiver<AccessBatch>) {
@@ -233,21 +207,21 @@ impl Worker {
         let mut handled = 0;
         while let Some(batch) = next {
             self.cause = Some(batch.read_at);
-            self.engine.handle_batch(&batch, self.clock.now());
-            self.collect();
+            self.decider.engine.handle_batch(&batch, self.decider.clock.now());
+            self.decider.collect();
             handled += 1;
-            next = if handled < GROUP_MAX && self.changes.is_empty() { more.try_recv().ok() } else { None };
+            next = if handled < GROUP_MAX && self.decider.changes.is_empty() { more.try_recv().ok() } else { None };
         }
         tokio::task::block_in_place(|| self.settle(false));
         self.cause = None;
     }
 
     fn handle_request(&mut self, request: Request) {
-        let now = self.clock.now();
+        let now = self.decider.clock.now();
         match request {
             Request::Command(command, reply) => {
-                let result = self.engine.handle_command(command, now);
-                self.collect();
+                let result = self.decider.engine.handle_command(command, now);
+                self.decider.collect();
                 tokio::task::block_in_place(|| self.settle(false));
                 let stored = !self.store_broken;
                 let result = result.map_err(CommandError::from);
@@ -256,9 +230,12 @@ impl Worker {
                 let _gone = reply.send(result);
             }
             Request::Explain(address, reply) => {
-                let _gone = reply.send(self.engine.explain(address, now));
+                let _gone = reply.send(self.decider.engine.explain(address, now));
             }
-            Request::Resolved { name, addrs } => self.handle_resolved(name, addrs, now),
+            Request::Resolved { name, addrs } => {
+                self.decider.handle_resolved(name, addrs, now);
+                tokio::task::block_in_place(|| self.settle(false));
+            }
             Request::Reload(config) => self.prepare_reload(config, now),
         }
     }
@@ -275,32 +252,19 @@ impl Worker {
         let mut headers: Vec<String> = known.headers.iter().chain(&wanted.headers).cloned().collect();
         headers.sort_unstable();
         headers.dedup();
-        self.outlets.interest.send_replace(Arc::new(Interest { headers }));
+        self.outlets.interest.send_replace(Arc::new(Interest { headers, ..Interest::default() }));
         self.reload = Some((config, RELOAD_TICKS));
     }
 
     fn take_over(&mut self, config: DetectConfig, now: Timestamp) {
-        let names = config.names.clone();
-        self.outlets.names.send_replace(Names { names: names.clone(), interval: config.resolve_interval });
-        self.unresolved.retain(|name, _| names.contains(name));
-        let command = Command::Reload { config: Box::new(config.engine), names };
-        if let Err(error) = self.engine.handle_command(command, now) {
-            tracing::error!(%error, "Configuration was not taken over");
-        }
-        self.collect();
+        self.decider.take_over(config, now);
         tokio::task::block_in_place(|| self.settle(false));
-        self.outlets.interest.send_replace(Arc::new(self.engine.config().interest()));
-        tracing::info!(rules = self.engine.config().rules.len(), "Rules and lists reloaded");
+        self.outlets.interest.send_replace(Arc::new(self.decider.engine.config().interest()));
     }
 
     fn handle_tick(&mut self) {
-        let now = self.clock.now();
-        if self.engine.now().since(now) > CLOCK_STEP_MAX {
-            self.metrics.clock_stepped_back();
-            let back = proto::time::render_duration(self.engine.now().since(now));
-            tracing::error!(back, "Clock was set back, time goes on from there");
-            self.engine.handle_clock_set_back(now);
-        }
+        let now = self.decider.clock.now();
+        self.decider.handle_clock(now);
         self.reload = match self.reload.take() {
             Some((config, 0)) => {
                 self.take_over(*config, now);
@@ -312,83 +276,30 @@ impl Worker {
         tokio::task::block_in_place(|| self.settle(true));
     }
 
-    fn handle_resolved(&mut self, name: String, addrs: Result<Vec<IpAddr>, String>, now: Timestamp) {
-        match addrs {
-            Ok(addrs) if !addrs.is_empty() => {
-                if self.unresolved.remove(&name).is_some() {
-                    tracing::info!(name, "Name in never_ban resolves again");
-                }
-                if self.engine.handle_command(Command::Resolved { name, addrs }, now).is_ok() {
-                    self.collect();
-                    tokio::task::block_in_place(|| self.settle(false));
-                }
-            }
-            failed => {
-                let error = failed.err().unwrap_or_else(|| "no addresses".to_owned());
-                if self.unresolved.insert(name.clone(), error.clone()).is_none() {
-                    tracing::warn!(name, error, "Name in never_ban cannot be resolved, its last addresses stay");
-                }
-            }
-        }
-    }
-
-    /// Takes over what the engine wants done.
-    fn collect(&mut self) {
-        while let Some(output) = self.engine.poll_output() {
-            match output {
-                Output::Record(change) => {
-                    let record = if let BanChange::Put(record) = &change { Some(record.clone()) } else { None };
-                    self.pending.records.insert(change.target(), record);
-                    self.changes.push(change);
-                }
-                Output::Offender(target, offender) => drop(self.pending.offenders.insert(target, offender)),
-                Output::Control => {
-                    self.pending.control = Some(self.engine.control());
-                    self.lists_changed = true;
-                }
-                Output::Told(kind, ban) => {
-                    let time = self.clock.now();
-                    self.told.push(CloudEvent::of_ban(&self.node, kind, &ban, time));
-                }
-                Output::Shadow(ban) => {
-                    tracing::info!(rule = ban.rule, target = %ban.target, reason = ban.reason, "Shadow rule would have banned");
-                }
-                Output::Over(ban) => {
-                    tracing::info!(rule = ban.rule, target = %ban.target, ended = ?ban.expires_at, "Ban was over when it was found");
-                }
-                Output::Alarm { kind, text } => {
-                    tracing::warn!(kind, text, "Alarm");
-                    let alarm = CloudEvent::of_alarm(&self.node, kind, text, self.clock.now());
-                    self.told.push(alarm);
-                }
-            }
-        }
-    }
-
     /// Stores what is pending, then publishes it. Progress alone is stored only when `all` is wanted.
     fn settle(&mut self, all: bool) {
-        if all || self.pending.is_urgent() {
+        if all || self.decider.pending.is_urgent() {
             // The position moves with each decision, so it is stored with every one.
-            if self.pending.is_urgent() {
-                self.pending.control = Some(self.engine.control());
+            if self.decider.pending.is_urgent() {
+                self.decider.pending.control = Some(self.decider.engine.control());
             }
-            let (files, forgotten) = self.engine.stream().take_changes();
-            merge_files(&mut self.pending.files, files);
-            self.pending.forgotten.extend(forgotten);
+            let (files, forgotten) = self.decider.engine.stream().take_changes();
+            merge_files(&mut self.decider.pending.files, files);
+            self.decider.pending.forgotten.extend(forgotten);
             self.commit();
         }
-        if self.store_broken && !self.changes.is_empty() {
+        if self.store_broken && !self.decider.changes.is_empty() {
             // A host that cannot write must still be protected: publish all the same.
-            tracing::warn!(changes = self.changes.len(), "Bans are published without being stored");
+            tracing::warn!(changes = self.decider.changes.len(), "Bans are published without being stored");
         }
-        if !self.changes.is_empty() || !self.published {
+        if !self.decider.changes.is_empty() || !self.published {
             self.published = true;
-            self.outlets.bans.publish(self.changes.drain(..), self.cause);
+            self.outlets.bans.publish(self.decider.changes.drain(..), self.cause);
         }
-        if std::mem::take(&mut self.lists_changed) {
-            self.outlets.lists.send_replace(Arc::new(self.engine.lists()));
+        if std::mem::take(&mut self.decider.lists_changed) {
+            self.outlets.lists.send_replace(Arc::new(self.decider.engine.lists()));
         }
-        for event in self.told.drain(..) {
+        for event in self.decider.told.drain(..) {
             log_event(&event);
             // Without a reader there is nobody to tell.
             let _unread = self.outlets.events.send(Arc::new(event));
@@ -396,20 +307,20 @@ impl Worker {
     }
 
     fn commit(&mut self) {
-        if self.pending.is_empty() {
+        if self.decider.pending.is_empty() {
             return;
         }
-        let begun = self.clock.now();
-        match self.store.commit(&self.pending) {
+        let begun = self.decider.clock.now();
+        match self.store.commit(&self.decider.pending) {
             Ok(()) => {
-                self.metrics.committed(self.clock.now().since(begun).as_secs_f64());
-                self.pending = Commit::default();
+                self.decider.metrics.committed(self.decider.clock.now().since(begun).as_secs_f64());
+                self.decider.pending = Commit::default();
                 if std::mem::take(&mut self.store_broken) {
                     tracing::info!("State is written again");
                 }
             }
             Err(error) => {
-                self.metrics.commit_failed();
+                self.decider.metrics.commit_failed();
                 if !std::mem::replace(&mut self.store_broken, true) {
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
                     tracing::error!(%error, cause, "State cannot be written, it is tried again");
@@ -419,71 +330,9 @@ impl Worker {
     }
 
     fn report(&self, queued: usize) {
-        self.metrics.observe(&self.engine, queued);
-        let now = self.clock.now();
-        let mut report = NodeReport::new(&self.node, Role::Detect, self.started_at);
-        report.at = now;
-        report.problems = self.current_problems();
-        let stats = self.engine.stats();
-        let (banned, clients, offenders) = self.engine.sizes();
-        let rules = self.engine.config().rules.iter().zip(&stats.rules);
-        report.detect = Some(DetectReport {
-            rules: rules
-                .map(|(rule, (matches, bans))| RuleReport {
-                    name: rule.name.to_string(),
-                    mode: rule.mode.as_str().to_owned(),
-                    matches: *matches,
-                    bans: *bans,
-                })
-                .collect(),
-            tracked_clients: clients as u64,
-            offenders: offenders as u64,
-            banned: banned as u64,
-            evicted_clients: stats.evicted_clients,
-            evicted_offenders: stats.evicted_offenders,
-            events: stats.events,
-            late: stats.late,
-            duplicates: stats.duplicates,
-            future: stats.future,
-            allowed: self.engine.allowed(),
-            paused: self.engine.paused(),
-            hidden_behind: self.engine.hidden_behind().map(|(addr, share)| (addr.to_string(), share)),
-        });
-        self.outlets.nodes.put(report);
-    }
-
-    fn current_problems(&self) -> Vec<Problem> {
-        let mut problems = self.problems.clone();
-        let stats = self.engine.stats();
-        if self.store_broken {
-            let text = "the state cannot be written: bans are enforced, but a restart may lose them";
-            problems.push(Problem::degraded(text));
-        }
-        if stats.evicted_clients > 0 {
-            let text = format!(
-                "{} clients' windows were dropped at tracked_clients_max or window_events_max: they may go unbanned",
-                stats.evicted_clients
-            );
-            problems.push(Problem::degraded(text));
-        }
-        if stats.evicted_offenders > 0 {
-            let text = format!("{} ban histories were dropped at offenders_max", stats.evicted_offenders);
-            problems.push(Problem::degraded(text));
-        }
-        if self.engine.rebuild_losses() > 0 {
-            let text = "more files, or decisions in one file, than are remembered: a restart may lose some counts";
-            problems.push(Problem::warning(text));
-        }
-        if let Some((addr, share)) = self.engine.hidden_behind() {
-            problems.push(Problem::warning(hidden_text(addr, share)));
-        }
-        if self.engine.paused().is_some() {
-            problems.push(Problem::warning("paused: all bans are lifted and nobody is banned"));
-        }
-        for (name, error) in &self.unresolved {
-            problems.push(Problem::warning(format!("{name} in never_ban cannot be resolved: {error}")));
-        }
-        problems
+        let text = "the state cannot be written: bans are enforced, but a restart may lose them";
+        let problem = self.store_broken.then(|| Problem::degraded(text));
+        self.outlets.nodes.put(self.decider.report(queued, problem));
     }
 }
 
@@ -497,23 +346,6 @@ fn merge_files(pending: &mut Vec<crate::engine::stream::FileChange>, newer: Vec<
             change.unsaved_from = change.unsaved_from.min(former.unsaved_from);
         }
         pending.push(change);
-    }
-}
-
-fn log_event(event: &CloudEvent) {
-    let proto::envelope::Data::Ban(ban) = &event.data else { return };
-    let (target, until) = (ban.target, ban.expires_at.map(|end| end.to_string()));
-    match event.kind {
-        EventType::Ban => tracing::info!(
-            %target, rule = ban.rule, count = ban.ban_count, seconds = ban.ban_seconds, until, reason = ban.reason,
-            "Client banned"
-        ),
-        EventType::Extend => tracing::info!(
-            %target, rule = ban.rule, count = ban.ban_count, seconds = ban.ban_seconds, until, reason = ban.reason,
-            "Ban extended"
-        ),
-        EventType::Unban => tracing::info!(%target, rule = ban.rule, reason = ban.reason, "Client unbanned"),
-        EventType::Alarm => {}
     }
 }
 
@@ -573,8 +405,8 @@ mod tests {
     }
 
     fn feed(worker: &mut Worker, batch: &AccessBatch) {
-        worker.engine.handle_batch(batch, worker.clock.now());
-        worker.collect();
+        worker.decider.engine.handle_batch(batch, worker.decider.clock.now());
+        worker.decider.collect();
         worker.settle(false);
     }
 
@@ -599,7 +431,7 @@ mod tests {
         let (mut worker, bus) = host.start();
         assert_eq!(bus.bans.all(), bans, "published before anything is read, with the same end");
         feed(&mut worker, &host.batch(0..15));
-        assert_eq!((bus.bans.all(), worker.engine.stats().rules[1].1), (bans, 0));
+        assert_eq!((bus.bans.all(), worker.decider.engine.stats().rules[1].1), (bans, 0));
     }
 
     #[test]
@@ -607,7 +439,7 @@ mod tests {
         let host = Host::new();
         let (mut worker, _bus) = host.start();
         // Handled, but the process dies before it can store anything.
-        worker.engine.handle_batch(&host.batch(0..20), host.clock.now());
+        worker.decider.engine.handle_batch(&host.batch(0..20), host.clock.now());
         drop(worker);
         let (mut worker, bus) = host.start();
         assert!(worker.read_positions().is_empty() && bus.bans.all().is_empty());

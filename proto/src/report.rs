@@ -138,6 +138,10 @@ pub struct DetectReport {
     pub allowed: Vec<(Target, Option<Timestamp>)>,
     /// Set while all bans are lifted.
     pub paused: Option<Pause>,
+    /// Changes with the rules; the same for all detectors of a cluster.
+    pub fingerprint: String,
+    /// Newest batch that is decided.
+    pub floor: u64,
     /// Most frequent peer that may not be banned and is no trusted proxy, and its share of the recent lines in per cent.
     pub hidden_behind: Option<(String, u8)>,
 }
@@ -181,6 +185,18 @@ pub struct NodeReport {
     pub at: Timestamp,
     /// What is wrong.
     pub problems: Vec<Problem>,
+    /// Differs with each run of the process; empty on one host.
+    #[serde(default)]
+    pub instance: String,
+    /// By how much the host's clock is ahead of the bus's, in milliseconds.
+    #[serde(default)]
+    pub skew_ms: Option<i64>,
+    /// `active` or `standby`, where several could do the same work.
+    #[serde(default)]
+    pub duty: Option<String>,
+    /// What waits: batches to be published, or to be handled, or changes to be applied.
+    #[serde(default)]
+    pub lag: u64,
     /// Of ingest.
     #[serde(default)]
     pub sources: Vec<SourceReport>,
@@ -202,6 +218,10 @@ impl NodeReport {
             started_at,
             at: started_at,
             problems: Vec::new(),
+            instance: String::new(),
+            skew_ms: None,
+            duty: None,
+            lag: 0,
             sources: Vec::new(),
             detect: None,
             backends: Vec::new(),

@@ -120,8 +120,13 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     System,
+    /// The machine's clock, and how many nanoseconds another is ahead of it.
+    Steered(Arc<AtomicI64>),
     Manual(Arc<AtomicI64>),
 }
+
+/// A steered clock leaves smaller differences alone: they are what a measurement over a network is uncertain by.
+const STEER_MIN: Duration = Duration::from_millis(20);
 
 impl Clock {
     /// The machine's wall clock.
@@ -134,14 +139,34 @@ impl Clock {
         Self(Source::Manual(Arc::new(AtomicI64::new(start.0))))
     }
 
+    /// The machine's wall clock, put right by what [`Clock::steer`] says: the time of a whole cluster.
+    pub fn steered() -> Self {
+        Self(Source::Steered(Arc::default()))
+    }
+
+    /// Takes the time of another clock, measured at our `local` moment (by this clock). Other clocks stay as they are.
+    pub fn steer(&self, local: Timestamp, other: Timestamp) {
+        if let Source::Steered(offset) = &self.0 {
+            let difference = other.0.saturating_sub(local.0);
+            if difference.unsigned_abs() >= STEER_MIN.as_nanos() as u64 {
+                offset.fetch_add(difference, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// By how much the machine's clock is ahead of the one it is steered by, in milliseconds.
+    pub fn skew_ms(&self) -> Option<i64> {
+        match &self.0 {
+            Source::Steered(offset) => Some(-offset.load(Ordering::Relaxed) / 1_000_000),
+            Source::System | Source::Manual(_) => None,
+        }
+    }
+
     /// The present moment.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
     pub fn now(&self) -> Timestamp {
         match &self.0 {
-            Source::System => {
-                let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-                Timestamp(duration_nanos(since))
-            }
+            Source::System => system_now(),
+            Source::Steered(offset) => Timestamp(system_now().0.saturating_add(offset.load(Ordering::Relaxed))),
             Source::Manual(nanos) => Timestamp(nanos.load(Ordering::Relaxed)),
         }
     }
@@ -152,6 +177,12 @@ impl Clock {
             nanos.store(now.0, Ordering::Relaxed);
         }
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
+fn system_now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(duration_nanos(since))
 }
 
 #[cfg(test)]
@@ -170,6 +201,20 @@ mod tests {
         assert_eq!(parse_duration("1h 30m").unwrap(), Duration::from_secs(5400));
         assert_eq!(render_duration(Duration::from_secs(5400)), "1h 30m");
         assert!(parse_duration("10").unwrap_err().contains("10m"));
+    }
+
+    #[test]
+    fn a_steered_clock_follows_the_other_and_tells_the_skew() {
+        let clock = Clock::steered();
+        let local = clock.now();
+        clock.steer(local, local.saturating_add(Duration::from_millis(3)));
+        assert_eq!(clock.skew_ms(), Some(0), "within the error of a measurement");
+        clock.steer(local, local.saturating_add(Duration::from_secs(300)));
+        assert_eq!(clock.skew_ms(), Some(-300_000));
+        assert!(clock.now() >= local.saturating_add(Duration::from_secs(300)));
+        let local = clock.now();
+        clock.steer(local, local.saturating_sub(Duration::from_secs(100)));
+        assert_eq!(clock.skew_ms(), Some(-200_000));
     }
 
     #[test]

@@ -91,6 +91,16 @@ impl Nodes {
         lock(&self.0).insert((report.role, report.node.clone()), report);
     }
 
+    /// The report of one role on one node.
+    pub fn get(&self, role: Role, node: &str) -> Option<NodeReport> {
+        lock(&self.0).get(&(role, node.to_owned())).cloned()
+    }
+
+    /// Forgets the reports that `keep` does not want.
+    pub fn retain(&self, keep: impl Fn(&NodeReport) -> bool) {
+        lock(&self.0).retain(|_, report| keep(report));
+    }
+
     /// All reports, by role and node.
     pub fn all(&self) -> Vec<NodeReport> {
         lock(&self.0).values().cloned().collect()
@@ -112,6 +122,8 @@ pub struct BanBucket {
 #[derive(Debug, Default)]
 struct BucketState {
     revision: u64,
+    /// Whether the records are all there are. If not, what is not among them is unknown instead of not banned.
+    whole: bool,
     /// Everything up to this revision that was deleted is forgotten.
     forgotten: u64,
     records: BTreeMap<Target, (u64, BanRecord)>,
@@ -142,11 +154,30 @@ impl BanBucket {
     /// Applies changes under consecutive revisions and wakes the enforcers. `cause` is when the line behind them was
     /// read. Even without changes the revision moves on: the first call says that the set is whole.
     pub fn publish(&self, changes: impl IntoIterator<Item = BanChange>, cause: Option<Timestamp>) {
+        self.change(cause, |state| {
+            state.whole = true;
+            changes.into_iter().for_each(|change| state.apply(change));
+        });
+    }
+
+    /// Applies changes to a set that is not known to be whole: nobody is freed by what it lacks.
+    pub fn publish_partial(&self, changes: impl IntoIterator<Item = BanChange>) {
+        self.change(None, |state| changes.into_iter().for_each(|change| state.apply(change)));
+    }
+
+    /// From now on the set is `records`, and whole: who is not in it is not banned.
+    pub fn replace(&self, records: impl IntoIterator<Item = BanRecord>) {
+        self.change(None, |state| {
+            let revision = state.revision;
+            *state = BucketState { revision, forgotten: revision, whole: true, ..BucketState::default() };
+            records.into_iter().for_each(|record| state.apply(BanChange::Put(record)));
+        });
+    }
+
+    fn change(&self, cause: Option<Timestamp>, change: impl FnOnce(&mut BucketState)) {
         let mut state = lock(&self.state);
         state.revision += 1;
-        for change in changes {
-            state.apply(change);
-        }
+        change(&mut state);
         state.cause = cause;
         state.trim();
         let revision = state.revision;
@@ -165,8 +196,9 @@ impl BanBucket {
         if state.revision == 0 {
             return None;
         }
-        let snapshot = revision == 0 || revision < state.forgotten || revision > state.revision;
-        let changes = if snapshot {
+        let all = revision == 0 || revision < state.forgotten || revision > state.revision;
+        let snapshot = all && state.whole;
+        let changes = if all {
             state.records.values().map(|(_, record)| BanChange::Put(record.clone())).collect()
         } else {
             state.by_revision.range(revision + 1..).map(|(_, target)| state.change(*target)).collect()
@@ -239,6 +271,20 @@ mod tests {
         assert!(!next.snapshot);
         assert_eq!(next.changes, [BanChange::Delete(record(1).target), BanChange::Put(record(3))]);
         assert_eq!(bucket.since(next.revision).unwrap().changes, []);
+    }
+
+    #[test]
+    fn a_set_that_is_not_whole_adds_bans_and_frees_nobody() {
+        let bucket = BanBucket::new();
+        bucket.publish_partial([BanChange::Put(record(1))]);
+        let first = bucket.since(0).unwrap();
+        assert_eq!((first.snapshot, &first.changes[..]), (false, &[BanChange::Put(record(1))][..]));
+        bucket.replace([record(2)]);
+        let whole = bucket.since(first.revision).unwrap();
+        assert_eq!((whole.snapshot, &whole.changes[..]), (true, &[BanChange::Put(record(2))][..]));
+        bucket.publish([BanChange::Delete(record(2).target)], None);
+        let next = bucket.since(whole.revision).unwrap();
+        assert_eq!((next.snapshot, next.changes.len()), (false, 1));
     }
 
     #[test]

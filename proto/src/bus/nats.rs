@@ -1,0 +1,355 @@
+//! The bus between hosts: NATS with JetStream, 2.12 or newer.
+//!
+//! The only module that knows `async-nats`, and of it only the core client: streams, buckets and leases are spoken to by
+//! JetStream's own JSON requests, so that what is asked for and what is there can be compared, and nothing has to be
+//! created by those who only read. No reader makes a consumer: whoever may make one can have the server write where it
+//! pleases. Readers follow what the server publishes again once it is stored ([`follow`]).
+//!
+//! Detect alone creates streams ([`streams`]) and writes the state, in atomic batches ([`commit`]).
+
+pub mod access;
+pub mod ask;
+pub mod commit;
+pub mod follow;
+pub mod lease;
+pub mod nodes;
+pub mod replica;
+pub mod state;
+pub mod streams;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use super::config::{Login, NatsConfig};
+use crate::report::Problem;
+use crate::subject::Subjects;
+use crate::time::Clock;
+
+/// Oldest server that has atomic batches.
+const VERSION_MIN: (u64, u64) = (2, 12);
+/// How long a request may take before it is tried again or given up.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a server must show that it is there; two silences in a row end a connection.
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+/// Wait before the first try to reconnect, doubled with each.
+const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+/// Longest wait between two tries.
+const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// Messages of one subscription that wait in the client. What is more is lost there and fetched from the stream.
+const SUBSCRIPTION_MESSAGES_MAX: usize = 4096;
+
+/// What can go wrong on the bus.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// A file of the configuration cannot be used.
+    #[error("cannot use {path}: {why}")]
+    File {
+        /// Which.
+        path: String,
+        /// Why.
+        why: String,
+    },
+    /// Nobody answered in time.
+    #[error("no answer from NATS to {what}")]
+    Silent {
+        /// What was asked.
+        what: String,
+    },
+    /// The stream is not there, or this user may not use it.
+    #[error("{what} is not there yet, or this user may not use it")]
+    Absent {
+        /// A stream.
+        what: String,
+    },
+    /// The server refused.
+    #[error("NATS refuses {what}: {why} ({code})")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// The server's text.
+        why: String,
+        /// JetStream's error code.
+        code: u64,
+    },
+    /// The answer is not what it should be.
+    #[error("cannot understand the answer to {what}")]
+    Garbled {
+        /// What was asked.
+        what: String,
+    },
+    /// A server that lacks what we need.
+    #[error("NATS server {version} is too old: 2.12 or newer is needed, for atomic batches")]
+    TooOld {
+        /// Its version.
+        version: String,
+    },
+    /// A stream that is not as we make it.
+    #[error("stream {stream} is not as it must be: {why}")]
+    Mismatch {
+        /// Its name.
+        stream: String,
+        /// Each difference.
+        why: String,
+    },
+    /// A stream that was followed has been deleted and made anew.
+    #[error("stream {stream} was deleted and made anew")]
+    Recreated {
+        /// Its name.
+        stream: String,
+    },
+}
+
+/// A connection that mends itself. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    client: Client,
+    subjects: Arc<Subjects>,
+    link: Arc<Link>,
+    clock: Clock,
+}
+
+#[derive(Debug)]
+struct Link {
+    up: AtomicBool,
+    /// Counts connections, so that who follows something looks anew.
+    connects: watch::Sender<u64>,
+}
+
+impl Connection {
+    /// Begins to connect; returns at once, and goes on trying for ever. `name` is what operators of NATS see. `clock` is
+    /// steered by the servers' time.
+    ///
+    /// # Errors
+    /// When a file of the configuration cannot be read.
+    pub async fn open(config: &NatsConfig, name: &str, clock: Clock) -> Result<Self, BusError> {
+        let link = Arc::new(Link { up: AtomicBool::new(false), connects: watch::Sender::new(0) });
+        let events = link.clone();
+        let mut options = ConnectOptions::new()
+            .name(name)
+            .retry_on_initial_connect()
+            .max_reconnects(None)
+            .connection_timeout(REQUEST_TIMEOUT)
+            .request_timeout(Some(REQUEST_TIMEOUT))
+            .ping_interval(PING_INTERVAL)
+            .subscription_capacity(SUBSCRIPTION_MESSAGES_MAX)
+            .reconnect_delay_callback(|attempts| {
+                let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX).min(10);
+                RECONNECT_FIRST.saturating_mul(1 << doublings).min(RECONNECT_MAX)
+            })
+            .event_callback(move |event| {
+                let link = events.clone();
+                async move { link.note(&event) }
+            });
+        options = log_in(options, &config.login).await?;
+        if let Some(ca_file) = &config.ca_file {
+            options = options.add_root_certificates(ca_file.clone()).require_tls(true);
+        }
+        if let Some((cert, key)) = &config.identity {
+            options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
+        }
+        let urls: Vec<async_nats::ServerAddr> = config.urls.iter().filter_map(|url| url.parse().ok()).collect();
+        let failed = |why: String| BusError::File { path: "the NATS configuration".to_owned(), why };
+        let client = options.connect(urls).await.map_err(|error| failed(error.kind().to_string()))?;
+        Ok(Self { client, subjects: Arc::new(Subjects::new(&config.prefix)), link, clock })
+    }
+
+    /// Every name on this bus.
+    pub fn subjects(&self) -> &Subjects {
+        &self.subjects
+    }
+
+    /// The time of the cluster.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Whether there is a connection now.
+    pub fn is_up(&self) -> bool {
+        self.link.up.load(Ordering::Relaxed)
+    }
+
+    /// Changes with every new connection.
+    pub fn connects(&self) -> watch::Receiver<u64> {
+        self.link.connects.subscribe()
+    }
+
+    /// Largest message that the server takes, in bytes; 0 before the first connection.
+    pub fn payload_max(&self) -> usize {
+        self.client.max_payload()
+    }
+
+    /// What is wrong with the connection, for reports.
+    pub fn problem(&self) -> Option<Problem> {
+        if !self.is_up() {
+            return Some(Problem::degraded("no connection to NATS: it is tried again until there is one"));
+        }
+        self.check_version().err().map(|error| Problem::degraded(error.to_string()))
+    }
+
+    /// Waits until there is a connection to a server that is new enough.
+    ///
+    /// # Errors
+    /// [`BusError::TooOld`].
+    pub async fn ready(&self) -> Result<(), BusError> {
+        let mut connects = self.connects();
+        while !self.is_up() {
+            // The sender lives as long as we do.
+            let _changed = connects.changed().await;
+        }
+        self.check_version()
+    }
+
+    fn check_version(&self) -> Result<(), BusError> {
+        let version = self.client.server_info().version;
+        match parse_version(&version) {
+            Some(found) if found < VERSION_MIN => Err(BusError::TooOld { version }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends what is still in the client on its way.
+    pub async fn flush(&self) {
+        // Without a connection there is nothing more to be done.
+        let _unsent = tokio::time::timeout(REQUEST_TIMEOUT, self.client.flush()).await;
+    }
+
+    /// Asks JetStream's API and reads the answer.
+    pub(crate) async fn api<T: DeserializeOwned>(&self, what: &str, body: &impl Serialize) -> Result<T, BusError> {
+        let payload = encode(body);
+        let message = self.request(&format!("$JS.API.{what}"), HeaderMap::new(), payload).await?;
+        answer(what, &message.payload)
+    }
+
+    /// One request, one answer.
+    pub(crate) async fn request(
+        &self,
+        subject: &str,
+        headers: HeaderMap,
+        payload: Vec<u8>,
+    ) -> Result<Message, BusError> {
+        let request = async_nats::Request::new().payload(payload.into()).headers(headers);
+        let sent = self.client.send_request(subject.to_owned(), request);
+        match tokio::time::timeout(REQUEST_TIMEOUT, sent).await {
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(error)) if error.kind() == async_nats::RequestErrorKind::NoResponders => {
+                Err(BusError::Absent { what: subject.to_owned() })
+            }
+            Ok(Err(_)) | Err(_) => Err(BusError::Silent { what: subject.to_owned() }),
+        }
+    }
+}
+
+impl Link {
+    fn note(&self, event: &Event) {
+        match event {
+            Event::Connected => {
+                self.up.store(true, Ordering::Relaxed);
+                self.connects.send_modify(|count| *count += 1);
+                tracing::info!("Connected to NATS");
+            }
+            Event::Disconnected | Event::Closed => {
+                if self.up.swap(false, Ordering::Relaxed) {
+                    tracing::warn!("Connection to NATS lost, it is tried again");
+                }
+            }
+            Event::SlowConsumer(_) => tracing::debug!("A subscription fell behind, what it missed is fetched"),
+            Event::LameDuckMode => tracing::info!("NATS server is about to stop"),
+            Event::Draining => {}
+            // Permission errors name a subject, never a secret.
+            Event::ServerError(error) => tracing::error!(%error, "NATS server complains"),
+            Event::ClientError(error) => tracing::debug!(%error, "NATS client failed"),
+        }
+    }
+}
+
+async fn log_in(options: ConnectOptions, login: &Login) -> Result<ConnectOptions, BusError> {
+    Ok(match login {
+        Login::Anonymous => options,
+        Login::Credentials(path) => options.credentials(&secret(path).await?).map_err(|_| BusError::File {
+            path: path.display().to_string(),
+            why: "it is no credentials file".to_owned(),
+        })?,
+        Login::Nkey(path) => options.nkey(secret(path).await?),
+        Login::Password(user, path) => options.user_and_password(user.clone(), secret(path).await?),
+        Login::Token(path) => options.token(secret(path).await?),
+    })
+}
+
+/// A secret's file, without the line feed at its end.
+async fn secret(path: &Path) -> Result<String, BusError> {
+    let text = tokio::fs::read_to_string(path).await;
+    text.map(|text| text.trim_end().to_owned())
+        .map_err(|error| BusError::File { path: path.display().to_string(), why: error.to_string() })
+}
+
+fn parse_version(text: &str) -> Option<(u64, u64)> {
+    let mut parts = text.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+pub(crate) fn encode(value: &impl Serialize) -> Vec<u8> {
+    // Strings, numbers and maps with string keys only: this cannot fail.
+    serde_json::to_vec(value).unwrap_or_default()
+}
+
+#[derive(serde::Deserialize)]
+struct ApiFailure {
+    error: ApiErrorBody,
+}
+
+#[derive(serde::Deserialize)]
+struct ApiErrorBody {
+    #[serde(default)]
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+/// JetStream's code for a stream that is not there.
+const STREAM_NOT_FOUND: u64 = 10059;
+
+fn answer<T: DeserializeOwned>(what: &str, payload: &[u8]) -> Result<T, BusError> {
+    if let Ok(ApiFailure { error }) = serde_json::from_slice::<ApiFailure>(payload) {
+        return Err(match error.err_code {
+            STREAM_NOT_FOUND => BusError::Absent { what: what.to_owned() },
+            code => BusError::Refused { what: what.to_owned(), why: error.description, code },
+        });
+    }
+    serde_json::from_slice(payload).map_err(|_| BusError::Garbled { what: what.to_owned() })
+}
+
+/// What a server says of a message that it has stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+pub(crate) struct Stored {
+    pub(crate) seq: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_servers_are_told_from_new_ones() {
+        for (text, is_old) in [("2.9.10", true), ("2.11.4", true), ("2.12.0-RC.1", false), ("2.15.1", false), ("3.0.0", false)] {
+            assert_eq!(parse_version(text).is_some_and(|version| version < VERSION_MIN), is_old, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_from_an_answer() {
+        let refusal = br#"{"type":"x","error":{"code":400,"err_code":10071,"description":"wrong last sequence: 1"}}"#;
+        let error = answer::<Stored>("a publish", refusal).unwrap_err();
+        assert_eq!(error.to_string(), "NATS refuses a publish: wrong last sequence: 1 (10071)");
+        assert_eq!(answer::<Stored>("a publish", br#"{"stream":"S","seq":7}"#), Ok(Stored { seq: 7 }));
+        assert!(matches!(answer::<Stored>("x", b"{}"), Err(BusError::Garbled { .. })));
+        let absent = br#"{"error":{"code":404,"err_code":10059,"description":"stream not found"}}"#;
+        assert!(matches!(answer::<Stored>("x", absent), Err(BusError::Absent { .. })));
+    }
+}

@@ -1,0 +1,85 @@
+//! Atomic batches: all of a commit is stored or none of it, and only if nobody else has committed since.
+
+use async_nats::HeaderMap;
+
+use super::{BusError, Connection, Stored, answer};
+use crate::subject::{KEY_HEAD, bucket_key};
+
+/// Messages of one atomic batch; the server takes no more.
+pub const ENTRIES_MAX: usize = 1000;
+/// How long the server remembers that a key was deleted, in seconds: who was away for longer reads the whole state.
+const DELETED_KEEP_SECS: u64 = 24 * 3600;
+/// JetStream's code for a message whose key has changed since.
+const WRONG_LAST_SEQUENCE: u64 = 10071;
+
+/// One change of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The key.
+    pub key: String,
+    /// Its new value; `None` deletes it.
+    pub value: Option<Vec<u8>>,
+}
+
+/// Why nothing was stored, or why that is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// Somebody else has committed since: whoever tried this is active no longer.
+    #[error("another detector has written since")]
+    Fenced,
+    /// The batch may or may not be stored: look at the head, or try the very same again.
+    #[error("it is not known whether the state was written")]
+    Unknown(#[source] BusError),
+    /// Nothing was stored.
+    #[error("the state could not be written")]
+    Refused(#[source] BusError),
+}
+
+/// Writes `head` and `changes` (at most [`ENTRIES_MAX`] together) in one atomic batch, if the head still stands at
+/// `expected` (0 = is not there). `id` names the batch: the same content may be tried again under another one. Returns the
+/// number of the head's message; the changes have the numbers after it.
+///
+/// # Errors
+/// See [`CommitError`].
+pub async fn commit(
+    connection: &Connection,
+    id: &str,
+    head: Vec<u8>,
+    changes: &[Change],
+    expected: u64,
+) -> Result<u64, CommitError> {
+    let bucket = connection.subjects().state_bucket();
+    let count = changes.len() + 1;
+    let mut last = None;
+    let all = std::iter::once((KEY_HEAD, Some(&head)));
+    let all = all.chain(changes.iter().map(|change| (change.key.as_str(), change.value.as_ref())));
+    for (i, (key, value)) in all.enumerate() {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Batch-Id", id);
+        headers.insert("Nats-Batch-Sequence", (i + 1).to_string());
+        if i == 0 {
+            headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string());
+        }
+        if value.is_none() {
+            headers.insert("KV-Operation", "DEL");
+            headers.insert("Nats-TTL", format!("{DELETED_KEEP_SECS}s"));
+        }
+        let subject = bucket_key(&bucket, key);
+        let payload = value.cloned().unwrap_or_default();
+        if i + 1 == count {
+            headers.insert("Nats-Batch-Commit", "1");
+            last = Some((subject, headers, payload));
+            break;
+        }
+        let sent = connection.client.publish_with_headers(subject, headers, payload.into()).await;
+        sent.map_err(|_| CommitError::Unknown(BusError::Silent { what: "a commit".to_owned() }))?;
+    }
+    let Some((subject, headers, payload)) = last else { return Err(CommitError::Fenced) };
+    let message = connection.request(&subject, headers, payload).await.map_err(CommitError::Unknown)?;
+    match answer::<Stored>("a commit", &message.payload) {
+        Ok(Stored { seq }) => Ok(seq + 1 - count as u64),
+        Err(BusError::Refused { code: WRONG_LAST_SEQUENCE, .. }) => Err(CommitError::Fenced),
+        Err(error @ BusError::Garbled { .. }) => Err(CommitError::Unknown(error)),
+        Err(error) => Err(CommitError::Refused(error)),
+    }
+}

@@ -1,0 +1,152 @@
+//! Leases: at most one holder at a time, as far as a clock can tell. What must not happen twice needs a fence besides.
+//!
+//! A holder renews its key, which the server lets end by itself; who waits takes it when it has ended, was given back, or
+//! has not been renewed for as long as it lasts, by the waiter's own clock. Each renewal carries the time to live: an
+//! update without it would make the lease last for ever, and so would taking over a key that has once ended.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
+
+use super::{BusError, Connection, Stored, answer, encode};
+use crate::subject::{bucket_key, bucket_stream};
+
+/// How long a lease lasts without renewal. Whole seconds, as the server counts no finer.
+pub const LEASE_TTL: Duration = Duration::from_secs(3);
+/// How often it is renewed, and how often those who wait look.
+pub const LEASE_INTERVAL: Duration = Duration::from_millis(250);
+/// Looks without a renewal after which a lease is taken: only answered looks count, so that a time in which nobody could
+/// renew does not cost the holder its lease.
+const STALE_LOOKS: u32 = 10;
+/// JetStream's code for a key that has changed since.
+const WRONG_LAST_SEQUENCE: u64 = 10071;
+/// JetStream's code for a message that is not there.
+const NO_MESSAGE: u64 = 10037;
+
+/// Who holds a lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Node name.
+    pub node: String,
+    /// Differs with each run.
+    pub instance: String,
+}
+
+/// One lease, as one process sees it.
+#[derive(Debug)]
+pub struct Lease {
+    connection: Connection,
+    key: String,
+    me: Holder,
+    /// Revision of our own key while we hold it.
+    held: Option<u64>,
+    /// Newest revision seen of another, and how often it was seen unchanged.
+    other: (u64, u32),
+    holder: Option<Holder>,
+}
+
+#[derive(Deserialize)]
+struct Got {
+    message: GotMessage,
+}
+
+#[derive(Deserialize)]
+struct GotMessage {
+    seq: u64,
+    #[serde(default)]
+    data: String,
+}
+
+impl Lease {
+    /// The lease `name`, not held.
+    pub fn new(connection: &Connection, name: &str, me: Holder) -> Self {
+        Self { connection: connection.clone(), key: name.to_owned(), me, held: None, other: (0, 0), holder: None }
+    }
+
+    /// Whether we held it at the last word from the server.
+    pub fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Who holds it, as far as known.
+    pub fn holder(&self) -> Option<&Holder> {
+        if self.held.is_some() { Some(&self.me) } else { self.holder.as_ref() }
+    }
+
+    /// Renews the lease, or takes it if that may be. Call every [`LEASE_INTERVAL`]. Returns whether we hold it now.
+    ///
+    /// # Errors
+    /// When the server does not answer or refuses; what we held may be held by others after [`LEASE_TTL`].
+    pub async fn keep(&mut self) -> Result<bool, BusError> {
+        if let Some(revision) = self.held {
+            let written = self.write(revision).await?;
+            if written.is_none() {
+                // An answer may have been lost: then the key is still ours.
+                self.held = None;
+                return self.look().await;
+            }
+            self.held = written;
+            return Ok(true);
+        }
+        self.look().await
+    }
+
+    /// Gives the lease back, so that others take it at once.
+    ///
+    /// # Errors
+    /// When the server does not answer; it then ends by itself.
+    pub async fn give_back(&mut self) -> Result<(), BusError> {
+        let Some(revision) = self.held.take() else { return Ok(()) };
+        let mut headers = HeaderMap::new();
+        headers.insert("KV-Operation", "DEL");
+        headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
+        headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
+        self.connection.request(&self.subject(), headers, Vec::new()).await.map(drop)
+    }
+
+    fn subject(&self) -> String {
+        bucket_key(&self.connection.subjects().lease_bucket(), &self.key)
+    }
+
+    async fn look(&mut self) -> Result<bool, BusError> {
+        let stream = bucket_stream(&self.connection.subjects().lease_bucket());
+        let get = serde_json::json!({"last_by_subj": self.subject()});
+        let got = self.connection.api::<Got>(&format!("STREAM.MSG.GET.{stream}"), &get).await;
+        let (revision, holder) = match got {
+            Ok(got) => (got.message.seq, read_holder(&got.message.data)),
+            Err(BusError::Refused { code: NO_MESSAGE, .. }) => (0, None),
+            Err(error) => return Err(error),
+        };
+        let is_ours = holder.as_ref() == Some(&self.me);
+        self.other = if self.other.0 == revision { (revision, self.other.1 + 1) } else { (revision, 0) };
+        let is_free = holder.is_none() || is_ours || self.other.1 >= STALE_LOOKS;
+        self.holder = holder;
+        if !is_free {
+            return Ok(false);
+        }
+        self.held = self.write(revision).await?;
+        Ok(self.held.is_some())
+    }
+
+    /// Writes our name over `revision`; `None` when it has changed since.
+    async fn write(&self, revision: u64) -> Result<Option<u64>, BusError> {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
+        headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
+        let message = self.connection.request(&self.subject(), headers, encode(&self.me)).await?;
+        match answer::<Stored>("a lease", &message.payload) {
+            Ok(Stored { seq }) => Ok(Some(seq)),
+            Err(BusError::Refused { code: WRONG_LAST_SEQUENCE, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Reads the base64 of a holder; markers of a deleted or ended lease hold none.
+fn read_holder(data: &str) -> Option<Holder> {
+    let bytes = BASE64.decode(data).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}

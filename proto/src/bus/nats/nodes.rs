@@ -1,0 +1,123 @@
+//! Heartbeats: every role of every host says how it is.
+
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+
+use super::follow::{Start, fetch};
+use super::{BusError, Connection, encode};
+use crate::bus::memory::Nodes;
+use crate::report::{NodeReport, Problem, Role};
+use crate::shutdown::Shutdown;
+use crate::subject::{bucket_key, bucket_stream, node_key};
+
+/// How often a role says how it is, and how often `status` learns of it.
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// After so long without a word a role is reported as gone.
+pub const SILENT_AFTER: Duration = Duration::from_secs(10);
+
+/// Publishes the report of `role` in `nodes`, with what the bus adds to it, until the shutdown; then once more.
+///
+/// # Errors
+/// None: a heartbeat that cannot be sent is made up for by the next.
+pub async fn beat(
+    connection: Connection,
+    nodes: Nodes,
+    (role, node): (Role, String),
+    shutdown: Shutdown,
+) -> Result<(), std::convert::Infallible> {
+    let instance = format!("{:x}", connection.clock().now().as_nanos());
+    let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut seen_other = None;
+    loop {
+        let ending = tokio::select! {
+            _ = ticks.tick() => false,
+            () = shutdown.draining() => true,
+        };
+        let Some(mut report) = nodes.get(role, &node) else {
+            if ending { return Ok(()) } else { continue }
+        };
+        decorate(&mut report, &connection, &instance);
+        if let Some(other) = &seen_other {
+            let text = format!("another {} calls itself {node} (instance {other}): give each host its own `node`", role.as_str());
+            report.problems.push(Problem::degraded(text));
+        }
+        if connection.is_up() {
+            // What was there before ours tells of a second process under our name.
+            let former = read_one(&connection, role, &node).await;
+            seen_other = former.map(|report| report.instance).filter(|found| !found.is_empty() && *found != instance);
+            let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(role, &node));
+            let _missed = connection.request(&subject, HeaderMap::new(), encode(&report)).await;
+        }
+        if ending {
+            return Ok(());
+        }
+    }
+}
+
+fn decorate(report: &mut NodeReport, connection: &Connection, instance: &str) {
+    instance.clone_into(&mut report.instance);
+    report.at = connection.clock().now();
+    report.skew_ms = connection.clock().skew_ms();
+    report.problems.extend(connection.problem());
+    if let Some(skew) = report.skew_ms.filter(|skew| skew.unsigned_abs() > SKEW_MAX_MS) {
+        let text = format!("the host's clock is {skew} ms ahead of the NATS servers': times in its logs are off by that");
+        report.problems.push(Problem::warning(text));
+    }
+}
+
+/// A skew beyond this is worth a word: requests of one second apart then change places.
+const SKEW_MAX_MS: u64 = 1000;
+
+async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<NodeReport> {
+    let bucket = connection.subjects().nodes_bucket();
+    let subject = bucket_key(&bucket, &node_key(role, node));
+    let found = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
+    found.0.last().and_then(|entry| serde_json::from_slice(&entry.payload).ok())
+}
+
+/// Keeps `nodes` up to date with the reports of all hosts, until the shutdown. Only detect may read them all.
+///
+/// # Errors
+/// None: what cannot be read now is read the next time.
+pub async fn watch(
+    connection: Connection,
+    nodes: Nodes,
+    own: (Role, String),
+    shutdown: Shutdown,
+) -> Result<(), std::convert::Infallible> {
+    let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shutdown.draining() => return Ok(()),
+        }
+        let Ok(reports) = read_all(&connection).await else { continue };
+        let known: Vec<(Role, String)> = reports.iter().map(|report| (report.role, report.node.clone())).collect();
+        for report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
+            nodes.put(report);
+        }
+        nodes.retain(|report| {
+            let name = (report.role, report.node.clone());
+            name == own || known.contains(&name)
+        });
+    }
+}
+
+async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> {
+    let bucket = connection.subjects().nodes_bucket();
+    let (stream, filter) = (bucket_stream(&bucket), format!("$KV.{bucket}.>"));
+    let (mut reports, mut next) = (Vec::new(), 1);
+    loop {
+        let (entries, pending) = fetch(connection, &stream, &filter, Start::Sequence(next)).await?;
+        let Some(last) = entries.last() else { return Ok(reports) };
+        next = last.sequence + 1;
+        // What another version writes and this one cannot read is left out.
+        reports.extend(entries.iter().filter_map(|entry| serde_json::from_slice::<NodeReport>(&entry.payload).ok()));
+        if pending == 0 {
+            return Ok(reports);
+        }
+    }
+}

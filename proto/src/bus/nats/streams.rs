@@ -1,0 +1,245 @@
+//! The streams and buckets: what each must be, made where absent and compared where present.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{BusError, Connection};
+use crate::bus::config::NatsConfig;
+use crate::subject::{Subjects, bucket_stream};
+use crate::time::Timestamp;
+
+/// How long a heartbeat of a host that is gone is kept.
+const NODES_KEEP: Duration = Duration::from_secs(24 * 3600);
+/// How long it is remembered that a lease has expired.
+const LEASE_MARKER_KEEP: Duration = Duration::from_secs(3600);
+/// How long a repeated message is recognised by its id.
+const DUPLICATES_KEEP: Duration = Duration::from_secs(120);
+
+/// The part of a stream's configuration that we rely on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StreamConfig {
+    name: String,
+    subjects: Vec<String>,
+    storage: String,
+    num_replicas: u8,
+    retention: String,
+    discard: String,
+    max_bytes: i64,
+    /// Nanoseconds.
+    max_age: u64,
+    max_msgs_per_subject: i64,
+    /// Nanoseconds.
+    duplicate_window: u64,
+    allow_direct: bool,
+    deny_delete: bool,
+    allow_rollup_hdrs: bool,
+    allow_msg_ttl: bool,
+    allow_atomic: bool,
+    /// Nanoseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    subject_delete_marker_ttl: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    republish: Option<Republish>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Republish {
+    src: String,
+    dest: String,
+}
+
+/// What a server says of a stream.
+#[derive(Clone, Debug, Deserialize)]
+pub struct StreamInfo {
+    pub(crate) config: StreamConfig,
+    /// When it was made: another stream of the same name has another moment.
+    pub created: String,
+    pub(crate) state: StreamState,
+    /// The server's time, when it answered.
+    ts: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub(crate) struct StreamState {
+    pub(crate) last_seq: u64,
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl StreamConfig {
+    fn new(name: String, subject: String, replicas: u8) -> Self {
+        Self {
+            name,
+            subjects: vec![subject],
+            storage: "file".to_owned(),
+            num_replicas: replicas,
+            retention: "limits".to_owned(),
+            discard: "old".to_owned(),
+            max_bytes: -1,
+            max_msgs_per_subject: -1,
+            duplicate_window: nanos(DUPLICATES_KEEP),
+            allow_direct: true,
+            ..Self::default()
+        }
+    }
+
+    fn bucket(name: &str, replicas: u8) -> Self {
+        Self {
+            discard: "new".to_owned(),
+            max_msgs_per_subject: 1,
+            deny_delete: true,
+            allow_msg_ttl: true,
+            ..Self::new(bucket_stream(name), format!("$KV.{name}.>"), replicas)
+        }
+    }
+
+    /// Each difference to `found`, for people. Copies may differ: a cluster is resized by its operators.
+    fn differences(&self, found: &Self) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut differ = |what: &str, wanted: String, found: String| {
+            if wanted != found {
+                differences.push(format!("{what} is {found} instead of {wanted}"));
+            }
+        };
+        differ("subjects", self.subjects.join(" "), found.subjects.join(" "));
+        differ("retention", self.retention.clone(), found.retention.clone());
+        differ("discard", self.discard.clone(), found.discard.clone());
+        let per_subject = |config: &Self| config.max_msgs_per_subject.to_string();
+        differ("max_msgs_per_subject", per_subject(self), per_subject(found));
+        let republish = |config: &Self| {
+            let to = |republish: &Republish| format!("{} -> {}", republish.src, republish.dest);
+            config.republish.as_ref().map_or_else(|| "none".to_owned(), to)
+        };
+        differ("republish", republish(self), republish(found));
+        for (what, wanted, found) in [
+            ("allow_direct", self.allow_direct, found.allow_direct),
+            ("allow_msg_ttl", self.allow_msg_ttl, found.allow_msg_ttl),
+            ("allow_atomic", self.allow_atomic, found.allow_atomic),
+        ] {
+            if wanted {
+                differ(what, wanted.to_string(), found.to_string());
+            }
+        }
+        differences
+    }
+}
+
+/// Every stream as it must be.
+pub fn wanted(config: &NatsConfig) -> Vec<StreamConfig> {
+    let names = Subjects::new(&config.prefix);
+    let republish = |src: String, dest: String| Some(Republish { src, dest });
+    let (state, nodes, lease) = (names.state_bucket(), names.nodes_bucket(), names.lease_bucket());
+    let stream = |name: String, subject: String| StreamConfig::new(name, subject, config.replicas);
+    vec![
+        StreamConfig {
+            discard: "new".to_owned(),
+            max_bytes: i64::try_from(config.access_max_bytes).unwrap_or(i64::MAX),
+            republish: republish(names.access(">"), names.access_log(">")),
+            ..stream(names.access_stream(), names.access("*"))
+        },
+        StreamConfig { max_age: nanos(config.events_keep), ..stream(names.events_stream(), names.events()) },
+        StreamConfig {
+            allow_atomic: true,
+            republish: republish(format!("$KV.{state}.>"), names.state_feed()),
+            ..StreamConfig::bucket(&state, config.replicas)
+        },
+        StreamConfig { max_age: nanos(NODES_KEEP), ..StreamConfig::bucket(&nodes, config.replicas) },
+        StreamConfig {
+            subject_delete_marker_ttl: nanos(LEASE_MARKER_KEEP),
+            allow_rollup_hdrs: true,
+            ..StreamConfig::bucket(&lease, config.replicas)
+        },
+    ]
+}
+
+/// Makes what is absent and compares what is present. For detect alone.
+///
+/// # Errors
+/// A stream that is not as it must be, with every difference; or what the server says.
+pub async fn ensure(connection: &Connection, config: &NatsConfig) -> Result<(), BusError> {
+    for wanted in wanted(config) {
+        let info: StreamInfo = match info(connection, &wanted.name).await {
+            Ok(info) => info,
+            Err(BusError::Absent { .. }) => {
+                tracing::info!(stream = wanted.name, replicas = wanted.num_replicas, "Stream made");
+                connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?
+            }
+            Err(error) => return Err(error),
+        };
+        let differences = wanted.differences(&info.config);
+        if !differences.is_empty() {
+            return Err(BusError::Mismatch { stream: wanted.name, why: differences.join("; ") });
+        }
+        if info.config.max_bytes != wanted.max_bytes || info.config.max_age != wanted.max_age {
+            resize(connection, info.config, &wanted).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Limits follow the configuration.
+async fn resize(connection: &Connection, found: StreamConfig, wanted: &StreamConfig) -> Result<(), BusError> {
+    let resized = StreamConfig { max_bytes: wanted.max_bytes, max_age: wanted.max_age, ..found };
+    let _: StreamInfo = connection.api(&format!("STREAM.UPDATE.{}", wanted.name), &resized).await?;
+    tracing::info!(stream = wanted.name, "Limits of the stream changed as configured");
+    Ok(())
+}
+
+/// What the server says of a stream. Steers the clock by the server's time.
+pub async fn info(connection: &Connection, stream: &str) -> Result<StreamInfo, BusError> {
+    let asked_at = connection.clock().now();
+    let info: StreamInfo = connection.api(&format!("STREAM.INFO.{stream}"), &serde_json::json!({})).await?;
+    let answered_at = connection.clock().now();
+    if let Some(server) = info.ts.as_deref().and_then(Timestamp::parse) {
+        let half = answered_at.since(asked_at) / 2;
+        connection.clock().steer(asked_at.saturating_add(half), server);
+    }
+    Ok(info)
+}
+
+/// Removes messages of `filter` before `sequence`; `None` = of all subjects.
+pub async fn purge(
+    connection: &Connection,
+    stream: &str,
+    filter: Option<&str>,
+    sequence: u64,
+) -> Result<(), BusError> {
+    #[derive(Serialize)]
+    struct Purge<'a> {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        filter: Option<&'a str>,
+        seq: u64,
+    }
+    let purge = Purge { filter, seq: sequence };
+    let _: serde_json::Value = connection.api(&format!("STREAM.PURGE.{stream}"), &purge).await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_stream_is_refused_with_every_difference() {
+        let config = NatsConfig::new("nats://x");
+        for wanted in wanted(&config) {
+            assert_eq!(wanted.differences(&wanted), Vec::<String>::new());
+        }
+        let state = wanted(&config).into_iter().find(|stream| stream.allow_atomic).unwrap();
+        let found = StreamConfig { allow_atomic: false, republish: None, max_msgs_per_subject: 5, ..state.clone() };
+        let differences = state.differences(&found).join("; ");
+        assert!(differences.contains("allow_atomic is false instead of true"), "{differences}");
+        assert!(differences.contains("republish is none instead of $KV.portcullis_bans.> -> "), "{differences}");
+        assert!(differences.contains("max_msgs_per_subject is 5 instead of 1"), "{differences}");
+        assert!(state.differences(&StreamConfig { num_replicas: 3, ..state.clone() }).is_empty());
+    }
+}
