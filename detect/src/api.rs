@@ -230,7 +230,9 @@ async fn order(backing: &Backing, command: Command) -> Result<Reply, Refused> {
     let result = ask(backing, |reply| Request::Command(command, reply)).await?;
     result.map_err(|error| match error {
         CommandError::Refused(refusal) => Refused(StatusCode::CONFLICT, refusal.to_string()),
-        CommandError::NotStored => Refused(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+        CommandError::NotStored | CommandError::NotActive => {
+            Refused(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+        }
     })
 }
 

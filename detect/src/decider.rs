@@ -137,13 +137,15 @@ impl Decider {
                 Output::Over(ban) => {
                     tracing::info!(rule = ban.rule, target = %ban.target, ended = ?ban.expires_at, "Ban was over when it was found");
                 }
-                Output::Alarm { kind, text } => {
-                    tracing::warn!(kind, text, "Alarm");
-                    let alarm = CloudEvent::of_alarm(&self.node, kind, text, self.clock.now());
-                    self.told.push(alarm);
-                }
+                Output::Alarm { kind, text } => self.raise_alarm(kind, text),
             }
         }
+    }
+
+    /// Tells of something that needs a person.
+    pub(crate) fn raise_alarm(&mut self, kind: &str, text: String) {
+        tracing::warn!(kind, text, "Alarm");
+        self.told.push(CloudEvent::of_alarm(&self.node, kind, text, self.clock.now()));
     }
 
     /// Says how detection is. `queued` batches wait; `problem` is of whoever runs this.
@@ -212,7 +214,8 @@ impl Decider {
             problems.push(Problem::warning(format!("{name} in never_ban cannot be resolved: {error}")));
         }
         problems
-    }}
+    }
+}
 
 /// Says a public event in the log.
 pub(crate) fn log_event(event: &CloudEvent) {

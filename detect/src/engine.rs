@@ -124,6 +124,8 @@ pub struct Engine {
     outputs: VecDeque<Output>,
     /// By rule: the first version of the predicate under which a node sends all that the rule may match.
     covered_from: Vec<u64>,
+    /// By rule: whether it looks at headers, which batches without a predicate do not carry.
+    needs_headers: Vec<bool>,
     /// The version of the predicate that the batch at hand was filtered by.
     filter: u64,
     /// The latest present moment; later than `now` while a backlog is worked off.
@@ -165,6 +167,7 @@ impl Engine {
             stats: Stats { rules: vec![(0, 0); config.rules.len()], ..Stats::default() },
             outputs: VecDeque::new(),
             covered_from: vec![0; config.rules.len()],
+            needs_headers: vec![false; config.rules.len()],
             filter: 0,
             present: now,
             config,
@@ -274,10 +277,7 @@ impl Engine {
         let node = self.nodes.get(usize::from(node)).map_or("", |node| node);
         let mut matching = 0;
         for (i, rule) in self.config.rules.iter().enumerate() {
-            if self.covered_from[i] <= self.filter
-                && rule.matcher.may_match_status(event.status)
-                && rule.matcher.matches(event, node)
-            {
+            if self.is_covered(i) && rule.matcher.may_match_status(event.status) && rule.matcher.matches(event, node) {
                 matching |= 1 << i;
                 self.stats.rules[i].0 += 1;
             }
@@ -460,8 +460,15 @@ impl Engine {
     /// Sets from which version of the predicate on each rule is covered, by rule; a batch filtered by an older one
     /// counts for the other rules only.
     pub fn set_coverage(&mut self, covered_from: Vec<u64>) {
+        let rules = &self.config.rules;
+        self.needs_headers = rules.iter().map(|rule| !rule.matcher.interest_headers().is_empty()).collect();
         self.covered_from = covered_from;
-        self.covered_from.resize(self.config.rules.len(), 0);
+        self.covered_from.resize(rules.len(), 0);
+    }
+
+    fn is_covered(&self, rule: usize) -> bool {
+        let unfiltered = self.filter == 0 && !self.needs_headers[rule];
+        unfiltered || self.covered_from[rule] <= self.filter
     }
 
     /// The present moment, which is later than that of the events while a backlog is worked off: a ban that is over by

@@ -38,6 +38,7 @@ pub struct Metrics {
     commit_seconds: Histogram,
     commit_errors: Counter,
     clock_steps: Counter,
+    refused_batches: Counter,
 }
 
 impl Metrics {
@@ -57,6 +58,7 @@ impl Metrics {
             commit_seconds: Histogram::new(exponential_buckets(0.0001, 2.0, 14)),
             commit_errors: Counter::default(),
             clock_steps: Counter::default(),
+            refused_batches: Counter::default(),
         };
         let registry = registry.sub_registry_with_prefix("portcullis_detect");
         registry.register("events", "Events handled, repetitions aside", metrics.events.clone());
@@ -74,6 +76,8 @@ impl Metrics {
         registry.register("queued_batches", "Batches that wait for detection", metrics.queue.clone());
         registry.register("commit_seconds", "Time to make a decision durable", metrics.commit_seconds.clone());
         registry.register("commit_errors", "Commits that failed and are tried again", metrics.commit_errors.clone());
+        let refused = metrics.refused_batches.clone();
+        registry.register("refused_batches", "Batches that cannot be read or speak for another node", refused);
         registry.register("clock_steps_back", "Times the clock went back", metrics.clock_steps.clone());
         metrics
     }
@@ -120,6 +124,11 @@ impl Metrics {
     /// A commit failed.
     pub fn commit_failed(&self) {
         self.commit_errors.inc();
+    }
+
+    /// A batch cannot be read, or speaks for another node.
+    pub fn batch_refused(&self) {
+        self.refused_batches.inc();
     }
 
     /// The clock went back.

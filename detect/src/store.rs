@@ -55,6 +55,11 @@ impl Commit {
         *self == Self::default()
     }
 
+    /// Targets and histories that change.
+    pub fn len(&self) -> usize {
+        self.records.len() + self.offenders.len()
+    }
+
     /// Whether it holds more than files' progress, which can wait.
     pub fn is_urgent(&self) -> bool {
         !self.records.is_empty() || !self.offenders.is_empty() || self.control.is_some()

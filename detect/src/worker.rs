@@ -3,7 +3,6 @@
 //!
 //! Nothing is published before it is stored, so that no enforcer ever holds a ban that a restart does not know.
 
-
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +17,9 @@ use proto::time::{Clock, Timestamp};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::config::DetectConfig;
-use crate::engine::command::{Command, Refusal, Reply};
 use crate::decider::{Decider, Identity, log_event};
 use crate::engine::Engine;
+use crate::engine::command::{Command, Refusal, Reply};
 use crate::error::{DetectError, StoreError};
 use crate::metrics::Metrics;
 use crate::resolve::Names;
@@ -62,6 +61,9 @@ pub enum CommandError {
     /// It could not be stored; it has taken effect in memory and is stored with the next commit.
     #[error("the state could not be written; the command is in force, but a restart may lose it")]
     NotStored,
+    /// No detector decides right now, or it is not this one any more.
+    #[error("no detector is active right now, try again in a moment; the order may have been carried out")]
+    NotActive,
 }
 
 /// What the worker publishes to.
@@ -145,8 +147,7 @@ impl Worker {
         let mut decider = Decider::new(identity, engine);
         decider.problems = problems;
         let (cause, reload) = (None, None);
-        let mut worker =
-            Self { decider, store, outlets, cause, published: false, store_broken: false, reload };
+        let mut worker = Self { decider, store, outlets, cause, published: false, store_broken: false, reload };
         worker.outlets.names.send_replace(names);
         worker.outlets.interest.send_replace(Arc::new(worker.decider.engine.config().interest()));
         worker.outlets.lists.send_replace(Arc::new(worker.decider.engine.lists()));
@@ -199,7 +200,11 @@ impl Worker {
         tokio::task::block_in_place(|| self.settle(true));
         self.report(0);
         // One more try, so that the reason is told.
-        if self.store_broken { Ok(tokio::task::block_in_place(|| self.store.commit(&self.decider.pending))?) } else { Ok(()) }
+        if self.store_broken {
+            Ok(tokio::task::block_in_place(|| self.store.commit(&self.decider.pending))?)
+        } else {
+            Ok(())
+        }
     }
 
     fn handle_batches(&mut self, first: AccessBatch, more: &mut mpsc::Receiver<AccessBatch>) {

@@ -68,8 +68,8 @@ pub struct Coverage {
 /// One rule's part in a [`Coverage`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleCoverage {
-    /// Changes with the rule's condition.
-    pub fingerprint: String,
+    /// The rule's condition.
+    pub condition: String,
     /// First version that covers it.
     pub since: u64,
 }

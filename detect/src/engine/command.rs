@@ -257,8 +257,7 @@ impl Engine {
             // Clients are counted by other targets from now on.
             while self.clients.evict_oldest().is_some() {}
         }
-        self.covered_from.clear();
-        self.covered_from.resize(self.config.rules.len(), 0);
+        self.set_coverage(Vec::new());
         self.allows.reconfigure(&self.config.never_ban, names);
         self.lift_guarded("it may not be banned any more");
         self.bound_clients();

@@ -49,6 +49,12 @@ impl Engine {
         self.forget_windows();
     }
 
+    /// The log has brought nothing that arrived before `now`, so windows move on.
+    pub fn pass_time(&mut self, now: Timestamp) {
+        self.stream.pass_time(now);
+        self.forget_windows();
+    }
+
     /// When the newest event of the log arrived.
     pub fn log_arrival(&self) -> Timestamp {
         self.stream.window_time(self.now)

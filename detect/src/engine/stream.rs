@@ -245,6 +245,13 @@ impl Stream {
         }
     }
 
+    /// Nothing more comes that arrived before `now`.
+    pub fn pass_time(&mut self, now: Timestamp) {
+        if let Some(log) = &mut self.log {
+            log.arrival = log.arrival.max(now);
+        }
+    }
+
     /// Everything up to the newest event, or to `floor` if that is later, is decided.
     pub fn raise_floor(&mut self, floor: Position) {
         if let Some(log) = &mut self.log {

@@ -10,6 +10,7 @@
 pub mod access;
 pub mod ask;
 pub mod commit;
+pub mod events;
 pub mod follow;
 pub mod lease;
 pub mod nodes;
@@ -23,6 +24,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -331,13 +334,67 @@ pub(crate) struct Stored {
     pub(crate) seq: u64,
 }
 
+/// A message as JetStream's API gives it.
+#[derive(serde::Deserialize)]
+pub(crate) struct Got {
+    pub(crate) message: GotMessage,
+}
+
+/// See [`Got`].
+#[derive(serde::Deserialize)]
+pub(crate) struct GotMessage {
+    pub(crate) seq: u64,
+    #[serde(default)]
+    data: String,
+}
+
+impl GotMessage {
+    /// What it holds; `None` when that is not what it should be, as with markers of what was deleted.
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Option<T> {
+        let bytes = BASE64.decode(&self.data).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+}
+
+/// JetStream's code for a message that is not there.
+const NO_MESSAGE: u64 = 10037;
+/// JetStream's code for a key that has changed since.
+const WRONG_LAST_SEQUENCE: u64 = 10071;
+
+impl Connection {
+    /// The newest message of a subject, by its leader's word; `None` where there is none.
+    pub(crate) async fn newest(&self, stream: &str, subject: &str) -> Result<Option<GotMessage>, BusError> {
+        self.get_message(stream, &serde_json::json!({"last_by_subj": subject})).await
+    }
+
+    /// The next message of subjects that `filter` names, from number `sequence` on, by its leader's word.
+    pub(crate) async fn next_of(
+        &self,
+        stream: &str,
+        filter: &str,
+        sequence: u64,
+    ) -> Result<Option<GotMessage>, BusError> {
+        self.get_message(stream, &serde_json::json!({"seq": sequence, "next_by_subj": filter})).await
+    }
+
+    async fn get_message(&self, stream: &str, get: &serde_json::Value) -> Result<Option<GotMessage>, BusError> {
+        match self.api::<Got>(&format!("STREAM.MSG.GET.{stream}"), get).await {
+            Ok(got) => Ok(Some(got.message)),
+            Err(BusError::Refused { code: NO_MESSAGE, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn old_servers_are_told_from_new_ones() {
-        for (text, is_old) in [("2.9.10", true), ("2.11.4", true), ("2.12.0-RC.1", false), ("2.15.1", false), ("3.0.0", false)] {
+        for (text, is_old) in
+            [("2.9.10", true), ("2.11.4", true), ("2.12.0-RC.1", false), ("2.15.1", false), ("3.0.0", false)]
+        {
             assert_eq!(parse_version(text).is_some_and(|version| version < VERSION_MIN), is_old, "{text}");
         }
     }

@@ -146,12 +146,7 @@ where
 }
 
 /// Answers each request in a task of its own; what cannot be understood gets no answer.
-async fn serve<F, A>(
-    connection: &Connection,
-    subject: String,
-    shutdown: &Shutdown,
-    handle: F,
-) -> Result<(), BusError>
+async fn serve<F, A>(connection: &Connection, subject: String, shutdown: &Shutdown, handle: F) -> Result<(), BusError>
 where
     F: Fn(bytes::Bytes) -> A + Clone + Send + Sync + 'static,
     A: Future<Output = Option<Vec<u8>>> + Send,

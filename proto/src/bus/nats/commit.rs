@@ -2,15 +2,15 @@
 
 use async_nats::HeaderMap;
 
-use super::{BusError, Connection, Stored, answer};
-use crate::subject::{KEY_HEAD, bucket_key};
+use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer};
+use crate::envelope::CloudEvent;
+use crate::head::Head;
+use crate::subject::{KEY_HEAD, KEY_OUT, bucket_key, bucket_stream};
 
 /// Messages of one atomic batch; the server takes no more.
 pub const ENTRIES_MAX: usize = 1000;
 /// How long the server remembers that a key was deleted, in seconds: who was away for longer reads the whole state.
 const DELETED_KEEP_SECS: u64 = 24 * 3600;
-/// JetStream's code for a message whose key has changed since.
-const WRONG_LAST_SEQUENCE: u64 = 10071;
 
 /// One change of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,4 +82,32 @@ pub async fn commit(
         Err(error @ BusError::Garbled { .. }) => Err(CommitError::Unknown(error)),
         Err(error) => Err(CommitError::Refused(error)),
     }
+}
+
+/// The head as it stands, and the number of its message; `None` before the first commit.
+///
+/// # Errors
+/// When the server does not answer or the head cannot be read.
+pub async fn read_head(connection: &Connection) -> Result<Option<(u64, Head)>, BusError> {
+    let bucket = connection.subjects().state_bucket();
+    let newest = connection.newest(&bucket_stream(&bucket), &bucket_key(&bucket, KEY_HEAD)).await?;
+    let Some(message) = newest else { return Ok(None) };
+    let garbled = || BusError::Garbled { what: "the head of the state".to_owned() };
+    Ok(Some((message.seq, message.json().ok_or_else(garbled)?)))
+}
+
+/// The events that were stored and not published yet, oldest first, each with the number of its message.
+///
+/// # Errors
+/// When the server does not answer.
+pub async fn read_outbox(connection: &Connection) -> Result<Vec<(u64, CloudEvent)>, BusError> {
+    let bucket = connection.subjects().state_bucket();
+    let (stream, filter) = (bucket_stream(&bucket), bucket_key(&bucket, &format!("{KEY_OUT}>")));
+    let (mut events, mut next) = (Vec::new(), 1);
+    while let Some(message) = connection.next_of(&stream, &filter, next).await? {
+        next = message.seq + 1;
+        // What this version cannot read stays for one that can.
+        events.extend(message.json().map(|event| (message.seq, event)));
+    }
+    Ok(events)
 }

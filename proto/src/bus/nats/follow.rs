@@ -328,7 +328,7 @@ pub async fn fetch(
             Some(404) => return Ok((entries, 0)),
             Some(503) => return Err(BusError::Absent { what: stream.to_owned() }),
             Some(code) => {
-                let why = message.description.clone().unwrap_or_default();
+                let why = message.description.unwrap_or_default();
                 return Err(BusError::Refused { what, why, code: code.into() });
             }
         }

@@ -7,11 +7,12 @@
 use std::time::Duration;
 
 use async_nats::HeaderMap;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
 
-use super::{BusError, Connection, Stored, answer, encode};
+use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
 use crate::subject::{bucket_key, bucket_stream};
 
 /// How long a lease lasts without renewal. Whole seconds, as the server counts no finer.
@@ -21,10 +22,6 @@ pub const LEASE_INTERVAL: Duration = Duration::from_millis(250);
 /// Looks without a renewal after which a lease is taken: only answered looks count, so that a time in which nobody could
 /// renew does not cost the holder its lease.
 const STALE_LOOKS: u32 = 10;
-/// JetStream's code for a key that has changed since.
-const WRONG_LAST_SEQUENCE: u64 = 10071;
-/// JetStream's code for a message that is not there.
-const NO_MESSAGE: u64 = 10037;
 
 /// Who holds a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,18 +43,6 @@ pub struct Lease {
     /// Newest revision seen of another, and how often it was seen unchanged.
     other: (u64, u32),
     holder: Option<Holder>,
-}
-
-#[derive(Deserialize)]
-struct Got {
-    message: GotMessage,
-}
-
-#[derive(Deserialize)]
-struct GotMessage {
-    seq: u64,
-    #[serde(default)]
-    data: String,
 }
 
 impl Lease {
@@ -113,13 +98,10 @@ impl Lease {
 
     async fn look(&mut self) -> Result<bool, BusError> {
         let stream = bucket_stream(&self.connection.subjects().lease_bucket());
-        let get = serde_json::json!({"last_by_subj": self.subject()});
-        let got = self.connection.api::<Got>(&format!("STREAM.MSG.GET.{stream}"), &get).await;
-        let (revision, holder) = match got {
-            Ok(got) => (got.message.seq, read_holder(&got.message.data)),
-            Err(BusError::Refused { code: NO_MESSAGE, .. }) => (0, None),
-            Err(error) => return Err(error),
-        };
+        let newest = self.connection.newest(&stream, &self.subject()).await?;
+        let revision = newest.as_ref().map_or(0, |message| message.seq);
+        // Markers of a lease that was given back or has ended hold nobody.
+        let holder: Option<Holder> = newest.and_then(|message| message.json());
         let is_ours = holder.as_ref() == Some(&self.me);
         self.other = if self.other.0 == revision { (revision, self.other.1 + 1) } else { (revision, 0) };
         let is_free = holder.is_none() || is_ours || self.other.1 >= STALE_LOOKS;
@@ -145,8 +127,91 @@ impl Lease {
     }
 }
 
-/// Reads the base64 of a holder; markers of a deleted or ended lease hold none.
-fn read_holder(data: &str) -> Option<Holder> {
-    let bytes = BASE64.decode(data).ok()?;
-    serde_json::from_slice(&bytes).ok()
+/// Keeps a lease in a task of its own, so that nothing else makes it late.
+#[derive(Debug)]
+pub struct Keeper {
+    wanted: watch::Sender<bool>,
+    state: watch::Receiver<LeaseState>,
+    task: JoinHandle<()>,
+}
+
+/// What is known of a lease.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeaseState {
+    /// Whether it is ours.
+    pub held: bool,
+    /// Whose it is, as far as known.
+    pub holder: Option<Holder>,
+}
+
+impl Keeper {
+    /// Keeps `lease` from the moment that it is wanted.
+    pub fn spawn(lease: Lease) -> Self {
+        let (wanted, wanted_in) = watch::channel(false);
+        let (state_out, state) = watch::channel(LeaseState::default());
+        let task = tokio::spawn(keep(lease, wanted_in, state_out));
+        Self { wanted, state, task }
+    }
+
+    /// From now on the lease is taken when it may be, or given back.
+    pub fn want(&self, wanted: bool) {
+        self.wanted.send_if_modified(|known| std::mem::replace(known, wanted) != wanted);
+    }
+
+    /// What is known now.
+    pub fn state(&self) -> LeaseState {
+        self.state.borrow().clone()
+    }
+
+    /// Returns when what is known has changed.
+    pub async fn changed(&mut self) {
+        if self.state.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Gives the lease back and returns once that is done, or cannot be.
+    pub async fn give_back(mut self) {
+        self.want(false);
+        let given = self.state.wait_for(|state| !state.held);
+        // It ends by itself all the same.
+        let _late = tokio::time::timeout(LEASE_TTL, given).await;
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
+    let clock = lease.connection.clock().clone();
+    let mut renewed_at = clock.now();
+    let mut ticks = tokio::time::interval(LEASE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            changed = wanted.changed() => if changed.is_err() { return },
+        }
+        let is_wanted = *wanted.borrow_and_update();
+        let asked_at = clock.now();
+        let held = if is_wanted {
+            match lease.keep().await {
+                Ok(held) => {
+                    renewed_at = asked_at;
+                    held
+                }
+                // Others may have it by now.
+                Err(_) => lease.is_held() && clock.now().since(renewed_at) < LEASE_TTL,
+            }
+        } else {
+            // If the server does not hear of it, the lease ends by itself.
+            let _unheard = lease.give_back().await;
+            false
+        };
+        let known = LeaseState { held, holder: lease.holder().cloned() };
+        state.send_if_modified(|former| std::mem::replace(former, known.clone()) != known);
+    }
 }

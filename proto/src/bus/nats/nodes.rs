@@ -10,6 +10,7 @@ use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
 use crate::subject::{bucket_key, bucket_stream, node_key};
+use crate::time::render_duration;
 
 /// How often a role says how it is, and how often `status` learns of it.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
@@ -35,12 +36,13 @@ pub async fn beat(
             _ = ticks.tick() => false,
             () = shutdown.draining() => true,
         };
-        let Some(mut report) = nodes.get(role, &node) else {
-            if ending { return Ok(()) } else { continue }
-        };
+        let Some(mut report) = nodes.get(role, &node) else { if ending { return Ok(()) } else { continue } };
         decorate(&mut report, &connection, &instance);
         if let Some(other) = &seen_other {
-            let text = format!("another {} calls itself {node} (instance {other}): give each host its own `node`", role.as_str());
+            let text = format!(
+                "another {} calls itself {node} (instance {other}): give each host its own `node`",
+                role.as_str()
+            );
             report.problems.push(Problem::degraded(text));
         }
         if connection.is_up() {
@@ -62,7 +64,8 @@ fn decorate(report: &mut NodeReport, connection: &Connection, instance: &str) {
     report.skew_ms = connection.clock().skew_ms();
     report.problems.extend(connection.problem());
     if let Some(skew) = report.skew_ms.filter(|skew| skew.unsigned_abs() > SKEW_MAX_MS) {
-        let text = format!("the host's clock is {skew} ms ahead of the NATS servers': times in its logs are off by that");
+        let text =
+            format!("the host's clock is {skew} ms ahead of the NATS servers': times in its logs are off by that");
         report.problems.push(Problem::warning(text));
     }
 }
@@ -96,7 +99,13 @@ pub async fn watch(
         }
         let Ok(reports) = read_all(&connection).await else { continue };
         let known: Vec<(Role, String)> = reports.iter().map(|report| (report.role, report.node.clone())).collect();
-        for report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
+        let now = connection.clock().now();
+        for mut report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
+            let silent = now.since(report.at);
+            if silent >= SILENT_AFTER {
+                let text = format!("not heard of for {}", render_duration(silent));
+                report.problems.push(Problem::degraded(text));
+            }
             nodes.put(report);
         }
         nodes.retain(|report| {

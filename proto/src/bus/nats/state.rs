@@ -85,7 +85,11 @@ fn parse_key(key: &str, entry: &Entry) -> Result<Option<StateEntry>, StateError>
         }
         let record: BanRecord = serde_json::from_slice(payload).map_err(json)?;
         // The key is what is banned, whatever the record says.
-        return if record.target == target { Ok(Some(StateEntry::Ban(BanChange::Put(record)))) } else { Err(malformed(None)) };
+        return if record.target == target {
+            Ok(Some(StateEntry::Ban(BanChange::Put(record))))
+        } else {
+            Err(malformed(None))
+        };
     }
     if let Some(text) = key.strip_prefix(KEY_OFFENDER) {
         let history = (!entry.deleted).then(|| payload.clone());
@@ -126,11 +130,17 @@ mod tests {
     #[test]
     fn entries_are_read_by_their_keys() {
         let record = r#"{"target":"192.0.2.1","bans":[]}"#;
-        assert!(matches!(parse_key("ban.192.0.2.1", &entry(record, false)), Ok(Some(StateEntry::Ban(BanChange::Put(_))))));
+        assert!(matches!(
+            parse_key("ban.192.0.2.1", &entry(record, false)),
+            Ok(Some(StateEntry::Ban(BanChange::Put(_))))
+        ));
         assert!(parse_key("ban.192.0.2.2", &entry(record, false)).is_err(), "a record under another's key");
         let freed = parse_key("ban.2001_db8__/64", &entry("", true)).unwrap();
         assert_eq!(freed, Some(StateEntry::Ban(BanChange::Delete("2001:db8::/64".parse().unwrap()))));
-        assert!(matches!(parse_key("detect", &entry(r#"{"version":2}"#, false)), Err(StateError::Newer(2)) | Err(StateError::Malformed { .. })));
+        assert!(matches!(
+            parse_key("detect", &entry(r#"{"version":2}"#, false)),
+            Err(StateError::Newer(2)) | Err(StateError::Malformed { .. })
+        ));
         assert_eq!(parse_key("something.new", &entry("x", false)).unwrap(), None);
         assert!(parse_key("ban.x", &entry(record, false)).is_err());
     }

@@ -207,12 +207,7 @@ pub async fn info(connection: &Connection, stream: &str) -> Result<StreamInfo, B
 }
 
 /// Removes messages of `filter` before `sequence`; `None` = of all subjects.
-pub async fn purge(
-    connection: &Connection,
-    stream: &str,
-    filter: Option<&str>,
-    sequence: u64,
-) -> Result<(), BusError> {
+pub async fn purge(connection: &Connection, stream: &str, filter: Option<&str>, sequence: u64) -> Result<(), BusError> {
     #[derive(Serialize)]
     struct Purge<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,0 +1,190 @@
+//! From what a detector has decided to the changes of the shared state that say so. Pure.
+//!
+//! A commit that is too large for one atomic batch is cut into pieces, of which only the last moves the floor. What is
+//! said of one target stays together, so that whoever finds only the first pieces decides the rest and nothing twice.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proto::bus::nats::commit::{Change, ENTRIES_MAX};
+use proto::envelope::{CloudEvent, Data};
+use proto::head::Head;
+use proto::net::Target;
+use proto::subject::{KEY_BAN, KEY_OFFENDER, KEY_OUT, target_key};
+
+use crate::state::encode_offender;
+use crate::store::Commit;
+
+/// One atomic batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) head: Head,
+    pub(crate) changes: Vec<Change>,
+}
+
+/// Writes `commit`, `told` and the changes of `singles` (keys that there is one of) into pieces that follow `last`, the
+/// head as it stands, and end in `next`, whose marks and counts are filled in here. `banned` are the targets in the state,
+/// kept up to date.
+pub(crate) fn seal(
+    commit: &Commit,
+    told: &[CloudEvent],
+    singles: Vec<Change>,
+    (last, next): (&Head, Head),
+    banned: &mut BTreeSet<Target>,
+) -> Vec<Piece> {
+    let mut number = last.next_out;
+    let mut groups = vec![(None, singles)];
+    groups.extend(by_target(commit, told, &mut number));
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut changes: Vec<Change> = Vec::new();
+    let mut bans = banned.len() as u64;
+    let mut out = last.next_out;
+    let close = |changes: &mut Vec<Change>, bans: u64, out: u64, pieces: &mut Vec<Piece>| {
+        let mut head = last.clone();
+        head.mark.commit += 1 + pieces.len() as u64;
+        (head.bans, head.next_out, head.changes) = (bans, out, changes.len() as u64);
+        pieces.push(Piece { head, changes: std::mem::take(changes) });
+    };
+    for (target, group) in groups {
+        if changes.len() + group.len() >= ENTRIES_MAX {
+            close(&mut changes, bans, out, &mut pieces);
+        }
+        out += group.iter().filter(|change| change.key.starts_with(KEY_OUT)).count() as u64;
+        changes.extend(group);
+        if let Some(target) = target
+            && let Some(record) = commit.records.get(&target)
+        {
+            if record.is_some() {
+                banned.insert(target)
+            } else {
+                banned.remove(&target)
+            };
+            bans = banned.len() as u64;
+        }
+    }
+    let commit_number = last.mark.commit + 1 + pieces.len() as u64;
+    let mut head = next;
+    (head.mark.commit, head.bans, head.next_out, head.changes) = (commit_number, bans, number, changes.len() as u64);
+    for piece in &mut pieces {
+        // Whoever is active is so from its first piece on.
+        (piece.head.mark.epoch, piece.head.node) = (head.mark.epoch, head.node.clone());
+    }
+    pieces.push(Piece { head, changes });
+    pieces
+}
+
+fn by_target(commit: &Commit, told: &[CloudEvent], number: &mut u64) -> Vec<(Option<Target>, Vec<Change>)> {
+    let mut groups: BTreeMap<Option<Target>, Vec<Change>> = BTreeMap::new();
+    for (target, record) in &commit.records {
+        let value = record.as_ref().map(|record| serde_json::to_vec(record).unwrap_or_default());
+        groups
+            .entry(Some(*target))
+            .or_default()
+            .push(Change { key: format!("{KEY_BAN}{}", target_key(target)), value });
+    }
+    for (target, offender) in &commit.offenders {
+        let value = offender.as_ref().map(encode_offender);
+        let key = format!("{KEY_OFFENDER}{}", target_key(target));
+        groups.entry(Some(*target)).or_default().push(Change { key, value });
+    }
+    for event in told {
+        let target = if let Data::Ban(ban) = &event.data { Some(ban.target) } else { None };
+        groups.entry(target).or_default().push(Change { key: String::new(), value: serde_json::to_vec(event).ok() });
+    }
+    // Numbered in the order of the pieces, so that each piece's head knows the next.
+    for change in groups.values_mut().flatten().filter(|change| change.key.is_empty()) {
+        change.key = format!("{KEY_OUT}{number}");
+        *number += 1;
+    }
+    groups.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ban::{Ban, BanRecord, Evidence, Origin};
+    use proto::envelope::EventType;
+    use proto::head::Mark;
+    use proto::time::Timestamp;
+
+    use super::*;
+    use crate::engine::offender::Offender;
+
+    fn target(n: u32) -> Target {
+        Target::host(std::net::Ipv4Addr::from(0x0a00_0000 + n).into())
+    }
+
+    fn ban(n: u32) -> Ban {
+        Ban {
+            target: target(n),
+            rule: "r".into(),
+            origin: Origin::Detect,
+            ban_count: 1,
+            ban_seconds: Some(60),
+            banned_at: Timestamp::EPOCH,
+            expires_at: Some(Timestamp::from_secs(60)),
+            reason: String::new(),
+            evidence: Evidence::default(),
+        }
+    }
+
+    fn bans(count: u32) -> (Commit, Vec<CloudEvent>) {
+        let mut commit = Commit::default();
+        let mut told = Vec::new();
+        for n in 0..count {
+            commit.records.insert(target(n), Some(BanRecord { target: target(n), bans: vec![ban(n)] }));
+            commit.offenders.insert(target(n), Some(Offender::default()));
+            told.push(CloudEvent::of_ban("n", EventType::Ban, &ban(n), Timestamp::EPOCH));
+        }
+        (commit, told)
+    }
+
+    fn heads() -> (Head, Head) {
+        let last = Head { mark: Mark { epoch: 1, commit: 7 }, floor: 10, next_out: 5, ..Head::default() };
+        let next = Head { mark: Mark { epoch: 2, commit: 0 }, floor: 20, ..last.clone() };
+        (last, next)
+    }
+
+    #[test]
+    fn a_small_commit_is_one_piece() {
+        let (commit, told) = bans(2);
+        let (last, next) = heads();
+        let mut banned = BTreeSet::from([target(9)]);
+        let pieces = seal(&commit, &told, Vec::new(), (&last, next), &mut banned);
+        assert_eq!(pieces.len(), 1);
+        let head = &pieces[0].head;
+        assert_eq!(head.mark, Mark { epoch: 2, commit: 8 });
+        assert_eq!((head.floor, head.bans, head.next_out, head.changes), (20, 3, 7, 6));
+        let keys: Vec<&str> = pieces[0].changes.iter().map(|change| change.key.as_str()).collect();
+        assert_eq!(keys, ["ban.10.0.0.0", "offender.10.0.0.0", "out.5", "ban.10.0.0.1", "offender.10.0.0.1", "out.6"]);
+    }
+
+    #[test]
+    fn of_a_large_commit_only_the_last_piece_moves_the_floor_and_no_target_is_torn() {
+        let (commit, told) = bans(1000);
+        let (last, next) = heads();
+        let mut banned = BTreeSet::new();
+        let pieces = seal(&commit, &told, Vec::new(), (&last, next), &mut banned);
+        assert_eq!(pieces.len(), 4);
+        let (mut counted, mut outs) = (0, 5);
+        for (i, piece) in pieces.iter().enumerate() {
+            assert!(piece.changes.len() < ENTRIES_MAX);
+            assert_eq!(piece.changes.len() % 3, 0, "record, history and event of a target stay together");
+            counted += piece.changes.len() as u64 / 3;
+            outs += piece.changes.len() as u64 / 3;
+            let head = &piece.head;
+            assert_eq!(head.floor, if i == 3 { 20 } else { 10 });
+            assert_eq!(head.mark, Mark { epoch: 2, commit: 8 + i as u64 });
+            assert_eq!((head.bans, head.next_out, head.changes), (counted, outs, piece.changes.len() as u64));
+        }
+        assert_eq!(banned.len(), 1000);
+    }
+
+    #[test]
+    fn lifted_bans_are_counted_out() {
+        let commit = Commit { records: BTreeMap::from([(target(1), None)]), ..Commit::default() };
+        let (last, next) = heads();
+        let mut banned = BTreeSet::from([target(1), target(2)]);
+        let pieces = seal(&commit, &[], Vec::new(), (&last, next), &mut banned);
+        assert_eq!(pieces[0].head.bans, 1);
+        assert_eq!(pieces[0].changes, [Change { key: "ban.10.0.0.1".into(), value: None }]);
+    }
+}

@@ -1,0 +1,234 @@
+//! What a detector knows of the bus, whether it decides or not: the state as it stands, and the log behind it.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use proto::ban::{BanChange, BanRecord, Lists};
+use proto::bus::nats::access::batches;
+use proto::bus::nats::follow::{Entry, Feed, Followed, Start};
+use proto::bus::nats::state::{StateEntry, follow_state, parse};
+use proto::bus::nats::{BusError, Connection, streams};
+use proto::head::{Coverage, Head};
+use proto::net::Target;
+use proto::shutdown::Shutdown;
+
+use super::{BACKLOG_BYTES_MAX, Ended, Logged};
+use crate::engine::stream::Position;
+use crate::engine::{EngineConfig, Snapshot};
+use crate::state::{decode_control, decode_offender};
+use crate::worker::Outlets;
+
+/// The state and the log, as followed.
+pub(crate) struct View {
+    pub(crate) connection: Connection,
+    pub(crate) outlets: Outlets,
+    pub(crate) state: Feed,
+    pub(crate) access: Feed,
+    /// The newest head, and the number of its message; 0 before the first.
+    pub(crate) head: Head,
+    pub(crate) head_at: u64,
+    /// Number of the newest message of the state.
+    seen: u64,
+    pub(crate) lists: Option<Lists>,
+    pub(crate) coverage: Coverage,
+    /// Targets that the state holds bans of.
+    pub(crate) banned: BTreeSet<Target>,
+    /// What is added to the log's numbers, and the last of them that is decided.
+    pub(crate) base: u64,
+    pub(crate) floor: u64,
+    /// Batches that are read and not handled.
+    pub(crate) backlog: VecDeque<Logged>,
+    backlog_bytes: usize,
+    /// Whether all that was in the log has been read.
+    pub(crate) caught_up: bool,
+    /// Changes that this host has not been told yet.
+    changes: Vec<BanChange>,
+}
+
+/// The state as read at the start.
+#[derive(Default)]
+struct Loading {
+    snapshot: Snapshot,
+    records: BTreeMap<Target, BanRecord>,
+    offenders: BTreeMap<Target, crate::engine::offender::Offender>,
+    head: Head,
+    head_at: u64,
+    seen: u64,
+    lists: Option<Lists>,
+    coverage: Coverage,
+}
+
+impl View {
+    /// Reads the state as it stands, and begins to follow it and the log, from where windows of `config` need it. `None`
+    /// when the shutdown begins before that is done.
+    pub(crate) async fn open(
+        connection: &Connection,
+        outlets: &Outlets,
+        config: &EngineConfig,
+        shutdown: &Shutdown,
+    ) -> Result<Option<(Self, Snapshot)>, Ended> {
+        let mut state = follow_state(connection).await?;
+        let mut loading = Loading::default();
+        loop {
+            let followed = tokio::select! {
+                followed = state.next() => followed?,
+                () = shutdown.draining() => return Ok(None),
+            };
+            match followed {
+                Followed::CaughtUp => break,
+                Followed::Entry(entry) => loading.take(connection, &entry)?,
+            }
+        }
+        let Loading { mut snapshot, records, offenders, head, head_at, seen, lists, coverage } = loading;
+        let banned = records.keys().copied().collect();
+        snapshot.bans = records.into_values().collect();
+        snapshot.offenders = offenders.into_iter().collect();
+        outlets.lists.send_replace(Arc::new(lists.clone().unwrap_or_default()));
+        outlets.interest.send_replace(Arc::new(coverage.interest.clone()));
+        outlets.bans.replace(snapshot.bans.iter().cloned());
+
+        let log = streams::info(connection, &connection.subjects().access_stream()).await?;
+        let is_known = head.access_created.is_empty() || head.access_created == log.created;
+        let (base, floor) =
+            if is_known { (head.access_base, head.floor) } else { (head.access_base + head.floor + 1, 0) };
+        if !is_known {
+            tracing::error!("Stream of access batches was made anew, what it held and was not decided is lost");
+        }
+        let since = head.floor_arrival().saturating_sub(config.horizon());
+        let start = if floor == 0 { Start::Sequence(1) } else { Start::Time(since, floor + 1) };
+        let access = batches(connection, start).await?;
+        let view = Self {
+            connection: connection.clone(),
+            outlets: outlets.clone(),
+            state,
+            access,
+            head,
+            head_at,
+            seen,
+            lists,
+            coverage,
+            banned,
+            base,
+            floor,
+            backlog: VecDeque::new(),
+            backlog_bytes: 0,
+            caught_up: false,
+            changes: Vec::new(),
+        };
+        Ok(Some((view, snapshot)))
+    }
+
+    /// Up to here everything is decided.
+    pub(crate) fn floor_position(&self) -> Position {
+        Position::after_batch(self.base + self.floor)
+    }
+
+    /// Whether all messages of the newest commit have been seen.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.seen >= self.head_at + self.head.changes
+    }
+
+    /// Takes what the state's feed brought: hands it on to this host, and returns what an engine may want to know.
+    pub(crate) fn take_state(&mut self, followed: Result<Followed, BusError>) -> Result<Option<StateEntry>, Ended> {
+        let Followed::Entry(entry) = followed? else {
+            self.tell();
+            return Ok(None);
+        };
+        self.seen = entry.sequence;
+        let parsed = read(&self.connection, &entry)?;
+        match &parsed {
+            Some(StateEntry::Head(head)) => {
+                // The last of a commit may never come on its own: it may have been replaced already.
+                self.tell();
+                (self.head, self.head_at) = (head.clone(), entry.sequence);
+                if head.access_created == self.access.created() {
+                    self.floor = head.floor;
+                }
+            }
+            Some(StateEntry::Ban(change)) => {
+                match change {
+                    BanChange::Put(record) => drop(self.banned.insert(record.target)),
+                    BanChange::Delete(target) => drop(self.banned.remove(target)),
+                }
+                self.changes.push(change.clone());
+            }
+            Some(StateEntry::Lists(lists)) => {
+                self.outlets.lists.send_replace(Arc::new(lists.clone()));
+                self.lists = Some(lists.clone());
+            }
+            Some(StateEntry::Coverage(coverage)) => {
+                self.outlets.interest.send_replace(Arc::new(coverage.interest.clone()));
+                self.coverage = coverage.clone();
+            }
+            Some(StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(..)) | None => {}
+        }
+        if entry.ends_batch {
+            self.tell();
+        }
+        Ok(parsed)
+    }
+
+    /// Tells this host of the changes so far.
+    pub(crate) fn tell(&mut self) {
+        if !self.changes.is_empty() {
+            self.outlets.bans.publish(self.changes.drain(..), None);
+        }
+    }
+
+    /// Takes what the log's feed brought.
+    pub(crate) fn take_access(&mut self, followed: Result<Followed, BusError>) -> Result<(), Ended> {
+        match followed? {
+            Followed::CaughtUp => self.caught_up = true,
+            Followed::Entry(entry) => {
+                let logged = Logged::from(entry);
+                self.backlog_bytes += logged.payload.len();
+                self.backlog.push_back(logged);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next batch to be handled.
+    pub(crate) fn pop(&mut self) -> Option<Logged> {
+        let logged = self.backlog.pop_front()?;
+        self.backlog_bytes -= logged.payload.len();
+        Some(logged)
+    }
+
+    /// Whether more batches may be read.
+    pub(crate) fn has_room(&self) -> bool {
+        self.backlog_bytes < BACKLOG_BYTES_MAX
+    }
+}
+
+fn read(connection: &Connection, entry: &Entry) -> Result<Option<StateEntry>, Ended> {
+    if !entry.batched {
+        tracing::error!(subject = entry.subject, "Somebody else writes into the ban bucket, it is left out");
+        return Ok(None);
+    }
+    parse(connection, entry).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+        Ended::Unreadable(format!("{error}{cause}"))
+    })
+}
+
+impl Loading {
+    fn take(&mut self, connection: &Connection, entry: &Entry) -> Result<(), Ended> {
+        self.seen = entry.sequence;
+        let unreadable = |error: crate::state::DecodeError| Ended::Unreadable(error.to_string());
+        match read(connection, entry)? {
+            Some(StateEntry::Head(head)) => (self.head, self.head_at) = (head, entry.sequence),
+            Some(StateEntry::Control(bytes)) => self.snapshot.control = decode_control(&bytes).map_err(unreadable)?,
+            Some(StateEntry::Lists(lists)) => self.lists = Some(lists),
+            Some(StateEntry::Coverage(coverage)) => self.coverage = coverage,
+            Some(StateEntry::Ban(BanChange::Put(record))) => drop(self.records.insert(record.target, record)),
+            Some(StateEntry::Ban(BanChange::Delete(target))) => drop(self.records.remove(&target)),
+            Some(StateEntry::Offender(target, Some(bytes))) => {
+                self.offenders.insert(target, decode_offender(&bytes).map_err(unreadable)?);
+            }
+            Some(StateEntry::Offender(target, None)) => drop(self.offenders.remove(&target)),
+            Some(StateEntry::Out(..)) | None => {}
+        }
+        Ok(())
+    }
+}
