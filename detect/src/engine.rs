@@ -90,7 +90,7 @@ impl EngineConfig {
         let mut headers: Vec<String> = self.rules.iter().flat_map(|rule| rule.matcher.interest_headers()).collect();
         headers.sort_unstable();
         headers.dedup();
-        Interest { headers }
+        Interest { headers, ..Interest::default() }
     }
 }
 

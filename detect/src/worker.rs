@@ -275,7 +275,7 @@ impl Worker {
         let mut headers: Vec<String> = known.headers.iter().chain(&wanted.headers).cloned().collect();
         headers.sort_unstable();
         headers.dedup();
-        self.outlets.interest.send_replace(Arc::new(Interest { headers }));
+        self.outlets.interest.send_replace(Arc::new(Interest { headers, ..Interest::default() }));
         self.reload = Some((config, RELOAD_TICKS));
     }
 

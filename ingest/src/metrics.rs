@@ -30,6 +30,7 @@ pub struct Metrics {
     events: Family<SourceLabel, Counter>,
     unparsed: Family<SourceLabel, Counter>,
     oversized: Family<SourceLabel, Counter>,
+    withheld: Family<SourceLabel, Counter>,
     bytes: Family<SourceLabel, Counter>,
     lost_bytes: Family<SourceLabel, Counter>,
     no_client: Family<ReasonLabel, Counter>,
@@ -48,6 +49,8 @@ impl Metrics {
         registry.register("events", "Lines that were accesses", metrics.events.clone());
         registry.register("unparsed", "Lines that were no accesses", metrics.unparsed.clone());
         registry.register("oversized", "Lines skipped for their length", metrics.oversized.clone());
+        let withheld = metrics.withheld.clone();
+        registry.register("withheld_lines", "Accesses not sent, as no rule can match them", withheld);
         registry.register_with_unit("read", "Bytes of lines read", Unit::Bytes, metrics.bytes.clone());
         registry.register_with_unit("lost", "Bytes gone unread", Unit::Bytes, metrics.lost_bytes.clone());
         registry.register("no_client", "Events without a client, by reason", metrics.no_client.clone());
@@ -68,6 +71,7 @@ impl Metrics {
             events: self.events.get_or_create_owned(&label),
             unparsed: self.unparsed.get_or_create_owned(&label),
             oversized: self.oversized.get_or_create_owned(&label),
+            withheld: self.withheld.get_or_create_owned(&label),
             bytes: self.bytes.get_or_create_owned(&label),
             lost_bytes: self.lost_bytes.get_or_create_owned(&label),
             no_client: NO_CLIENT.map(no_client),
@@ -98,6 +102,7 @@ pub(crate) struct SourceMetrics {
     pub(crate) events: Counter,
     pub(crate) unparsed: Counter,
     pub(crate) oversized: Counter,
+    pub(crate) withheld: Counter,
     pub(crate) bytes: Counter,
     pub(crate) lost_bytes: Counter,
     /// In the order of [`NO_CLIENT`].

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use proto::bus::banned::Banned;
 use proto::bus::memory::Nodes;
 use proto::client_ip::ClientIpPolicy;
 use proto::event::{AccessBatch, Interest, Position, Positions};
@@ -38,6 +39,8 @@ pub struct Inputs {
     pub batches: mpsc::Sender<AccessBatch>,
     /// What the rules look at.
     pub interest: watch::Receiver<Arc<Interest>>,
+    /// Clients whose every line is sent.
+    pub banned: Banned,
     /// How clients are told from proxies; begins with the configuration's and changes on a reload.
     pub client_ip: watch::Receiver<Arc<ClientIpPolicy>>,
     /// The time.
@@ -58,6 +61,7 @@ pub(crate) struct Shared {
     pub(crate) shutdown: Shutdown,
     /// One permit for each file that may still be opened, over all sources.
     pub(crate) open_files: Arc<Semaphore>,
+    pub(crate) banned: Banned,
     silent_after: Duration,
     status: Mutex<SourceStatus>,
 }
@@ -188,6 +192,7 @@ impl Shared {
             clock: inputs.clock.clone(),
             shutdown: inputs.shutdown.clone(),
             open_files,
+            banned: inputs.banned.clone(),
             silent_after,
             status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
         })

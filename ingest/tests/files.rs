@@ -16,6 +16,7 @@ use ingest::error::IngestError;
 use ingest::metrics::Metrics;
 use ingest::pipeline::{self, Inputs};
 use prometheus_client::registry::Registry;
+use proto::bus::banned::Banned;
 use proto::bus::memory::Nodes;
 use proto::event::{AccessBatch, FileSpan, Position, Positions};
 use proto::report::{NodeReport, Severity};
@@ -68,6 +69,7 @@ fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Ro
         positions: positions.clone(),
         batches: sender,
         interest: watch::Sender::new(Arc::default()).subscribe(),
+        banned: Banned::new(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         clock: Clock::system(),
         nodes: nodes.clone(),

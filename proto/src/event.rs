@@ -1,10 +1,17 @@
 //! One access, as detection sees it, and the batch in which accesses travel.
 //!
 //! A batch is one arena of text plus fixed-size records that point into it, so that no field is allocated on its own
-//! and a batch can be written to the wire as it stands. Ingest pushes, detect reads [`Event`] views.
+//! and a batch is cheap to keep and to hand on. Ingest pushes, detect reads [`Event`] views; [`crate::wire`] is how a
+//! batch travels between processes.
+
+mod batch;
+mod interest;
 
 use std::net::IpAddr;
-use std::sync::Arc;
+
+pub use batch::{AccessBatch, EVENTS_MAX, HEADERS_MAX, LineCounts, TEXT_BYTES_MAX};
+pub(crate) use batch::{Record, Span};
+pub use interest::{Interest, StatusSet};
 
 use crate::client_ip::{Client, NoClient};
 use crate::time::Timestamp;
@@ -76,7 +83,7 @@ impl Default for Text<'_> {
 }
 
 /// Number of fields in [`Text`].
-const TEXT_FIELDS: usize = 10;
+pub(crate) const TEXT_FIELDS: usize = 10;
 
 impl<'a> Text<'a> {
     fn as_array(&self) -> [&'a str; TEXT_FIELDS] {
@@ -152,13 +159,6 @@ impl Default for Event<'_> {
     }
 }
 
-/// What the rules in force look at, so that ingest copies nothing that nobody reads.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Interest {
-    /// Names of request headers, lower case, sorted.
-    pub headers: Vec<String>,
-}
-
 /// The stretch of one generation of a file that a batch covers, lines that were no accesses included.
 ///
 /// Consecutive batches of one generation join without a gap, which is how a line counts once however often it is sent.
@@ -182,157 +182,4 @@ pub struct Position {
     pub offset: u64,
     /// Whether windows are rebuilt from here, so that it is worth saying when the file is gone.
     pub needed: bool,
-}
-
-/// Lines of a batch that led to no event, and those cut.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LineCounts {
-    /// All lines covered.
-    pub lines: u64,
-    /// Lines that are no access entries.
-    pub unparsed: u64,
-    /// Lines longer than the limit.
-    pub oversized: u64,
-}
-
-/// Accesses of one source in log order.
-#[derive(Clone, Debug)]
-pub struct AccessBatch {
-    /// Node that read the lines.
-    pub node: Arc<str>,
-    /// Source that read the lines.
-    pub source: Arc<str>,
-    /// Covered stretch; `None` for sources without offsets.
-    pub span: Option<FileSpan>,
-    /// What was read.
-    pub counts: LineCounts,
-    /// When the newest line was read from its source; the start of the way to the kernel, for latency metrics.
-    pub read_at: Timestamp,
-    text: String,
-    records: Vec<Record>,
-    headers: Vec<(Span, Span)>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Span {
-    start: u32,
-    len: u32,
-}
-
-impl Span {
-    fn of(self, text: &str) -> &str {
-        text.get(self.start as usize..(self.start + self.len) as usize).unwrap_or(ABSENT)
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Record {
-    time: Option<Timestamp>,
-    client: Result<Client, NoClient>,
-    peer: Option<IpAddr>,
-    status: u16,
-    origin_status: u16,
-    text: [Span; TEXT_FIELDS],
-    headers: Span,
-    offset: u64,
-}
-
-impl AccessBatch {
-    /// An empty batch. [`ABSENT`] values share the first byte of the arena.
-    pub fn new(node: Arc<str>, source: Arc<str>, read_at: Timestamp) -> Self {
-        let counts = LineCounts::default();
-        let text = ABSENT.to_owned();
-        Self { node, source, span: None, counts, read_at, text, records: Vec::new(), headers: Vec::new() }
-    }
-
-    /// Appends a copy of `event`. Its headers are all kept: the caller selects them.
-    pub fn push(&mut self, event: &Event<'_>) {
-        let first_header = self.headers.len();
-        for (name, value) in event.headers.iter() {
-            let pair = (self.intern(name), self.intern(value));
-            self.headers.push(pair);
-        }
-        let record = Record {
-            time: event.time,
-            client: event.client,
-            peer: event.peer,
-            status: event.status,
-            origin_status: event.origin_status,
-            text: event.text.as_array().map(|field| self.intern(field)),
-            headers: Span { start: first_header as u32, len: (self.headers.len() - first_header) as u32 },
-            offset: event.offset,
-        };
-        self.records.push(record);
-    }
-
-    fn intern(&mut self, field: &str) -> Span {
-        if field == ABSENT {
-            return Span { start: 0, len: 1 };
-        }
-        let start = self.text.len() as u32;
-        self.text.push_str(field);
-        Span { start, len: field.len() as u32 }
-    }
-
-    /// Number of events.
-    pub fn len(&self) -> usize {
-        self.records.len()
-    }
-
-    /// Whether there are no events (the batch may cover unparsed lines all the same).
-    pub fn is_empty(&self) -> bool {
-        self.records.is_empty()
-    }
-
-    /// Bytes of text held: what a batch is cut by. An arena never grows past 4 GiB, as lines and batches are bounded.
-    pub fn text_bytes(&self) -> usize {
-        self.text.len()
-    }
-
-    /// The newest resolved client, and its TCP peer.
-    pub fn last_client(&self) -> Option<(Client, Option<IpAddr>)> {
-        self.records.iter().rev().find_map(|record| record.client.ok().map(|client| (client, record.peer)))
-    }
-
-    /// The events in log order.
-    pub fn events(&self) -> impl Iterator<Item = Event<'_>> {
-        self.records.iter().map(|record| {
-            let start = record.headers.start as usize;
-            let spans = self.headers.get(start..start + record.headers.len as usize).unwrap_or(&[]);
-            Event {
-                time: record.time,
-                client: record.client,
-                peer: record.peer,
-                status: record.status,
-                origin_status: record.origin_status,
-                text: Text::from_array(record.text.map(|span| span.of(&self.text))),
-                headers: Headers(HeaderSource::Arena { text: &self.text, spans }),
-                offset: record.offset,
-            }
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_batch_gives_back_what_was_pushed() {
-        let pairs = [("X-A", "1"), ("X-B", "zwei")];
-        let text = Text { path: "/ü", query: "a=b", host: "example.com", ..Text::default() };
-        let first = Event { status: 404, text, headers: Headers::from_pairs(&pairs), offset: 7, ..Event::default() };
-        let second = Event { text: Text { method: "GET", ..Text::default() }, ..Event::default() };
-        let mut batch = AccessBatch::new("n".into(), "s".into(), Timestamp::EPOCH);
-        batch.push(&first);
-        batch.push(&second);
-
-        let events: Vec<_> = batch.events().collect();
-        assert_eq!(events.len(), 2);
-        assert_eq!((events[0].text.path, events[0].text.query, events[0].text.method), ("/ü", "a=b", ABSENT));
-        assert_eq!((events[0].status, events[0].offset), (404, 7));
-        assert_eq!(events[0].headers.get("x-b"), Some("zwei"));
-        assert_eq!(events[1].headers.iter().count(), 0);
-        assert_eq!(events[1].text.method, "GET");
-    }
 }

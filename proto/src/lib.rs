@@ -15,3 +15,4 @@ pub mod settings;
 pub mod shutdown;
 pub mod subject;
 pub mod time;
+pub mod wire;
