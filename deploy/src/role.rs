@@ -139,6 +139,7 @@ pub async fn run(process: Process) -> anyhow::Result<()> {
         banned: Banned::new(),
         client_ip: client_ip_in,
         clock: clock.clone(),
+        uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest_metrics,
         shutdown: shutdown.clone(),

@@ -38,6 +38,18 @@ pub struct Metrics {
     files: Family<SourceLabel, Gauge>,
     /// Batches that wait for detect.
     pub(crate) queued_batches: Gauge,
+    pub(crate) uplink: UplinkMetrics,
+}
+
+/// What is sent to the bus.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct UplinkMetrics {
+    pub(crate) batches: Counter,
+    pub(crate) events: Counter,
+    pub(crate) bytes: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) cut_events: Counter,
+    pub(crate) in_flight: Gauge,
 }
 
 impl Metrics {
@@ -57,6 +69,7 @@ impl Metrics {
         registry.register_with_unit("behind", "Bytes that wait to be read", Unit::Bytes, metrics.behind_bytes.clone());
         registry.register("files", "Files followed", metrics.files.clone());
         registry.register("queued_batches", "Batches that wait for detect", metrics.queued_batches.clone());
+        metrics.uplink.register(registry);
         metrics
     }
 
@@ -79,6 +92,17 @@ impl Metrics {
             files: self.files.get_or_create_owned(&label),
             queued_batches: self.queued_batches.clone(),
         }
+    }
+}
+
+impl UplinkMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register("published_batches", "Batches that the bus keeps", self.batches.clone());
+        registry.register("published_events", "Events of these batches", self.events.clone());
+        registry.register_with_unit("published", "Their size", Unit::Bytes, self.bytes.clone());
+        registry.register("publish_retries", "Batches that were not acknowledged and sent again", self.retries.clone());
+        registry.register("cut_events", "Events too large for the bus, their texts cut", self.cut_events.clone());
+        registry.register("in_flight_batches", "Batches not acknowledged yet", self.in_flight.clone());
     }
 }
 

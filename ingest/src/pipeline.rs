@@ -20,6 +20,7 @@ use crate::error::IngestError;
 use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
+use crate::uplink;
 
 /// How often the role says how it is.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -45,6 +46,8 @@ pub struct Inputs {
     pub client_ip: watch::Receiver<Arc<ClientIpPolicy>>,
     /// The time.
     pub clock: Clock,
+    /// What the uplink has to say, where there is one.
+    pub uplink: uplink::Status,
     /// Takes the role's reports.
     pub nodes: Nodes,
     /// Registered figures.
@@ -116,6 +119,8 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
         let source_name = source_name.map(|(_, shared)| shared.source.to_string()).unwrap_or_default();
         let result = match joined {
             Ok((_, Ok(()) | Err(Stopped::Forced))) => Ok(()),
+            // At the end the uplink may give up first; what it did not take is read again.
+            Ok((_, Err(Stopped::ReceiverGone))) if shutdown.is_draining() => Ok(()),
             Ok((_, Err(Stopped::ReceiverGone))) => Err(IngestError::ReceiverGone { source_name }),
             Err(cause) => Err(IngestError::Panicked { source_name, cause }),
         };
@@ -157,19 +162,22 @@ struct Reporter {
     node: Arc<str>,
     nodes: Nodes,
     clock: Clock,
+    uplink: uplink::Status,
     started_at: Timestamp,
 }
 
 impl Reporter {
     fn new(inputs: &Inputs) -> Self {
         let started_at = inputs.clock.now();
-        Self { node: inputs.node.clone(), nodes: inputs.nodes.clone(), clock: inputs.clock.clone(), started_at }
+        let (node, nodes, clock) = (inputs.node.clone(), inputs.nodes.clone(), inputs.clock.clone());
+        Self { node, nodes, clock, uplink: inputs.uplink.clone(), started_at }
     }
 
     fn report(&self, running: &[(Id, Arc<Shared>)]) {
         let now = self.clock.now();
         let mut report = NodeReport::new(&self.node, Role::Ingest, self.started_at);
         report.at = now;
+        report.problems.extend(self.uplink.problems());
         for (_, shared) in running {
             let status = shared.status();
             report.sources.push(status.report.clone());

@@ -361,7 +361,7 @@ impl FileSource {
         }
         if self.missing > 0 {
             problems.push(Problem::warning(format!(
-                "windows of source {name} could not be rebuilt: {} log files are gone since the last run",
+                "windows of source {name} could not be rebuilt and lines may be lost: {} log files are gone since the last run",
                 self.missing
             )));
         }
