@@ -12,6 +12,7 @@ use detect::api::{Backing, Socket};
 use detect::resolve::Names;
 use detect::worker::{Outlets, Parts, REQUESTS_MAX, Request, Worker};
 use prometheus_client::registry::Registry;
+use proto::bus::banned::Banned;
 use proto::bus::memory::{Bus, Nodes};
 use proto::client_ip::ClientIpPolicy;
 use proto::report::Role;
@@ -134,8 +135,11 @@ pub async fn run(process: Process) -> anyhow::Result<()> {
         positions,
         batches: bus.batches,
         interest: bus.interest.subscribe(),
+        // Nothing is withheld on one host.
+        banned: Banned::new(),
         client_ip: client_ip_in,
         clock: clock.clone(),
+        uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest_metrics,
         shutdown: shutdown.clone(),

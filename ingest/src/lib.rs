@@ -4,6 +4,8 @@
 //! ([`source`]), parses their lines ([`parse`]), and hands batches to detection, each with the stretch of file that it
 //! covers, so that every line counts exactly once. [`replay`] reads finished files instead, in order of event time.
 //!
+//! On a cluster [`uplink::run`] stands between: it sends the batches and keeps how far they are delivered.
+//!
 //! It decides nothing: which requests are bad is for the rules in `detect`, and a line that is no access entry is counted
 //! and shown, never fatal. Everything it holds is bounded: lines, pieces, batches and the queue. A full queue stops
 //! the reading of files, which loses nothing.
@@ -18,3 +20,4 @@ pub mod parse;
 pub mod pipeline;
 pub mod replay;
 pub mod source;
+pub mod uplink;

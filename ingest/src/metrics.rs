@@ -30,6 +30,7 @@ pub struct Metrics {
     events: Family<SourceLabel, Counter>,
     unparsed: Family<SourceLabel, Counter>,
     oversized: Family<SourceLabel, Counter>,
+    withheld: Family<SourceLabel, Counter>,
     bytes: Family<SourceLabel, Counter>,
     lost_bytes: Family<SourceLabel, Counter>,
     no_client: Family<ReasonLabel, Counter>,
@@ -37,6 +38,18 @@ pub struct Metrics {
     files: Family<SourceLabel, Gauge>,
     /// Batches that wait for detect.
     pub(crate) queued_batches: Gauge,
+    pub(crate) uplink: UplinkMetrics,
+}
+
+/// What is sent to the bus.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct UplinkMetrics {
+    pub(crate) batches: Counter,
+    pub(crate) events: Counter,
+    pub(crate) bytes: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) cut_events: Counter,
+    pub(crate) in_flight: Gauge,
 }
 
 impl Metrics {
@@ -48,12 +61,15 @@ impl Metrics {
         registry.register("events", "Lines that were accesses", metrics.events.clone());
         registry.register("unparsed", "Lines that were no accesses", metrics.unparsed.clone());
         registry.register("oversized", "Lines skipped for their length", metrics.oversized.clone());
+        let withheld = metrics.withheld.clone();
+        registry.register("withheld_lines", "Accesses not sent, as no rule can match them", withheld);
         registry.register_with_unit("read", "Bytes of lines read", Unit::Bytes, metrics.bytes.clone());
         registry.register_with_unit("lost", "Bytes gone unread", Unit::Bytes, metrics.lost_bytes.clone());
         registry.register("no_client", "Events without a client, by reason", metrics.no_client.clone());
         registry.register_with_unit("behind", "Bytes that wait to be read", Unit::Bytes, metrics.behind_bytes.clone());
         registry.register("files", "Files followed", metrics.files.clone());
         registry.register("queued_batches", "Batches that wait for detect", metrics.queued_batches.clone());
+        metrics.uplink.register(registry);
         metrics
     }
 
@@ -68,6 +84,7 @@ impl Metrics {
             events: self.events.get_or_create_owned(&label),
             unparsed: self.unparsed.get_or_create_owned(&label),
             oversized: self.oversized.get_or_create_owned(&label),
+            withheld: self.withheld.get_or_create_owned(&label),
             bytes: self.bytes.get_or_create_owned(&label),
             lost_bytes: self.lost_bytes.get_or_create_owned(&label),
             no_client: NO_CLIENT.map(no_client),
@@ -75,6 +92,17 @@ impl Metrics {
             files: self.files.get_or_create_owned(&label),
             queued_batches: self.queued_batches.clone(),
         }
+    }
+}
+
+impl UplinkMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register("published_batches", "Batches that the bus keeps", self.batches.clone());
+        registry.register("published_events", "Events of these batches", self.events.clone());
+        registry.register_with_unit("published", "Their size", Unit::Bytes, self.bytes.clone());
+        registry.register("publish_retries", "Batches that were not acknowledged and sent again", self.retries.clone());
+        registry.register("cut_events", "Events too large for the bus, their texts cut", self.cut_events.clone());
+        registry.register("in_flight_batches", "Batches not acknowledged yet", self.in_flight.clone());
     }
 }
 
@@ -98,6 +126,7 @@ pub(crate) struct SourceMetrics {
     pub(crate) events: Counter,
     pub(crate) unparsed: Counter,
     pub(crate) oversized: Counter,
+    pub(crate) withheld: Counter,
     pub(crate) bytes: Counter,
     pub(crate) lost_bytes: Counter,
     /// In the order of [`NO_CLIENT`].

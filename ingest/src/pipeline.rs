@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use proto::bus::banned::Banned;
 use proto::bus::memory::Nodes;
 use proto::client_ip::ClientIpPolicy;
 use proto::event::{AccessBatch, Interest, Position, Positions};
@@ -19,6 +20,7 @@ use crate::error::IngestError;
 use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
+use crate::uplink;
 
 /// How often the role says how it is.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,10 +40,14 @@ pub struct Inputs {
     pub batches: mpsc::Sender<AccessBatch>,
     /// What the rules look at.
     pub interest: watch::Receiver<Arc<Interest>>,
+    /// Clients whose every line is sent.
+    pub banned: Banned,
     /// How clients are told from proxies; begins with the configuration's and changes on a reload.
     pub client_ip: watch::Receiver<Arc<ClientIpPolicy>>,
     /// The time.
     pub clock: Clock,
+    /// What the uplink has to say, where there is one.
+    pub uplink: uplink::Status,
     /// Takes the role's reports.
     pub nodes: Nodes,
     /// Registered figures.
@@ -58,6 +64,7 @@ pub(crate) struct Shared {
     pub(crate) shutdown: Shutdown,
     /// One permit for each file that may still be opened, over all sources.
     pub(crate) open_files: Arc<Semaphore>,
+    pub(crate) banned: Banned,
     silent_after: Duration,
     status: Mutex<SourceStatus>,
 }
@@ -112,6 +119,8 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
         let source_name = source_name.map(|(_, shared)| shared.source.to_string()).unwrap_or_default();
         let result = match joined {
             Ok((_, Ok(()) | Err(Stopped::Forced))) => Ok(()),
+            // At the end the uplink may give up first; what it did not take is read again.
+            Ok((_, Err(Stopped::ReceiverGone))) if shutdown.is_draining() => Ok(()),
             Ok((_, Err(Stopped::ReceiverGone))) => Err(IngestError::ReceiverGone { source_name }),
             Err(cause) => Err(IngestError::Panicked { source_name, cause }),
         };
@@ -153,19 +162,22 @@ struct Reporter {
     node: Arc<str>,
     nodes: Nodes,
     clock: Clock,
+    uplink: uplink::Status,
     started_at: Timestamp,
 }
 
 impl Reporter {
     fn new(inputs: &Inputs) -> Self {
         let started_at = inputs.clock.now();
-        Self { node: inputs.node.clone(), nodes: inputs.nodes.clone(), clock: inputs.clock.clone(), started_at }
+        let (node, nodes, clock) = (inputs.node.clone(), inputs.nodes.clone(), inputs.clock.clone());
+        Self { node, nodes, clock, uplink: inputs.uplink.clone(), started_at }
     }
 
     fn report(&self, running: &[(Id, Arc<Shared>)]) {
         let now = self.clock.now();
         let mut report = NodeReport::new(&self.node, Role::Ingest, self.started_at);
         report.at = now;
+        report.problems.extend(self.uplink.problems());
         for (_, shared) in running {
             let status = shared.status();
             report.sources.push(status.report.clone());
@@ -188,6 +200,7 @@ impl Shared {
             clock: inputs.clock.clone(),
             shutdown: inputs.shutdown.clone(),
             open_files,
+            banned: inputs.banned.clone(),
             silent_after,
             status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
         })

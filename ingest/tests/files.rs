@@ -16,8 +16,9 @@ use ingest::error::IngestError;
 use ingest::metrics::Metrics;
 use ingest::pipeline::{self, Inputs};
 use prometheus_client::registry::Registry;
+use proto::bus::banned::Banned;
 use proto::bus::memory::Nodes;
-use proto::event::{AccessBatch, FileSpan, Position, Positions};
+use proto::event::{AccessBatch, FileSpan, Interest, Position, Positions, StatusSet};
 use proto::report::{NodeReport, Severity};
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
@@ -38,6 +39,10 @@ struct Role {
     numbers: Vec<u64>,
     counts: Counts,
     spans: BTreeMap<u64, Vec<FileSpan>>,
+    interest: watch::Sender<Arc<Interest>>,
+    banned: Banned,
+    /// Of the newest batch.
+    filter: u64,
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -45,6 +50,7 @@ struct Counts {
     lines: u64,
     unparsed: u64,
     oversized: u64,
+    withheld: u64,
 }
 
 fn start(include: &Path, positions: &Positions, change: impl FnOnce(&mut FileConfig)) -> Role {
@@ -62,21 +68,24 @@ fn start_with_queue(include: &Path, positions: &Positions, queue: usize, change:
 fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Role {
     let (sender, batches) = mpsc::channel(queue);
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
+    let (interest, banned) = (watch::Sender::default(), Banned::new());
     let mut registry = Registry::with_prefix("portcullis");
     let inputs = Inputs {
         node: "edge-1".into(),
         positions: positions.clone(),
         batches: sender,
-        interest: watch::Sender::new(Arc::default()).subscribe(),
+        interest: interest.subscribe(),
+        banned: banned.clone(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         clock: Clock::system(),
+        uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),
         metrics: Metrics::register(&mut registry),
         shutdown: shutdown.clone(),
     };
     let task = tokio::spawn(pipeline::run(config, inputs));
-    let (numbers, counts, spans) = Default::default();
-    Role { batches, shutdown, nodes, task, registry, numbers, counts, spans }
+    let (numbers, counts, spans, filter) = Default::default();
+    Role { batches, shutdown, nodes, task, registry, numbers, counts, spans, interest, banned, filter }
 }
 
 impl Role {
@@ -91,6 +100,8 @@ impl Role {
         self.counts.lines += batch.counts.lines;
         self.counts.unparsed += batch.counts.unparsed;
         self.counts.oversized += batch.counts.oversized;
+        self.counts.withheld += batch.counts.withheld;
+        self.filter = batch.filter;
         let spans = self.spans.entry(span.generation).or_default();
         if let Some(last) = spans.last() {
             assert_eq!(last.end, span.start, "spans of a generation join");
@@ -357,7 +368,7 @@ async fn long_lines_are_skipped_and_other_lines_counted_and_shown() {
     append(&path, 2..3);
     let mut role = start(&path, &Positions::new(), |file| file.line_bytes_max = 512);
     role.receive_lines(8).await;
-    assert_eq!(role.counts, Counts { lines: 8, unparsed: 1, oversized: 2 });
+    assert_eq!(role.counts, Counts { lines: 8, unparsed: 1, oversized: 2, withheld: 0 });
     let report = role.report(|report| report.sources[0].lines == 8).await;
     let source = &report.sources[0];
     assert_eq!((source.events, source.unparsed, source.oversized), (3, 1, 2));
@@ -432,7 +443,7 @@ async fn a_few_lines_behind_an_open_piece_come_soon_and_a_stop_before_loses_none
     file.write_all(cri("stderr", "F", &line(3)).as_bytes()).unwrap();
     let mut role = start(&path, &positions, |file| file.poll_interval = Duration::from_secs(3600));
     role.receive_until(|role| role.counts.lines >= 5).await;
-    assert_eq!(role.counts, Counts { lines: 5, unparsed: 1, oversized: 0 });
+    assert_eq!(role.counts, Counts { lines: 5, unparsed: 1, oversized: 0, withheld: 0 });
     numbers.extend(role.stop().await.0);
     expect(numbers, 0..4);
 }
@@ -556,4 +567,39 @@ async fn a_silent_source_is_reported() {
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert!(report.problems[0].text.contains("silent"), "{:?}", report.problems);
     role.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_that_no_rule_can_match_are_withheld_unless_their_client_is_banned() {
+    let (_directory, path) = log();
+    append(&path, 0..2);
+    let mut role = start(&path, &Positions::new(), |_| {});
+    role.receive_lines(2).await;
+    assert_eq!(role.filter, 0);
+    let statuses = Some(StatusSet::new([(401, 404)]));
+    role.interest.send_replace(Arc::new(Interest { version: 7, statuses, ..Interest::default() }));
+    role.banned.put("192.0.2.1".parse().unwrap());
+    // It takes effect with one of the next batches, and then with all of them.
+    let mut number = 2;
+    while role.filter == 0 {
+        append(&path, number..number + 1);
+        number += 1;
+        role.receive_lines(number).await;
+    }
+    assert_eq!(role.filter, 7);
+    let visitor = |number: u64, status: u16| {
+        line(number).replace("192.0.2.1:", "192.0.2.2:").replace(":404,", &format!(":{status},"))
+    };
+    let mut text = line(number).replace(":404,", ":200,");
+    text.extend([visitor(number + 1, 404), visitor(number + 2, 200), visitor(number + 3, 405)]);
+    OpenOptions::new().append(true).open(&path).unwrap().write_all(text.as_bytes()).unwrap();
+    role.receive_lines(number + 4).await;
+    assert_eq!(role.counts.withheld, 2);
+    let report = role.report(|report| report.sources[0].lines == number + 4).await;
+    assert_eq!((report.sources[0].events, report.sources[0].withheld), (number + 4, 2));
+    assert_eq!(report.sources[0].sample_client.as_deref(), Some("192.0.2.2"));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &role.registry).unwrap();
+    assert!(text.contains("portcullis_ingest_withheld_lines_total{source=\"traefik\"} 2"), "{text}");
+    expect(role.stop().await.0, 0..number + 2);
 }

@@ -1,5 +1,6 @@
 //! What connects the roles. In one process these are bounded in-process channels and shared maps ([`memory`]); between
-//! hosts a NATS bus ([`nats`]) keeps the same maps in step.
+//! hosts a NATS bus ([`nats`]) keeps the same maps in step. Who sends access batches to it does so through [`publish`],
+//! and learns from [`banned`] whose lines are always wanted.
 
 pub mod banned;
 pub mod config;

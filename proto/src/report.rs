@@ -84,6 +84,8 @@ pub struct SourceReport {
     pub unparsed_sample: Option<String>,
     /// Lines longer than the limit, skipped.
     pub oversized: u64,
+    /// Events that were not sent to detect, because no rule can match them.
+    pub withheld: u64,
     /// The newest client that was resolved, and its peer where that is another: shows that proxies are configured right.
     pub sample_client: Option<String>,
     /// Events without a client, by reason.

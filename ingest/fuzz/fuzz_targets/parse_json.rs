@@ -13,7 +13,7 @@ use proto::net::{NamedSet, NetSet};
 fuzz_target!(|line: &[u8]| {
     let trusted_proxies = NetSet::new(NamedSet::Private.nets());
     let policy = Arc::new(ClientIpPolicy { trusted_proxies, ..ClientIpPolicy::default() });
-    let interest = Arc::new(Interest { headers: vec!["referer".to_owned()] });
+    let interest = Arc::new(Interest { headers: vec!["referer".to_owned()], ..Interest::default() });
     let mut parser = Parser::new(Format::Json, 1 << 16, policy.clone(), interest);
     let first = parser.with_event(line, 0, |event| {
         assert!(event.status <= 999 && event.origin_status <= 999);

@@ -11,7 +11,8 @@ const JSON: &str = include_str!("../../testdata/traefik.json.log");
 const CLF: &str = include_str!("../../testdata/traefik.clf.log");
 
 fn parser(interest: &[&str]) -> Parser {
-    let interest = Interest { headers: interest.iter().map(ToString::to_string).collect() };
+    let headers = interest.iter().map(ToString::to_string).collect();
+    let interest = Interest { headers, ..Interest::default() };
     Parser::new(Format::Auto, 4096, policy(), Arc::new(interest))
 }
 

@@ -9,7 +9,8 @@ use tempfile::TempDir;
 use super::*;
 
 fn settings(horizon: Duration) -> ReplaySettings {
-    let (client_ip, interest) = (Arc::default(), Arc::new(Interest { headers: vec!["referer".to_owned()] }));
+    let (client_ip, interest) =
+        (Arc::default(), Arc::new(Interest { headers: vec!["referer".to_owned()], ..Interest::default() }));
     ReplaySettings { format: Format::Auto, line_bytes_max: 512, horizon, client_ip, interest }
 }
 

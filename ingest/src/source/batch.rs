@@ -1,12 +1,16 @@
 //! From lines to batches: one lane a file, cut so that a batch is small, covers one stretch, and does not end between the
 //! pieces of a line. So a batch also ends where a line in pieces begins, and no line waits for pieces of another for
 //! longer than [`PIECES_WAIT_MAX`] or a full batch: then they are given up.
+//!
+//! Accesses that no rule can match are left out, unless their client is banned: what it still reaches is a leak. A batch is
+//! filtered by one version of what the rules look at, from its first line to its last.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::client_ip::{ClientIpPolicy, NoClient};
+use proto::client_ip::{Client, ClientIpPolicy, NoClient};
 use proto::event::{AccessBatch, FileSpan, Interest, LineCounts};
 use proto::report::Problem;
 use proto::time::Timestamp;
@@ -45,15 +49,23 @@ pub(crate) struct Batcher {
     metrics: SourceMetrics,
     format: Format,
     line_bytes_max: usize,
-    policy: Arc<ClientIpPolicy>,
-    interest: Arc<Interest>,
+    rules: Arc<Rules>,
     lanes: BTreeMap<FileKey, Lane>,
     lost_bytes: u64,
+}
+
+/// What a batch is made under, from its first line to its last.
+#[derive(Debug, Default)]
+struct Rules {
+    policy: Arc<ClientIpPolicy>,
+    interest: Arc<Interest>,
 }
 
 struct Lane {
     parser: Parser,
     batch: Option<AccessBatch>,
+    /// Of the batch.
+    rules: Arc<Rules>,
     tally: Tally,
     /// Since when there have been pieces of a line without its end; the batch begins with the first of them.
     joining_since: Option<Timestamp>,
@@ -63,9 +75,14 @@ struct Lane {
 #[derive(Debug, Default)]
 struct Tally {
     events: u64,
+    /// The newest client that is known, and its peer.
+    client: Option<(Client, Option<IpAddr>)>,
     sample: Option<String>,
     no_client: [u64; NO_CLIENT.len()],
 }
+
+/// Whose request a line tells of, and its peer.
+type Origin = (Result<Client, NoClient>, Option<IpAddr>);
 
 impl Batcher {
     /// Batches for `batches`, cut from lines of at most `line_bytes_max` bytes in `format`.
@@ -76,40 +93,38 @@ impl Batcher {
         metrics: SourceMetrics,
         (format, line_bytes_max): (Format, usize),
     ) -> Self {
-        let (policy, interest) = Default::default();
-        let lanes = BTreeMap::new();
-        Self { shared, batches, handle, metrics, format, line_bytes_max, policy, interest, lanes, lost_bytes: 0 }
+        let (rules, lanes) = Default::default();
+        Self { shared, batches, handle, metrics, format, line_bytes_max, rules, lanes, lost_bytes: 0 }
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
         self.shared.clone()
     }
 
+    /// From now on batches begin under these rules. Those that have begun end under their own.
     pub(crate) fn set_rules(&mut self, policy: Arc<ClientIpPolicy>, interest: Arc<Interest>) {
-        for lane in self.lanes.values_mut() {
-            lane.parser.set_rules(policy.clone(), interest.clone());
-        }
-        (self.policy, self.interest) = (policy, interest);
+        self.rules = Arc::new(Rules { policy, interest });
     }
 
     /// Takes a line that was read at `now`.
     pub(crate) fn push(&mut self, piece: &Piece<'_>, now: Timestamp) -> Result<(), Stopped> {
-        let lane = self.lanes.entry(piece.file).or_insert_with(|| {
-            let (policy, interest) = (self.policy.clone(), self.interest.clone());
-            let parser = Parser::new(self.format, self.line_bytes_max, policy, interest);
-            Lane { parser, batch: None, tally: Tally::default(), joining_since: None }
-        });
-        if lane.must_cut(piece) {
+        if self.lanes.get(&piece.file).is_some_and(|lane| lane.must_cut(piece)) {
             self.cut(piece.file)?;
         }
-        let Some(lane) = self.lanes.get_mut(&piece.file) else { return Ok(()) };
-        let shared = self.shared.clone();
-        let new = || AccessBatch::new(shared.node.clone(), shared.source.clone(), now);
-        let batch = lane.batch.get_or_insert_with(&new);
+        let Self { lanes, shared, rules, .. } = self;
+        let new = || Lane::new(Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default()));
+        let lane = lanes.entry(piece.file).or_insert_with(new);
         let outcome = piece.frame.line.map(|line| {
-            let outcome = lane.parser.with_event(line, piece.frame.start, |event| {
-                batch.push(event);
-                event.client.err()
+            let (parser, batch, interest) = lane.begin(shared, rules, now);
+            let outcome = parser.with_event(line, piece.frame.start, |event| {
+                if interest.may_match(event.status)
+                    || event.client.is_ok_and(|client| shared.banned.contains(client.addr))
+                {
+                    batch.push(event);
+                } else {
+                    batch.counts.withheld += 1;
+                }
+                (event.client, event.peer)
             });
             (outcome, line)
         });
@@ -121,15 +136,14 @@ impl Batcher {
             self.send_batch(piece.file, 0)?;
         }
         let Some(lane) = self.lanes.get_mut(&piece.file) else { return Ok(()) };
-        let batch = lane.batch.get_or_insert_with(&new);
+        let is_unparsed = outcome.is_some_and(|(outcome, line)| lane.tally.note(outcome, line));
+        let (_, batch, _) = lane.begin(&self.shared, &self.rules, now);
         let start = batch.span.map_or(piece.frame.start, |span| span.start);
         batch.span = Some(FileSpan { generation: piece.generation, start, end: piece.frame.end });
         batch.read_at = now;
         batch.counts.lines += 1;
-        match outcome {
-            Some((outcome, line)) => lane.tally.note(outcome, line, &mut batch.counts),
-            None => batch.counts.oversized += 1,
-        }
+        batch.counts.unparsed += u64::from(is_unparsed);
+        batch.counts.oversized += u64::from(piece.frame.line.is_none());
         Ok(())
     }
 
@@ -156,14 +170,10 @@ impl Batcher {
         sent
     }
 
-    /// At the end: sends what is whole. Lines in pieces are read again at the next start.
-    pub(crate) fn finish(&mut self) {
+    /// Sends what is whole of every file. Lines in pieces wait; at the end they are left to the next start.
+    pub(crate) fn flush_all(&mut self) -> Result<(), Stopped> {
         let files: Vec<FileKey> = self.lanes.keys().copied().collect();
-        for file in files {
-            if self.flush(file).is_err() {
-                return;
-            }
-        }
+        files.into_iter().try_for_each(|file| self.flush(file))
     }
 
     /// Returns once nobody takes batches any more: a quiet source would not notice it by sending.
@@ -191,12 +201,13 @@ impl Batcher {
     }
 
     fn count(&self, batch: &AccessBatch, tally: Tally, format: &str) {
-        let LineCounts { lines, unparsed, oversized } = batch.counts;
+        let LineCounts { lines, unparsed, oversized, withheld } = batch.counts;
         let metrics = &self.metrics;
         metrics.lines.inc_by(lines);
         metrics.events.inc_by(tally.events);
         metrics.unparsed.inc_by(unparsed);
         metrics.oversized.inc_by(oversized);
+        metrics.withheld.inc_by(withheld);
         metrics.bytes.inc_by(batch.span.map_or(0, |span| span.end - span.start));
         let mut status = self.shared.status();
         let report = &mut status.report;
@@ -204,11 +215,12 @@ impl Batcher {
         report.events += tally.events;
         report.unparsed += unparsed;
         report.oversized += oversized;
+        report.withheld += withheld;
         report.last_line_at = Some(batch.read_at);
         if report.format != format {
             format.clone_into(&mut report.format);
         }
-        if let Some((client, peer)) = batch.last_client() {
+        if let Some((client, peer)) = tally.client {
             let via = peer.filter(|_| client.via_proxy).map_or_else(String::new, |peer| format!(" via {peer}"));
             report.sample_client = Some(format!("{}{via}", client.addr));
         }
@@ -264,6 +276,31 @@ impl Batcher {
 }
 
 impl Lane {
+    fn new(parser: Parser) -> Self {
+        let (batch, rules, tally, joining_since) = Default::default();
+        Self { parser, batch, rules, tally, joining_since }
+    }
+
+    /// The batch under way, and what its lines go through. One that begins now takes over the rules in force.
+    fn begin(
+        &mut self,
+        shared: &Shared,
+        rules: &Arc<Rules>,
+        now: Timestamp,
+    ) -> (&mut Parser, &mut AccessBatch, &Interest) {
+        let Self { parser, batch, rules: own, .. } = self;
+        let batch = batch.get_or_insert_with(|| {
+            if !Arc::ptr_eq(own, rules) {
+                parser.set_rules(rules.policy.clone(), rules.interest.clone());
+                *own = rules.clone();
+            }
+            let mut batch = AccessBatch::new(shared.node.clone(), shared.source.clone(), now);
+            batch.filter = rules.interest.version;
+            batch
+        });
+        (parser, batch, &own.interest)
+    }
+
     /// Whether the batch ends before the line. A full one also ends inside a line in pieces, which is then given up.
     fn must_cut(&self, piece: &Piece<'_>) -> bool {
         let Some(batch) = &self.batch else { return false };
@@ -278,22 +315,23 @@ impl Lane {
 }
 
 impl Tally {
-    fn note(&mut self, outcome: Outcome<Option<NoClient>>, line: &[u8], counts: &mut LineCounts) {
+    /// Returns whether the line is no access entry.
+    fn note(&mut self, outcome: Outcome<Origin>, line: &[u8]) -> bool {
         match outcome {
-            Outcome::Event(no_client) => {
+            Outcome::Event((client, peer)) => {
                 self.events += 1;
-                let index = no_client.and_then(|reason| NO_CLIENT.iter().position(|known| *known == reason));
-                if let Some(index) = index {
-                    self.no_client[index] += 1;
+                match client {
+                    Ok(client) => self.client = Some((client, peer)),
+                    Err(reason) => self.no_client[reason as usize] += 1,
                 }
             }
             Outcome::Unparsed(_) => {
-                counts.unparsed += 1;
                 // One of each batch is enough.
                 self.sample.get_or_insert_with(|| escape_sample(line));
             }
             Outcome::Blank | Outcome::Partial => {}
         }
+        matches!(outcome, Outcome::Unparsed(_))
     }
 }
 
@@ -312,7 +350,7 @@ mod tests {
         let parser = Parser::new(Format::Auto, 100, Arc::default(), Arc::default());
         let mut batch = AccessBatch::new("node".into(), "source".into(), modified);
         batch.span = Some(FileSpan { generation: 1, start: 10, end: 20 });
-        let lane = Lane { parser, batch: Some(batch), tally: Tally::default(), joining_since: None };
+        let lane = Lane { batch: Some(batch), ..Lane::new(parser) };
         let cuts = |generation, start| {
             lane.must_cut(&Piece { file, generation, frame: Frame { start, end: start + 5, line: Some(b"line") } })
         };

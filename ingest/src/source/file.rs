@@ -114,7 +114,8 @@ impl FileSource {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if self.shared.shutdown.is_draining() {
-                self.batcher.finish();
+                // Nobody is there to take it: it is read again.
+                let _left = self.batcher.flush_all();
                 return Ok(());
             }
             if self.scan_due {
@@ -132,7 +133,7 @@ impl FileSource {
             match handle.block_on(self.wait(&mut ticks, more, due)) {
                 Wake::Tick => self.tick()?,
                 Wake::Changed(changes) => self.note(changes),
-                Wake::Rules => self.update_rules(),
+                Wake::Rules => self.update_rules()?,
                 Wake::ReceiverGone => return Err(Stopped::ReceiverGone),
                 Wake::Ready => {}
             }
@@ -161,10 +162,11 @@ impl FileSource {
         self.dirty.extend(changes.files);
     }
 
-    fn update_rules(&mut self) {
+    fn update_rules(&mut self) -> Result<(), Stopped> {
         let policy = self.rules.client_ip.borrow_and_update().clone();
         let interest = self.rules.interest.borrow_and_update().clone();
         self.batcher.set_rules(policy, interest);
+        self.batcher.flush_all()
     }
 
     /// Everything is looked at again, and what is finished ends.
@@ -359,7 +361,7 @@ impl FileSource {
         }
         if self.missing > 0 {
             problems.push(Problem::warning(format!(
-                "windows of source {name} could not be rebuilt: {} log files are gone since the last run",
+                "windows of source {name} could not be rebuilt and lines may be lost: {} log files are gone since the last run",
                 self.missing
             )));
         }
