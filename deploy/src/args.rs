@@ -181,8 +181,17 @@ pub struct ReplayArgs {
 #[derive(Clone, Debug, Default, Args)]
 pub struct ClientArgs {
     /// Socket of the operator API [default: the configured one, else /run/portcullis/api.sock]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["url", "token_file", "ca_file"])]
     pub socket: Option<PathBuf>,
+    /// Operator API of another host, such as https://detect-1.example:9478 [env: PORTCULLIS_URL]
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// File with the token for --url; else the variable PORTCULLIS_TOKEN holds it
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Authorities (PEM) that the certificate of --url must come from [default: the system's]
+    #[arg(long, value_name = "FILE")]
+    pub ca_file: Option<PathBuf>,
     /// One JSON object a line
     #[arg(long)]
     pub json: bool,
@@ -350,6 +359,8 @@ mod tests {
             (&["allow", "--me", "192.0.2.1"], ArgumentConflict),
             (&["explain", "192.0.2.0/24"], ValueValidation),
             (&["replay"], MissingRequiredArgument),
+            (&["status", "--socket", "/x", "--url", "https://x"], ArgumentConflict),
+            (&["status", "--socket", "/x", "--token-file", "/t"], ArgumentConflict),
         ] {
             assert_eq!(parse(words).unwrap_err(), kind, "{words:?}");
         }

@@ -1,26 +1,28 @@
-//! The client of the operator API: typed calls over the unix socket of a running Portcullis.
+//! The client of the operator API: typed calls to a running Portcullis, on this host or another.
 //!
 //! It decides nothing and repeats nothing: one call, one answer, or an error that says what to do.
 
+mod way;
+
 use std::error::Error;
 use std::fmt;
-use std::io::{self, ErrorKind};
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use nix::unistd::{Gid, Group};
 use proto::api::{
     AllowReply, AllowRequest, ApiError, BanReply, BanRequest, BansReply, ExplainReply, PauseReply, PauseRequest,
     StatusReply, UnbanReply, UnbanRequest, path,
 };
 use proto::envelope::CloudEvent;
 use proto::time::render_duration;
-use reqwest::{Method, Response};
+use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub use self::way::Way;
+#[cfg(test)]
+pub(crate) use self::way::use_ring;
 
 /// How long an answer may take. The slowest asks every back end and lists all bans.
 pub const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -28,8 +30,8 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(10);
 const ANSWER_BYTES_MAX: usize = 512 << 20;
 /// Longest event of `tail` in bytes; evidence is bounded far below.
 const EVENT_BYTES_MAX: usize = 1 << 20;
-/// The group that may use the system's socket, for the error text where the socket itself cannot be looked at.
-const GROUP: &str = "portcullis";
+/// How long `tail` may bring nothing at all: the server sends an empty line every 15 seconds.
+const TAIL_SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// The API refused, or failed at, what was asked.
 #[derive(Debug)]
@@ -43,19 +45,19 @@ impl fmt::Display for Refused {
 
 impl Error for Refused {}
 
-/// A way to one socket.
+/// Calls to one Portcullis.
 #[derive(Clone, Debug)]
 pub struct Client {
-    socket: PathBuf,
+    way: Way,
     http: reqwest::Client,
     answer_max: Duration,
 }
 
 impl Client {
     /// Nothing is connected yet.
-    pub fn new(socket: &Path) -> anyhow::Result<Self> {
-        let http = reqwest::Client::builder().unix_socket(socket).build().context("cannot make an HTTP client")?;
-        Ok(Self { socket: socket.to_owned(), http, answer_max: ANSWER_MAX })
+    pub fn new(way: Way) -> anyhow::Result<Self> {
+        let http = way.http()?;
+        Ok(Self { way, http, answer_max: ANSWER_MAX })
     }
 
     /// Orders a ban.
@@ -122,20 +124,21 @@ impl Client {
         let answer = async {
             let response = self.send(method, path, body).await?;
             let bytes = read_body(response).await.with_context(|| self.broken())?;
-            serde_json::from_slice(&bytes).with_context(|| format!("cannot understand the answer to {path}"))
+            serde_json::from_slice(&bytes)
+                .with_context(|| format!("cannot understand the answer to {path}: is {} of another version?", self.way))
         };
         tokio::time::timeout(self.answer_max, answer).await.unwrap_or_else(|_| Err(self.silent()))
     }
 
     /// Sends one request; returns once the head of a good answer is there.
     async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> anyhow::Result<Response> {
-        let mut request = self.http.request(method, format!("http://portcullis{path}"));
+        let mut request = self.http.request(method, self.way.address(path));
         if let Some(body) = body {
             request = request.json(body);
         }
         let response = match tokio::time::timeout(self.answer_max, request.send()).await {
             Err(_) => return Err(self.silent()),
-            Ok(Err(error)) => return Err(self.explain_failure(error)),
+            Ok(Err(error)) => return Err(self.way.explain_failure(error)),
             Ok(Ok(response)) => response,
         };
         let status = response.status();
@@ -143,57 +146,22 @@ impl Client {
             return Ok(response);
         }
         let bytes = read_body(response).await.with_context(|| self.broken())?;
-        let text = match serde_json::from_slice::<ApiError>(&bytes) {
-            Ok(refusal) => refusal.error,
-            Err(_) => format!("the server answered {status} to {path}"),
+        let text = match (status, serde_json::from_slice::<ApiError>(&bytes)) {
+            (StatusCode::UNAUTHORIZED, _) => format!("{} does not know this token", self.way),
+            (StatusCode::NOT_FOUND, _) => format!("{} does not know {path}: it is of another version", self.way),
+            (_, Ok(refusal)) => refusal.error,
+            (_, Err(_)) => format!("the server answered {status} to {path}"),
         };
         Err(Refused(text).into())
     }
 
     fn silent(&self) -> anyhow::Error {
-        anyhow!("no answer from {} within {}", self.socket.display(), render_duration(self.answer_max))
+        anyhow!("no answer from {} within {}", self.way, render_duration(self.answer_max))
     }
 
     fn broken(&self) -> String {
-        format!("cannot read the answer from {}", self.socket.display())
+        format!("cannot read the answer from {}", self.way)
     }
-
-    /// Turns a failure to connect into what a person can act on.
-    fn explain_failure(&self, error: reqwest::Error) -> anyhow::Error {
-        let socket = self.socket.display();
-        if !error.is_connect() {
-            return anyhow::Error::new(error).context(self.broken());
-        }
-        match io_kind(&error) {
-            Some(ErrorKind::NotFound) => anyhow!("portcullis does not run here (no socket at {socket})"),
-            Some(ErrorKind::ConnectionRefused) => {
-                anyhow!("portcullis does not run here (nobody listens at {socket})")
-            }
-            Some(ErrorKind::PermissionDenied) => {
-                anyhow!("no permission to use {socket}: only root and the group `{}` may", self.group())
-            }
-            _ => anyhow::Error::new(error).context(format!("cannot connect to {socket}")),
-        }
-    }
-
-    /// The group of the socket, or the usual one where even that cannot be seen.
-    fn group(&self) -> String {
-        let gid = std::fs::metadata(&self.socket).ok().map(|meta| meta.gid());
-        let group = gid.and_then(|gid| Group::from_gid(Gid::from_raw(gid)).ok().flatten());
-        group.map_or_else(|| GROUP.to_owned(), |group| group.name)
-    }
-}
-
-/// The kind of the I/O error that a failure rests on.
-fn io_kind(error: &reqwest::Error) -> Option<ErrorKind> {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            return Some(io.kind());
-        }
-        cause = error.source();
-    }
-    None
 }
 
 async fn read_body(mut response: Response) -> anyhow::Result<Vec<u8>> {
@@ -229,7 +197,9 @@ impl Events {
             if self.pending.len() > EVENT_BYTES_MAX {
                 bail!("an event is longer than {EVENT_BYTES_MAX} bytes");
             }
-            match self.response.chunk().await.context("cannot read the next event")? {
+            let chunk = tokio::time::timeout(TAIL_SILENCE_MAX, self.response.chunk()).await;
+            let chunk = chunk.with_context(|| format!("nothing came for {}", render_duration(TAIL_SILENCE_MAX)))?;
+            match chunk.context("cannot read the next event")? {
                 Some(chunk) => self.pending.extend_from_slice(&chunk),
                 None => return Ok(None),
             }

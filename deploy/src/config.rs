@@ -3,6 +3,7 @@
 //! A [`Config`] comes only out of [`Location::load`], which reports every mistake at once. Each role checks its own
 //! section; this module knows the keys that belong to no role. Nothing is opened here but configuration files.
 
+mod api;
 mod load;
 #[cfg(test)]
 mod tests;
@@ -22,8 +23,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use tracing_subscriber::EnvFilter;
 
+pub use self::api::ApiConfig;
+use self::api::RawApi;
 pub use self::load::{DEFAULT_FILE, Location};
-use crate::socket;
 
 /// Where state is kept unless configured.
 pub const STATE_DIR: &str = "/var/lib/portcullis";
@@ -58,13 +60,6 @@ impl Config {
         let text = "no log to read: configure a source, or name the files: `portcullis run LOG`";
         Err(Invalid(vec![Mistake { key: "ingest.sources".to_owned(), text: text.to_owned() }]))
     }
-}
-
-/// The operator API.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApiConfig {
-    /// Path of the unix socket.
-    pub socket: PathBuf,
 }
 
 /// How log lines are written.
@@ -122,7 +117,6 @@ impl std::error::Error for Invalid {}
 /// Known keys, by section.
 const KEYS: &[&str] = &["node", "state_dir", "bus", "api", "telemetry", "ingest", "detect", "enforce"];
 const BUS_KEYS: &[&str] = &["kind"];
-const API_KEYS: &[&str] = &["socket"];
 const TELEMETRY_KEYS: &[&str] = &["listen", "log_format", "log_level"];
 
 #[derive(Debug, Default, Deserialize)]
@@ -156,17 +150,6 @@ struct RawBus {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct RawApi {
-    socket: Field<PathBuf>,
-    listen: Field<NotYet>,
-    tokens_file: Field<NotYet>,
-    tls: Field<NotYet>,
-    #[serde(flatten)]
-    unknown: Unknown,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
 struct RawTelemetry {
     listen: Field<ListenAddr>,
     log_format: Field<LogFormat>,
@@ -175,7 +158,7 @@ struct RawTelemetry {
     unknown: Unknown,
 }
 
-section!(RawBus, RawApi, RawTelemetry);
+section!(RawBus, RawTelemetry);
 
 const NOT_YET: &str = "not available in this version, which runs on one host without NATS";
 
@@ -273,20 +256,6 @@ impl RawBus {
     }
 }
 
-impl RawApi {
-    fn check(self, mistakes: &mut Mistakes) -> ApiConfig {
-        self.unknown.check(API_KEYS, mistakes);
-        for (key, field) in [("listen", self.listen), ("tokens_file", self.tokens_file), ("tls", self.tls)] {
-            field.take(key, mistakes);
-        }
-        let socket = self.socket.take("socket", mistakes).unwrap_or_else(socket::default_path);
-        if socket.as_os_str().len() > SOCKET_PATH_MAX {
-            mistakes.add("socket", format!("expected a path of at most {SOCKET_PATH_MAX} bytes"));
-        }
-        ApiConfig { socket }
-    }
-}
-
 impl RawTelemetry {
     fn check(self, mistakes: &mut Mistakes) -> TelemetryConfig {
         self.unknown.check(TELEMETRY_KEYS, mistakes);
@@ -303,7 +272,3 @@ impl RawTelemetry {
         }
     }
 }
-
-/// Longest path of the socket in bytes: `sun_path` of `unix(7)` holds 108 with its end, and the socket is made under a
-/// name up to 7 bytes longer first.
-const SOCKET_PATH_MAX: usize = 100;

@@ -182,9 +182,11 @@ mod tests {
     use prometheus_client::metrics::counter::Counter;
 
     use super::*;
+    use crate::client::use_ring;
 
     #[tokio::test]
     async fn ready_follows_the_roles_and_the_shutdown() {
+        use_ring();
         let mut registry = Registry::with_prefix("portcullis");
         let lines: Counter = Counter::default();
         registry.register("lines", "Lines read", lines.clone());
@@ -212,6 +214,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silent_connections_do_not_keep_others_out() {
+        use_ring();
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let health = Health { registry: Arc::default(), readiness: Readiness::new(), shutdown: Shutdown::new() };

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use detect::api::{Backing, Socket};
+use detect::api::Backing;
+use detect::api::tcp::Server;
+use detect::api::unix::Socket;
+use detect::error::DetectError;
 use detect::resolve::Names;
 use detect::worker::{Outlets, Parts, REQUESTS_MAX, Request, Worker};
 use prometheus_client::registry::Registry;
@@ -67,7 +70,12 @@ pub async fn run(process: Process) -> anyhow::Result<()> {
     if let Some(addr) = config.telemetry.listen {
         health = Some(health::bind(addr).await?);
     }
-    let socket = bind_socket(&config.api.socket, dry_run)?;
+    let socket = opened(Socket::bind(&config.api.socket), dry_run)?;
+    let mut server = None;
+    if let Some(tcp) = config.api.tcp.clone() {
+        let metrics = detect::api::metrics::Metrics::new(&mut registry);
+        server = opened(Server::bind(tcp, clock.clone(), metrics).await, dry_run)?;
+    }
 
     // Enforcement ends only when detection has nothing more to say.
     let decided = Shutdown::new();
@@ -118,17 +126,20 @@ pub async fn run(process: Process) -> anyhow::Result<()> {
         forced.1.force();
     });
     tasks.spawn("resolver", detect::resolve::run(names.subscribe(), requests.clone(), shutdown.clone()));
+    let api = detect::api::router(Backing {
+        requests: requests.clone(),
+        bans: bus.bans.clone(),
+        nodes: bus.nodes.clone(),
+        events: bus.events.clone(),
+        questions: bus.questions.clone(),
+        clock: clock.clone(),
+        shutdown: shutdown.clone(),
+    });
     if let Some(socket) = socket {
-        let backing = Backing {
-            requests: requests.clone(),
-            bans: bus.bans.clone(),
-            nodes: bus.nodes.clone(),
-            events: bus.events.clone(),
-            questions: bus.questions.clone(),
-            clock: clock.clone(),
-            shutdown: shutdown.clone(),
-        };
-        tasks.spawn("api", detect::api::run(socket, backing));
+        tasks.spawn("api", detect::api::unix::run(socket, api.clone(), shutdown.clone()));
+    }
+    if let Some(server) = server {
+        tasks.spawn("api over tcp", server.run(api, reload.clone(), shutdown.clone()));
     }
     let ingest_inputs = ingest::pipeline::Inputs {
         node: node.clone(),
@@ -183,10 +194,11 @@ fn make_writable(dir: &Path) -> std::io::Result<()> {
     std::fs::remove_file(&probe)
 }
 
-fn bind_socket(path: &Path, dry_run: bool) -> anyhow::Result<Option<Socket>> {
-    match Socket::bind(path) {
-        Ok(socket) => Ok(Some(socket)),
-        Err(error) if dry_run => {
+/// A listener of the operator API. A dry run does without one, as it may run beside the real service.
+fn opened<T>(result: Result<T, DetectError>, dry_run: bool) -> anyhow::Result<Option<T>> {
+    match result {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error @ (DetectError::Listen { .. } | DetectError::ListenTcp { .. })) if dry_run => {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             tracing::warn!(%error, cause, "Dry run without the operator API");
             Ok(None)

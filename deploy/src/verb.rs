@@ -28,9 +28,8 @@ use proto::net::Target;
 use proto::time::{Timestamp, render_duration};
 
 use crate::args::{ClientArgs, Verb, whole_seconds};
-use crate::client::Client;
+use crate::client::{Client, Way};
 use crate::output::Output;
-use crate::socket;
 
 /// How the program ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +104,7 @@ fn block_on(verb: impl Future<Output = anyhow::Result<Exit>>) -> anyhow::Result<
 }
 
 fn connect(args: &ClientArgs) -> anyhow::Result<Client> {
-    Client::new(&args.socket.clone().unwrap_or_else(socket::find))
+    Client::new(Way::find(args, |name| std::env::var(name).ok())?)
 }
 
 fn join(targets: &[Target]) -> String {

@@ -1,25 +1,27 @@
-//! The operator API: HTTP with JSON over a unix socket. See [`proto::api`] for paths and types.
+//! The operator API: HTTP with JSON. See [`proto::api`] for paths and types.
 //!
-//! Who may connect is decided twice: by the socket's mode (0660, group `portcullis` where it exists) and by the peer's
-//! credentials. A request is small, and an answer is sent once its effect is durable.
+//! [`router`] answers requests and knows nothing of how they came: who may ask what is decided before it, by [`unix`] or
+//! [`tcp`]. A request is small, and an answer is sent once its effect is durable. `GET` changes nothing.
+
+mod access;
+pub mod metrics;
+pub mod tcp;
+mod tls;
+mod tokens;
+pub mod unix;
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{DefaultBodyLimit, Query, Request as HttpRequest, State};
+use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use futures_util::Stream;
-use nix::unistd::{Gid, Group, Uid, User};
 use proto::api::{
     AllowRequest, ApiError, BanReply, BanRequest, BansReply, ExplainReply, PauseReply, PauseRequest, StatusReply,
     UnbanRequest, path,
@@ -29,20 +31,18 @@ use proto::envelope::CloudEvent;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use serde::Deserialize;
-use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::engine::command::{Command, Reply};
-use crate::error::DetectError;
 use crate::worker::{CommandError, Request};
 
-/// Group whose members may use the socket.
-pub const GROUP: &str = "portcullis";
 /// Largest request body, in bytes.
 const BODY_MAX: usize = 256 * 1024;
 /// How long the worker or an enforcer may take to answer: less than callers wait, so that they learn why.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long `tail` says nothing before it sends an empty line, by which both ends learn that the other has gone.
+const TAIL_SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// What the API answers from.
 #[derive(Clone, Debug)]
@@ -63,63 +63,9 @@ pub struct Backing {
     pub shutdown: Shutdown,
 }
 
-/// The listening socket; its file is removed when dropped.
-#[derive(Debug)]
-pub struct Socket {
-    listener: UnixListener,
-    file: SocketFile,
-}
-
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // A socket that somebody has removed already is as good.
-        let _gone = std::fs::remove_file(&self.0);
-    }
-}
-
-impl Socket {
-    /// Listens at `path`, made with the mode and group it has to have before anybody can connect.
-    ///
-    /// # Errors
-    /// When another process listens there, or the socket cannot be made.
-    pub fn bind(path: &Path) -> Result<Self, DetectError> {
-        let failed = |source| DetectError::Listen { path: path.to_owned(), source };
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            let text = "another portcullis listens here";
-            return Err(failed(std::io::Error::new(std::io::ErrorKind::AddrInUse, text)));
-        }
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(failed)?;
-        }
-        let staged = path.with_extension(format!("{}.tmp", std::process::id()));
-        let _gone = std::fs::remove_file(&staged);
-        let listener = UnixListener::bind(&staged).map_err(failed)?;
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o660);
-        std::fs::set_permissions(&staged, mode).map_err(failed)?;
-        if let Some(group) = portcullis_group()
-            && let Err(error) = std::os::unix::fs::chown(&staged, None, Some(group.as_raw()))
-        {
-            tracing::warn!(%error, group = GROUP, "Socket cannot be given to the group");
-        }
-        std::fs::rename(&staged, path).map_err(failed)?;
-        Ok(Self { listener, file: SocketFile(path.to_owned()) })
-    }
-}
-
-fn portcullis_group() -> Option<Gid> {
-    Group::from_name(GROUP).ok().flatten().map(|group| group.gid)
-}
-
-/// Serves the API until the shutdown.
-///
-/// # Errors
-/// When the socket fails.
-pub async fn run(socket: Socket, backing: Backing) -> Result<(), DetectError> {
-    let shutdown = backing.shutdown.clone();
-    let app = Router::new()
+/// The API over its backing, for any listener that has checked who asks.
+pub fn router(backing: Backing) -> Router {
+    Router::new()
         .route(path::BAN, post(ban))
         .route(path::UNBAN, post(unban))
         .route(path::ALLOW, post(allow))
@@ -131,60 +77,8 @@ pub async fn run(socket: Socket, backing: Backing) -> Result<(), DetectError> {
         .route(path::TAIL, get(tail))
         .fallback(async || Refused(StatusCode::NOT_FOUND, "no such path".to_owned()))
         .method_not_allowed_fallback(async || Refused(StatusCode::NOT_FOUND, "no such method here".to_owned()))
-        .layer(middleware::from_fn(check_peer))
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .with_state(backing);
-    let Socket { listener, file } = socket;
-    let served = axum::serve(listener, app.into_make_service_with_connect_info::<Peer>())
-        .with_graceful_shutdown(async move { shutdown.draining().await })
-        .await
-        .map_err(DetectError::Serve);
-    drop(file);
-    served
-}
-
-/// Credentials of a connection.
-#[derive(Clone, Copy, Debug)]
-struct Peer {
-    allowed: bool,
-    uid: Option<u32>,
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self::of(stream.io())
-    }
-}
-
-impl Peer {
-    fn of(stream: &UnixStream) -> Self {
-        let Ok(cred) = stream.peer_cred() else { return Self { allowed: false, uid: None } };
-        let allowed = may_operate(Uid::from_raw(cred.uid()), Gid::from_raw(cred.gid()));
-        Self { allowed, uid: Some(cred.uid()) }
-    }
-}
-
-/// Root, the user we run as, and members of the group.
-fn may_operate(uid: Uid, gid: Gid) -> bool {
-    if uid.is_root() || uid == Uid::effective() {
-        return true;
-    }
-    let Some(group) = portcullis_group() else { return false };
-    let member = || {
-        let user = User::from_uid(uid).ok().flatten()?;
-        let name = std::ffi::CString::new(user.name).ok()?;
-        nix::unistd::getgrouplist(&name, user.gid).ok().map(|groups| groups.contains(&group))
-    };
-    gid == group || member().unwrap_or(false)
-}
-
-async fn check_peer(ConnectInfo(peer): ConnectInfo<Peer>, request: HttpRequest, next: Next) -> Response {
-    if peer.allowed {
-        return next.run(request).await;
-    }
-    tracing::warn!(uid = peer.uid, "Operator API refused a user");
-    let text = format!("only root, the service's user and members of the group {GROUP} may do this");
-    Refused(StatusCode::FORBIDDEN, text).into_response()
+        .with_state(backing)
 }
 
 /// An error answer.
@@ -345,6 +239,7 @@ impl LineStream {
     async fn next(&mut self) -> Option<Bytes> {
         let received = tokio::select! {
             received = self.events.recv() => received,
+            () = tokio::time::sleep(TAIL_SILENCE_MAX) => return Some(Bytes::from_static(b"\n")),
             () = self.shutdown.draining() => return None,
         };
         let line = match received {
@@ -362,10 +257,11 @@ fn lines(stream: LineStream) -> impl Stream<Item = Result<Bytes, std::convert::I
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::path::Path;
 
     use proto::bus::memory::Bus;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
 
     use super::*;
 
@@ -402,7 +298,7 @@ mod tests {
         let path = dir.path().join("api.sock");
         let (bus, shutdown) = (Bus::new(), Shutdown::new());
         let (backing, mut requests) = backing(&bus, &shutdown);
-        let server = tokio::spawn(run(Socket::bind(&path).unwrap(), backing));
+        let server = tokio::spawn(unix::run(unix::Socket::bind(&path).unwrap(), router(backing), shutdown.clone()));
         for (head, body, status, reason) in [
             ("POST /v1/ban", "{", 400, "Failed to parse"),
             ("POST /v1/ban", r#"{"target":"192.0.2.1/40","seconds":1}"#, 400, "expected an IP address"),
@@ -423,29 +319,5 @@ mod tests {
         shutdown.begin();
         server.await.unwrap().unwrap();
         assert!(!path.exists(), "the socket is removed at the end");
-    }
-
-    #[tokio::test]
-    async fn the_socket_is_closed_to_others_and_taken_by_one_process_only() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/api.sock");
-        let socket = Socket::bind(&path).unwrap();
-        let metadata = std::fs::metadata(&path).unwrap();
-        assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
-        assert_eq!(metadata.uid(), Uid::effective().as_raw());
-        assert!(matches!(Socket::bind(&path), Err(DetectError::Listen { .. })));
-        drop(socket);
-        // What a killed process left behind is replaced.
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        Socket::bind(&path).unwrap();
-    }
-
-    #[test]
-    fn only_root_ourselves_and_the_group_may_operate() {
-        let nobody = (Uid::from_raw(65_534), Gid::from_raw(65_534));
-        assert!(may_operate(Uid::from_raw(0), nobody.1));
-        assert!(may_operate(Uid::effective(), nobody.1));
-        assert_eq!(may_operate(nobody.0, nobody.1), Uid::effective() == nobody.0);
     }
 }

@@ -1,6 +1,10 @@
 //! What can go wrong in detection.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+
+use proto::secret::SecretFileError;
+use tokio_rustls::rustls;
 
 use crate::state::DecodeError;
 
@@ -42,6 +46,40 @@ pub enum StoreError {
     Decode(#[from] DecodeError),
 }
 
+/// A file that the operator API needs over TCP cannot be used. Shows nothing of what it holds.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiFileError {
+    /// A secret cannot be read.
+    #[error(transparent)]
+    Secret(#[from] SecretFileError),
+    /// The tokens have mistakes.
+    #[error("{}: {mistakes}", .path.display())]
+    Tokens {
+        /// Which file.
+        path: PathBuf,
+        /// All of them, by line.
+        mistakes: String,
+    },
+    /// A certificate or key cannot be read.
+    #[error("cannot read PEM from {}", .path.display())]
+    Pem {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::pki_types::pem::Error,
+    },
+    /// The certificate cannot be used, or the key is not its own.
+    #[error("cannot use the certificate {} with its key", .path.display())]
+    Certificate {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rustls::Error,
+    },
+}
+
 /// Detection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum DetectError {
@@ -57,6 +95,18 @@ pub enum DetectError {
         #[source]
         source: std::io::Error,
     },
+    /// The operator API cannot listen on an address.
+    #[error("cannot listen on {address}")]
+    ListenTcp {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Tokens or certificates of the operator API.
+    #[error(transparent)]
+    ApiFile(#[from] ApiFileError),
     /// The operator API ended.
     #[error("the operator API failed")]
     Serve(#[source] std::io::Error),

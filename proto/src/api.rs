@@ -1,5 +1,5 @@
-//! The operator API: HTTP with JSON bodies over the unix socket. Paths and types; the service is in detect, the client
-//! in deploy.
+//! The operator API: HTTP with JSON bodies, over the unix socket or over TCP with a bearer token. Paths and types; the
+//! service is in detect, the client in deploy.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,13 @@ use crate::net::Target;
 use crate::report::NodeReport;
 use crate::time::Timestamp;
 
-/// Paths of the API. All bodies are JSON; errors are [`ApiError`] with status 400, 403, 404, 409 or 503.
+/// Shortest token in bytes: 128 bits in hexadecimal digits.
+pub const TOKEN_BYTES_MIN: usize = 32;
+/// Longest token in bytes.
+pub const TOKEN_BYTES_MAX: usize = 512;
+
+/// Paths of the API. All bodies are JSON; errors are [`ApiError`] with status 400, 403, 404, 409 or 503, and over TCP also
+/// 401, 408 or 429. `GET` needs a token of the scope `read`, all else one of the scope `write`.
 pub mod path {
     /// POST [`super::BanRequest`] -> [`super::BanReply`].
     pub const BAN: &str = "/v1/ban";
@@ -28,7 +34,7 @@ pub mod path {
     pub const STATUS: &str = "/v1/status";
     /// GET with `?address=` -> [`super::ExplainReply`].
     pub const EXPLAIN: &str = "/v1/explain";
-    /// GET -> endless NDJSON of [`crate::envelope::CloudEvent`].
+    /// GET -> endless NDJSON of [`crate::envelope::CloudEvent`], with an empty line where nothing happens for 15 seconds.
     pub const TAIL: &str = "/v1/tail";
 }
 

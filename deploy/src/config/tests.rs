@@ -46,7 +46,7 @@ fn all_mistakes_are_told_at_once_with_their_keys() {
         r#"
             node = "Edge 1"
             stat_dir = "/x"
-            api = { socket = 3, listen = "[::]:9478", tokens_file = "t", tls = {} }
+            api = { socket = 3, listen = "[::]:9478", tls = { cert_file = "c", key = "k" } }
             bus = { kind = "nats", urls = ["nats://x"], prefix = "p", replicas = 3, credentials_file = "c", tls = {} }
             telemetry = { listen = "9477", log_format = "xml", log_level = "detect=loud" }
             ingest.sources.a = { type = "file", include = ["relative"] }
@@ -60,8 +60,8 @@ fn all_mistakes_are_told_at_once_with_their_keys() {
     assert_eq!(
         keys,
         [
-            "api.listen",
-            "api.tls",
+            "api.tls.key",
+            "api.tls.key_file",
             "api.tokens_file",
             "bus.credentials_file",
             "bus.kind",
@@ -157,6 +157,37 @@ fn log_arguments_take_the_place_of_sources_and_nothing_else() {
 }
 
 #[test]
+fn the_api_beyond_loopback_needs_tls_and_always_tokens() {
+    let mistakes = |api: &str| {
+        let dir = files(&[("portcullis.toml", &format!("api = {{ {api} }}"))]);
+        location(dir.path()).load().map_or_else(|invalid| texts(&invalid), |_| Vec::new())
+    };
+    let tls = r#"tls = { cert_file = "/c", key_file = "/k" }"#;
+    for (api, wrong) in [
+        (r#"listen = "127.0.0.1:1", tokens_file = "/t""#.to_owned(), &[][..]),
+        (r#"listen = "[::1]:1", tokens_file = "/t""#.to_owned(), &[]),
+        (format!(r#"listen = "0.0.0.0:1", tokens_file = "/t", {tls}"#), &[]),
+        (r#"listen = "10.0.0.6:1", tokens_file = "/t""#.to_owned(), &["api.tls: is required beyond loopback"]),
+        (r#"listen = "[::]:1", tokens_file = "/t""#.to_owned(), &["api.tls: is required beyond loopback"]),
+        (r#"listen = "127.0.0.1:1""#.to_owned(), &["api.tokens_file: is required"]),
+        (
+            r#"tokens_file = "/t", tls = {}"#.to_owned(),
+            &[
+                "api.tls: is for TCP, and means nothing without `listen`",
+                "api.tls.cert_file: is required",
+                "api.tls.key_file: is required",
+                "api.tokens_file: is for TCP",
+            ],
+        ),
+        (r#"listen = "host:1", tokens_file = "/t""#.to_owned(), &["api.listen: expected an address and a port"]),
+    ] {
+        let told = mistakes(&api);
+        let agree = told.len() == wrong.len() && told.iter().zip(wrong).all(|(told, wrong)| told.starts_with(wrong));
+        assert!(agree, "{api}: {told:#?}");
+    }
+}
+
+#[test]
 fn a_verb_finds_the_configured_socket_whatever_else_is_wrong() {
     let dir = files(&[("portcullis.toml", "nod = 1\napi.socket = '/x/api.sock'")]);
     assert_eq!(location(dir.path()).peek("/api/socket").as_deref(), Some("/x/api.sock"));
@@ -212,7 +243,7 @@ fn the_example_tells_the_real_defaults() {
             let mut config = location(dir.path()).with_environment(variables.clone()).load().unwrap();
             if text == EXAMPLE {
                 // The default for root, whoever runs this test.
-                config.api.socket = socket::SYSTEM.into();
+                config.api.socket = crate::socket::SYSTEM.into();
             }
             format!("{config:#?}")
         };
@@ -254,8 +285,7 @@ fn the_example_documents_every_key() {
     assert!(fields.len() > 60, "the sections are seen: {fields:#?}");
     // Keys that are known only to say that this version does not have them.
     let not_yet = |section: &str, keys: &[&str]| keys.iter().map(|key| format!("{section}.{key}")).collect::<Vec<_>>();
-    let mut absent = not_yet("RawApi", &["listen", "tls", "tokens_file"]);
-    absent.extend(not_yet("RawBus", &["credentials_file", "prefix", "replicas", "tls", "urls"]));
+    let mut absent = not_yet("RawBus", &["credentials_file", "prefix", "replicas", "tls", "urls"]);
     absent.extend(not_yet("RawEnforce", &["cloudflare", "forwarded_for", "telegram", "webhooks"]));
     let missing: Vec<String> = fields.into_iter().filter(|(_, given)| !given).map(|(field, _)| field).collect();
     assert_eq!(missing, absent);

@@ -21,6 +21,10 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
     say("node", &config.node)?;
     say("state", &config.state_dir.display().to_string())?;
     say("api", &config.api.socket.display().to_string())?;
+    if let Some(tcp) = &config.api.tcp {
+        let scheme = if tcp.tls.is_some() { "https" } else { "http" };
+        say("api", &format!("{scheme}://{}, tokens in {}", tcp.listen, tcp.tokens_file.display()))?;
+    }
     if let Some(listen) = config.telemetry.listen {
         say("telemetry", &listen.to_string())?;
     }

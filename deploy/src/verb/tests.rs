@@ -21,6 +21,7 @@ use tokio::net::UnixListener;
 
 use super::{Exit, Misuse, execute};
 use crate::args::Cli;
+use crate::client::{Client, Way};
 use crate::output::Output;
 
 const NOW: Timestamp = Timestamp::from_secs(1_767_881_955);
@@ -397,7 +398,7 @@ fn a_server_that_says_nothing_is_given_up() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let error = runtime.block_on(async {
         tokio::time::pause();
-        crate::client::Client::new(&socket).unwrap().status().await.unwrap_err()
+        Client::new(Way::Socket(socket.clone())).unwrap().status().await.unwrap_err()
     });
     assert_eq!(error.to_string(), format!("no answer from {} within 10s", socket.display()));
     drop(listener);
