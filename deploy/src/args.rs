@@ -1,6 +1,5 @@
 //! The command line: every verb and flag, as typed. Nothing is opened or looked up here.
 
-use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,13 +32,11 @@ pub struct Cli {
 pub enum Verb {
     /// Run all roles in one process: read logs, decide bans, enforce them
     Run(RunArgs),
-    /// Run the role that reads logs (with the cluster version only)
-    #[command(hide = true)]
+    /// Read this host's logs and send what may matter to the cluster
     Ingest(RoleArgs),
-    /// Run the role that decides bans (with the cluster version only)
-    #[command(hide = true)]
+    /// Decide bans for the whole cluster; any number may run, one is active
     Detect(RoleArgs),
-    /// Remove from this host's firewall all that is ours
+    /// Keep this host's firewall equal to the cluster's ban set, or remove all that is ours
     Enforce(EnforceArgs),
     /// Report every mistake of a configuration at once, or what it would run
     Check(CheckArgs),
@@ -98,27 +95,31 @@ pub struct RunArgs {
     pub logs: Vec<PathBuf>,
 }
 
-/// Of a role that this version does not run by itself. Whatever follows is taken, so that the answer is the same.
+/// Of a role that runs by itself.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Roles that run by themselves work over NATS: `[bus]` with kind = \"nats\" and urls. `portcullis run` needs none.
+SIGHUP reloads what can be changed without a restart. The first SIGTERM or SIGINT ends in order, the second at once.")]
 pub struct RoleArgs {
-    /// Not looked at.
-    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    pub rest: Vec<OsString>,
+    /// Which configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
 }
 
 /// Of `enforce`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Running `enforce` as a role of its own comes with the cluster version.
+As a role it works over NATS: `[bus]` with kind = \"nats\" and urls. Bans stay in force when it ends.
 
 Examples:
+  portcullis enforce                          follow the cluster's ban set
   portcullis enforce --teardown --dry-run     list what would be removed
   portcullis enforce --teardown")]
 pub struct EnforceArgs {
     /// Remove every chain, jump and set that Portcullis made
     #[arg(long)]
     pub teardown: bool,
-    /// With --teardown: list what would be removed, and remove nothing
+    /// Report what would be done, and change no firewall; with --teardown: list what would be removed
     #[arg(long)]
     pub dry_run: bool,
     /// Which configuration.

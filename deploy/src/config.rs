@@ -16,6 +16,7 @@ use detect::config::{DetectConfig, RawDetect};
 use enforce::config::{EnforceConfig, RawEnforce};
 use ingest::config::{IngestConfig, RawIngest};
 use nix::unistd::gethostname;
+use proto::bus::config::{BusConfig, NatsConfig, RawBus};
 use proto::section;
 use proto::settings::{Field, FromValue, Mistake, Mistakes, Unknown};
 use proto::subject::{is_name, name_from_host};
@@ -39,6 +40,8 @@ pub struct Config {
     pub node: String,
     /// Directory of bans, offenders, positions. Need not exist yet.
     pub state_dir: PathBuf,
+    /// What connects the roles.
+    pub bus: BusConfig,
     /// The operator API.
     pub api: ApiConfig,
     /// Logs, health, metrics.
@@ -52,6 +55,17 @@ pub struct Config {
 }
 
 impl Config {
+    /// The bus of a role that runs by itself.
+    pub fn require_nats(&self, role: &str) -> Result<NatsConfig, Invalid> {
+        match &self.bus {
+            BusConfig::Nats(nats) => Ok(NatsConfig::clone(nats)),
+            BusConfig::Local => {
+                let text = format!("`portcullis {role}` works over NATS: set kind = \"nats\" and urls, or use `run`");
+                Err(Invalid(vec![Mistake { key: "bus.kind".to_owned(), text }]))
+            }
+        }
+    }
+
     /// Refuses a configuration that reads no log: `run` would do nothing.
     pub fn require_sources(&self) -> Result<(), Invalid> {
         if !self.ingest.sources.is_empty() {
@@ -116,7 +130,6 @@ impl std::error::Error for Invalid {}
 
 /// Known keys, by section.
 const KEYS: &[&str] = &["node", "state_dir", "bus", "api", "telemetry", "ingest", "detect", "enforce"];
-const BUS_KEYS: &[&str] = &["kind"];
 const TELEMETRY_KEYS: &[&str] = &["listen", "log_format", "log_level"];
 
 #[derive(Debug, Default, Deserialize)]
@@ -134,20 +147,6 @@ struct RawConfig {
     unknown: Unknown,
 }
 
-/// Keys that later versions will know: named, so that nobody looks for a typing error.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct RawBus {
-    kind: Field<BusKind>,
-    urls: Field<NotYet>,
-    prefix: Field<NotYet>,
-    replicas: Field<NotYet>,
-    credentials_file: Field<NotYet>,
-    tls: Field<NotYet>,
-    #[serde(flatten)]
-    unknown: Unknown,
-}
-
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct RawTelemetry {
@@ -158,31 +157,7 @@ struct RawTelemetry {
     unknown: Unknown,
 }
 
-section!(RawBus, RawTelemetry);
-
-const NOT_YET: &str = "not available in this version, which runs on one host without NATS";
-
-#[derive(Debug)]
-enum NotYet {}
-
-impl FromValue for NotYet {
-    fn from_value(_: Value) -> Result<Self, String> {
-        Err(NOT_YET.to_owned())
-    }
-}
-
-#[derive(Debug)]
-struct BusKind;
-
-impl FromValue for BusKind {
-    fn from_value(value: Value) -> Result<Self, String> {
-        match value.as_str() {
-            Some("local") => Ok(Self),
-            Some("nats") => Err(NOT_YET.to_owned()),
-            _ => Err(format!("expected \"local\", got {value}")),
-        }
-    }
-}
+section!(RawTelemetry);
 
 #[derive(Debug)]
 struct ListenAddr(SocketAddr);
@@ -206,9 +181,8 @@ fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config
     raw.unknown.check(KEYS, mistakes);
     let node = check_node(raw.node.take("node", mistakes), mistakes);
     let state_dir = raw.state_dir.or("state_dir", PathBuf::from(STATE_DIR), mistakes);
-    if let Some(bus) = raw.bus.take("bus", mistakes) {
-        mistakes.within("bus", |m| bus.check(m));
-    }
+    let bus = raw.bus.take("bus", mistakes).unwrap_or_default();
+    let bus = mistakes.within("bus", |m| bus.check(m));
     let api = raw.api.take("api", mistakes).unwrap_or_default();
     let api = mistakes.within("api", |m| api.check(m));
     let telemetry = raw.telemetry.take("telemetry", mistakes).unwrap_or_default();
@@ -227,7 +201,7 @@ fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config
     let enforce = enforce?;
     detect.engine.trusted_proxies = ingest.client_ip.proxies();
     detect.engine.operator_prefix_min = (enforce.firewall.prefix_min_v4, enforce.firewall.prefix_min_v6);
-    Some(Config { node, state_dir, api, telemetry, ingest, detect, enforce })
+    Some(Config { node, state_dir, bus, api, telemetry, ingest, detect, enforce })
 }
 
 fn check_node(given: Option<String>, mistakes: &mut Mistakes) -> String {
@@ -238,22 +212,6 @@ fn check_node(given: Option<String>, mistakes: &mut Mistakes) -> String {
         mistakes.add("node", format!("expected 1 to 63 of a-z, 0-9 and -, got {node:?}"));
     }
     node
-}
-
-impl RawBus {
-    fn check(self, mistakes: &mut Mistakes) {
-        self.unknown.check(BUS_KEYS, mistakes);
-        self.kind.take("kind", mistakes);
-        for (key, field) in [
-            ("urls", self.urls),
-            ("prefix", self.prefix),
-            ("replicas", self.replicas),
-            ("credentials_file", self.credentials_file),
-            ("tls", self.tls),
-        ] {
-            field.take(key, mistakes);
-        }
-    }
 }
 
 impl RawTelemetry {

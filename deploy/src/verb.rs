@@ -25,6 +25,7 @@ use std::time::Duration;
 use anyhow::Context;
 use proto::ban::Pause;
 use proto::net::Target;
+use proto::report::Role;
 use proto::time::{Timestamp, render_duration};
 
 use crate::args::{ClientArgs, Verb, whole_seconds};
@@ -73,9 +74,10 @@ impl std::error::Error for Misuse {}
 pub fn execute(verb: Verb, out: &mut Output<'_>) -> anyhow::Result<Exit> {
     match verb {
         Verb::Run(args) => run::run(args),
-        Verb::Ingest(_) => Err(cluster_only("ingest")),
-        Verb::Detect(_) => Err(cluster_only("detect")),
-        Verb::Enforce(args) => block_on(enforce::run(args, out)),
+        Verb::Ingest(args) => run::run_role(Role::Ingest, args.config.config, false),
+        Verb::Detect(args) => run::run_role(Role::Detect, args.config.config, false),
+        Verb::Enforce(args) if args.teardown => block_on(enforce::run(args, out)),
+        Verb::Enforce(args) => run::run_role(Role::Enforce, args.config.config, args.dry_run),
         Verb::Check(args) => check::run(args, out),
         Verb::Replay(args) => replay::run(&args, out),
         Verb::Ban(args) => block_on(ban::run(args, out)),
@@ -90,13 +92,6 @@ pub fn execute(verb: Verb, out: &mut Output<'_>) -> anyhow::Result<Exit> {
         Verb::Completions(args) => completions::run(&args, out),
         Verb::Man => man::run(out),
     }
-}
-
-fn cluster_only(role: &str) -> anyhow::Error {
-    Misuse(format!(
-        "`{role}` as a role of its own comes with the cluster version; `portcullis run` runs all roles on one host"
-    ))
-    .into()
 }
 
 fn block_on(verb: impl Future<Output = anyhow::Result<Exit>>) -> anyhow::Result<Exit> {

@@ -4,6 +4,7 @@
 //! [`tcp`]. A request is small, and an answer is sent once its effect is durable. `GET` changes nothing.
 
 mod access;
+pub mod forward;
 pub mod metrics;
 pub mod tcp;
 mod tls;

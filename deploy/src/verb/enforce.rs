@@ -6,16 +6,13 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use enforce::teardown::{TeardownReport, teardown};
 
-use super::{Exit, cluster_only};
+use super::Exit;
 use crate::args::EnforceArgs;
 use crate::config::Location;
 use crate::output::Output;
 use crate::telemetry;
 
 pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
-    if !args.teardown {
-        return Err(cluster_only("enforce"));
-    }
     let config = Location::new(args.config.config, Vec::new()).load()?;
     if !args.dry_run {
         refuse_while_running(&config.api.socket)?;

@@ -1,16 +1,17 @@
-//! `run`: all roles in one process, until a signal.
+//! `run`: all roles in one process, until a signal; and each role by itself.
 
 use std::path::{self, PathBuf};
 
 use anyhow::Context;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use proto::report::Role;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use tokio::sync::watch;
 
 use super::Exit;
 use crate::args::RunArgs;
-use crate::config::Location;
+use crate::config::{Config, Location};
 use crate::role::{self, Process};
 use crate::signals::Signals;
 use crate::{socket, telemetry};
@@ -19,6 +20,21 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
     let location = Location::new(args.config.config, absolute(args.logs)?);
     let config = location.load()?;
     config.require_sources()?;
+    start(vec![Role::Ingest, Role::Detect, Role::Enforce], location, config, args.dry_run)
+}
+
+/// One role by itself, over NATS.
+pub(super) fn run_role(role: Role, config: Option<PathBuf>, dry_run: bool) -> anyhow::Result<Exit> {
+    let location = Location::new(config, Vec::new());
+    let config = location.load()?;
+    config.require_nats(role.as_str())?;
+    if role == Role::Ingest {
+        config.require_sources()?;
+    }
+    start(vec![role], location, config, dry_run)
+}
+
+fn start(roles: Vec<Role>, location: Location, config: Config, dry_run: bool) -> anyhow::Result<Exit> {
     socket::prepare(&config.api.socket)?;
     telemetry::install(&config.telemetry)?;
     raise_open_files();
@@ -28,7 +44,7 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<Exit> {
         let (hangups, reload) = watch::channel(0);
         let signals = Signals::install().context("cannot install the signal handlers")?;
         tokio::spawn(signals.run(shutdown.clone(), hangups));
-        role::run(Process { config, location, dry_run: args.dry_run, clock: Clock::system(), shutdown, reload }).await
+        role::run(Process { roles, config, location, dry_run, clock: Clock::system(), shutdown, reload }).await
     });
     // Everything in flight has ended or missed its deadline: wait for no thread.
     runtime.shutdown_background();

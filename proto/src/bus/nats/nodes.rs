@@ -17,7 +17,7 @@ pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// After so long without a word a role is reported as gone.
 pub const SILENT_AFTER: Duration = Duration::from_secs(10);
 
-/// Publishes the report of `role` in `nodes`, with what the bus adds to it, until the shutdown; then once more.
+/// Publishes the report of `role` in `nodes`, with what the bus and `decorate` add to it, until the shutdown; then once more.
 ///
 /// # Errors
 /// None: a heartbeat that cannot be sent is made up for by the next.
@@ -25,6 +25,7 @@ pub async fn beat(
     connection: Connection,
     nodes: Nodes,
     (role, node): (Role, String),
+    decorate: impl Fn(&mut NodeReport) + Send,
     shutdown: Shutdown,
 ) -> Result<(), std::convert::Infallible> {
     let instance = format!("{:x}", connection.clock().now().as_nanos());
@@ -37,7 +38,8 @@ pub async fn beat(
             () = shutdown.draining() => true,
         };
         let Some(mut report) = nodes.get(role, &node) else { if ending { return Ok(()) } else { continue } };
-        decorate(&mut report, &connection, &instance);
+        add_bus(&mut report, &connection, &instance);
+        decorate(&mut report);
         if let Some(other) = &seen_other {
             let text = format!(
                 "another {} calls itself {node} (instance {other}): give each host its own `node`",
@@ -58,7 +60,7 @@ pub async fn beat(
     }
 }
 
-fn decorate(report: &mut NodeReport, connection: &Connection, instance: &str) {
+fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
     instance.clone_into(&mut report.instance);
     report.at = connection.clock().now();
     report.skew_ms = connection.clock().skew_ms();
