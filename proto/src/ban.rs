@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::net::Target;
 use crate::time::Timestamp;
@@ -33,6 +33,7 @@ pub struct Evidence {
     /// Hosts that were asked for.
     pub hosts: Vec<String>,
     /// Consumed events by status sent to the client.
+    #[serde(deserialize_with = "statuses")]
     pub statuses: BTreeMap<u16, u32>,
     /// Paths that were asked for, without queries.
     pub paths: Vec<String>,
@@ -40,6 +41,13 @@ pub struct Evidence {
     pub user_agents: Vec<String>,
     /// Whether a proxy delivered any of them, so that a firewall cannot see the client's address.
     pub via_proxy: bool,
+}
+
+/// Keys of JSON objects are strings, which serde turns into numbers only where it knows early enough that it should.
+fn statuses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u16, u32>, D::Error> {
+    let counts = BTreeMap::<String, u32>::deserialize(deserializer)?;
+    let parse = |(status, count): (String, u32)| status.parse().map(|status| (status, count));
+    counts.into_iter().map(parse).collect::<Result<_, _>>().map_err(serde::de::Error::custom)
 }
 
 /// One ban of one target by one rule.

@@ -104,3 +104,32 @@ impl CloudEvent {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ban::{Evidence, Origin};
+
+    #[test]
+    fn an_event_with_evidence_survives_its_json() {
+        let evidence = Evidence { failures: 15, statuses: [(404, 14), (405, 1)].into(), ..Evidence::default() };
+        let ban = Ban {
+            target: "192.0.2.1".parse().unwrap(),
+            rule: "r".to_owned(),
+            origin: Origin::Detect,
+            ban_count: 1,
+            ban_seconds: Some(600),
+            banned_at: Timestamp::from_secs(1),
+            expires_at: Some(Timestamp::from_secs(601)),
+            reason: String::new(),
+            evidence,
+        };
+        for event in [
+            CloudEvent::of_ban("n", EventType::Ban, &ban, Timestamp::from_secs(2)),
+            CloudEvent::of_alarm("n", "kind", "text".to_owned(), Timestamp::from_secs(2)),
+        ] {
+            let json = serde_json::to_string(&event).unwrap();
+            assert_eq!(serde_json::from_str::<CloudEvent>(&json).unwrap(), event);
+        }
+    }
+}

@@ -34,6 +34,8 @@ pub struct Head {
     pub floor: u64,
     /// Arrival of that batch, in nanoseconds since the epoch.
     pub floor_arrival: i64,
+    /// When the bucket was made, by which another of the same name is told from it.
+    pub bucket: String,
     /// When the stream of access batches was made: numbers mean nothing in another.
     pub access_created: String,
     /// What is added to that stream's numbers, so that positions grow on when it is made anew.
@@ -44,6 +46,8 @@ pub struct Head {
     pub changes: u64,
     /// Number of the next event in the outbox.
     pub next_out: u64,
+    /// Events before this one are published.
+    pub first_out: u64,
     /// When the line behind the newest ban was read, in nanoseconds since the epoch; for latency figures.
     pub cause: Option<i64>,
 }

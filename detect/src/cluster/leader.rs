@@ -3,17 +3,16 @@
 //! One commit is under way at a time; what is decided meanwhile goes into the next. Nothing is told, neither to hosts nor
 //! to an operator who waits for an answer, before it is stored.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::time::Duration;
 
 use proto::bus::nats::ask::serve_api;
-use proto::bus::nats::commit::{Change, ENTRIES_MAX, read_outbox};
+use proto::bus::nats::commit::{Change, ENTRIES_MAX, Value, read_outbox};
 use proto::bus::nats::lease::Keeper;
 use proto::bus::nats::streams;
 use proto::envelope::CloudEvent;
 use proto::head::{Coverage, Head};
-use proto::net::Target;
 use proto::shutdown::Shutdown;
 use proto::subject::{KEY_CONTROL, KEY_LISTS, KEY_PREDICATE};
 use proto::time::Timestamp;
@@ -22,7 +21,7 @@ use tokio::sync::oneshot;
 use super::coverage::{cover, covered_from, fingerprint};
 use super::outbox::Outbox;
 use super::peers::Peers;
-use super::seal::seal;
+use super::seal::{Banned, seal};
 use super::standby::IDLE_LAG;
 use super::view::View;
 use super::writer::{Fenced, Written, write};
@@ -64,8 +63,8 @@ pub(crate) struct Leader {
     /// The head as we last wrote it, and the number of its message.
     head: Head,
     at: u64,
-    /// Targets that the state holds bans of once the commit under way is stored.
-    banned: BTreeSet<Target>,
+    /// What the state holds once the commit under way is stored.
+    banned: Banned,
     flight: Option<Flight>,
     /// Answers that wait for the next commit.
     answers: Vec<Answer>,
@@ -135,11 +134,11 @@ impl Leader {
 
     /// What a former detector has stored and not published.
     async fn publish_left_over(&mut self) -> Result<(), Ended> {
-        let left = read_outbox(&self.view.connection).await?;
+        let left = read_outbox(&self.view.connection, self.head.first_out).await?;
         if let Some((last, _)) = left.last() {
             let last = *last;
             tracing::info!(events = left.len(), "Publishing what the former detector has left");
-            self.outbox.send(last, left.into_iter().map(|(_, event)| event).collect()).await;
+            self.outbox.send((last, self.head.next_out), left.into_iter().map(|(_, event)| event).collect()).await;
         }
         Ok(())
     }
@@ -310,7 +309,8 @@ impl Leader {
         let told = std::mem::take(&mut self.decider.told);
         self.decider.changes.clear();
         let mut singles = Vec::new();
-        let mut single = |key: &str, value: Vec<u8>| singles.push(Change { key: key.to_owned(), value: Some(value) });
+        let mut single =
+            |key: &str, value: Vec<u8>| singles.push(Change { key: key.to_owned(), value: Value::Put(value) });
         if let Some(control) = &commit.control {
             single(KEY_CONTROL, encode_control(control));
         }
@@ -320,16 +320,17 @@ impl Leader {
         if let Some(coverage) = self.coverage.take() {
             single(KEY_PREDICATE, serde_json::to_vec(&coverage).unwrap_or_default());
         }
+        let begun_at = self.decider.clock.now();
         let next = Head {
+            first_out: self.outbox.first_unpublished(self.head.next_out),
             floor: self.handled,
             floor_arrival: self.arrival.as_nanos(),
             cause: self.cause.take().map(Timestamp::as_nanos),
             ..self.head.clone()
         };
-        let pieces = seal(&commit, &told, singles, (&self.head, next), &mut self.banned);
+        let pieces = seal(&commit, &told, singles, (&self.head, next), (&mut self.banned, begun_at));
         let (connection, instance, at) = (self.view.connection.clone(), self.instance.clone(), self.at);
         let writing = Box::pin(async move { write(&connection, &instance, pieces, at).await });
-        let begun_at = self.decider.clock.now();
         self.flight = Some(Flight { writing, told, answers: std::mem::take(&mut self.answers), begun_at });
     }
 
@@ -348,7 +349,7 @@ impl Leader {
             let _gone = reply.send(result);
         }
         flight.told.iter().for_each(log_event);
-        self.outbox.send(written.last, flight.told).await;
+        self.outbox.send((written.last, self.head.next_out), flight.told).await;
         Ok(())
     }
 }

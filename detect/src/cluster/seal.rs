@@ -3,13 +3,15 @@
 //! A commit that is too large for one atomic batch is cut into pieces, of which only the last moves the floor. What is
 //! said of one target stays together, so that whoever finds only the first pieces decides the rest and nothing twice.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-use proto::bus::nats::commit::{Change, ENTRIES_MAX};
+use proto::bus::nats::commit::{Change, ENTRIES_MAX, Value};
 use proto::envelope::{CloudEvent, Data};
 use proto::head::Head;
 use proto::net::Target;
 use proto::subject::{KEY_BAN, KEY_OFFENDER, KEY_OUT, target_key};
+use proto::time::Timestamp;
 
 use crate::state::encode_offender;
 use crate::store::Commit;
@@ -21,19 +23,22 @@ pub(crate) struct Piece {
     pub(crate) changes: Vec<Change>,
 }
 
+/// Targets that the state holds bans of, and the end of each; `None` = permanent.
+pub(crate) type Banned = BTreeMap<Target, Option<Timestamp>>;
+
 /// Writes `commit`, `told` and the changes of `singles` (keys that there is one of) into pieces that follow `last`, the
-/// head as it stands, and end in `next`, whose marks and counts are filled in here. `banned` are the targets in the state,
-/// kept up to date.
+/// head as it stands, and end in `next`, whose marks and counts are filled in here. `banned` is what the state
+/// holds, kept up to date.
 pub(crate) fn seal(
     commit: &Commit,
     told: &[CloudEvent],
     singles: Vec<Change>,
     (last, next): (&Head, Head),
-    banned: &mut BTreeSet<Target>,
+    (banned, now): (&mut Banned, Timestamp),
 ) -> Vec<Piece> {
     let mut number = last.next_out;
     let mut groups = vec![(None, singles)];
-    groups.extend(by_target(commit, told, &mut number));
+    groups.extend(by_target(commit, told, (banned, now), &mut number));
     let mut pieces: Vec<Piece> = Vec::new();
     let mut changes: Vec<Change> = Vec::new();
     let mut bans = banned.len() as u64;
@@ -53,11 +58,10 @@ pub(crate) fn seal(
         if let Some(target) = target
             && let Some(record) = commit.records.get(&target)
         {
-            if record.is_some() {
-                banned.insert(target)
-            } else {
-                banned.remove(&target)
-            };
+            match record {
+                Some(record) => drop(banned.insert(target, record.expires_at())),
+                None => drop(banned.remove(&target)),
+            }
             bans = banned.len() as u64;
         }
     }
@@ -72,23 +76,32 @@ pub(crate) fn seal(
     pieces
 }
 
-fn by_target(commit: &Commit, told: &[CloudEvent], number: &mut u64) -> Vec<(Option<Target>, Vec<Change>)> {
+fn by_target(
+    commit: &Commit,
+    told: &[CloudEvent],
+    (banned, now): (&Banned, Timestamp),
+    number: &mut u64,
+) -> Vec<(Option<Target>, Vec<Change>)> {
     let mut groups: BTreeMap<Option<Target>, Vec<Change>> = BTreeMap::new();
     for (target, record) in &commit.records {
-        let value = record.as_ref().map(|record| serde_json::to_vec(record).unwrap_or_default());
+        // A ban that is lifted must not come back while it would still last.
+        let left = || banned.get(target).map_or(Some(Duration::ZERO), |end| end.map(|end| end.since(now)));
+        let value = record.as_ref().map_or_else(|| Value::Delete(left()), put);
         groups
             .entry(Some(*target))
             .or_default()
             .push(Change { key: format!("{KEY_BAN}{}", target_key(target)), value });
     }
     for (target, offender) in &commit.offenders {
-        let value = offender.as_ref().map(encode_offender);
+        // A history that is forgotten counts for nothing, should it come back.
+        let forgotten = Value::Delete(Some(Duration::ZERO));
+        let value = offender.as_ref().map_or(forgotten, |offender| Value::Put(encode_offender(offender)));
         let key = format!("{KEY_OFFENDER}{}", target_key(target));
         groups.entry(Some(*target)).or_default().push(Change { key, value });
     }
     for event in told {
         let target = if let Data::Ban(ban) = &event.data { Some(ban.target) } else { None };
-        groups.entry(target).or_default().push(Change { key: String::new(), value: serde_json::to_vec(event).ok() });
+        groups.entry(target).or_default().push(Change { key: String::new(), value: put(event) });
     }
     // Numbered in the order of the pieces, so that each piece's head knows the next.
     for change in groups.values_mut().flatten().filter(|change| change.key.is_empty()) {
@@ -96,6 +109,10 @@ fn by_target(commit: &Commit, told: &[CloudEvent], number: &mut u64) -> Vec<(Opt
         *number += 1;
     }
     groups.into_iter().collect()
+}
+
+fn put(value: &impl serde::Serialize) -> Value {
+    Value::Put(serde_json::to_vec(value).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -147,8 +164,8 @@ mod tests {
     fn a_small_commit_is_one_piece() {
         let (commit, told) = bans(2);
         let (last, next) = heads();
-        let mut banned = BTreeSet::from([target(9)]);
-        let pieces = seal(&commit, &told, Vec::new(), (&last, next), &mut banned);
+        let mut banned = Banned::from([(target(9), None)]);
+        let pieces = seal(&commit, &told, Vec::new(), (&last, next), (&mut banned, Timestamp::from_secs(10)));
         assert_eq!(pieces.len(), 1);
         let head = &pieces[0].head;
         assert_eq!(head.mark, Mark { epoch: 2, commit: 8 });
@@ -161,8 +178,8 @@ mod tests {
     fn of_a_large_commit_only_the_last_piece_moves_the_floor_and_no_target_is_torn() {
         let (commit, told) = bans(1000);
         let (last, next) = heads();
-        let mut banned = BTreeSet::new();
-        let pieces = seal(&commit, &told, Vec::new(), (&last, next), &mut banned);
+        let mut banned = Banned::new();
+        let pieces = seal(&commit, &told, Vec::new(), (&last, next), (&mut banned, Timestamp::from_secs(10)));
         assert_eq!(pieces.len(), 4);
         let (mut counted, mut outs) = (0, 5);
         for (i, piece) in pieces.iter().enumerate() {
@@ -182,9 +199,10 @@ mod tests {
     fn lifted_bans_are_counted_out() {
         let commit = Commit { records: BTreeMap::from([(target(1), None)]), ..Commit::default() };
         let (last, next) = heads();
-        let mut banned = BTreeSet::from([target(1), target(2)]);
-        let pieces = seal(&commit, &[], Vec::new(), (&last, next), &mut banned);
+        let mut banned = Banned::from([(target(1), Some(Timestamp::from_secs(70))), (target(2), None)]);
+        let pieces = seal(&commit, &[], Vec::new(), (&last, next), (&mut banned, Timestamp::from_secs(10)));
         assert_eq!(pieces[0].head.bans, 1);
-        assert_eq!(pieces[0].changes, [Change { key: "ban.10.0.0.1".into(), value: None }]);
+        let left = Value::Delete(Some(Duration::from_secs(60)));
+        assert_eq!(pieces[0].changes, [Change { key: "ban.10.0.0.1".into(), value: left }]);
     }
 }

@@ -1,6 +1,6 @@
 //! What a detector knows of the bus, whether it decides or not: the state as it stands, and the log behind it.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use proto::ban::{BanChange, BanRecord, Lists};
@@ -11,7 +11,9 @@ use proto::bus::nats::{BusError, Connection, streams};
 use proto::head::{Coverage, Head};
 use proto::net::Target;
 use proto::shutdown::Shutdown;
+use proto::subject::bucket_stream;
 
+use super::seal::Banned;
 use super::{BACKLOG_BYTES_MAX, Ended, Logged};
 use crate::engine::stream::Position;
 use crate::engine::{EngineConfig, Snapshot};
@@ -31,8 +33,10 @@ pub(crate) struct View {
     seen: u64,
     pub(crate) lists: Option<Lists>,
     pub(crate) coverage: Coverage,
-    /// Targets that the state holds bans of.
-    pub(crate) banned: BTreeSet<Target>,
+    pub(crate) banned: Banned,
+    /// When the bucket and the log were made.
+    pub(crate) bucket: String,
+    pub(crate) log_created: String,
     /// What is added to the log's numbers, and the last of them that is decided.
     pub(crate) base: u64,
     pub(crate) floor: u64,
@@ -80,13 +84,14 @@ impl View {
             }
         }
         let Loading { mut snapshot, records, offenders, head, head_at, seen, lists, coverage } = loading;
-        let banned = records.keys().copied().collect();
+        let banned = records.values().map(|record| (record.target, record.expires_at())).collect();
         snapshot.bans = records.into_values().collect();
         snapshot.offenders = offenders.into_iter().collect();
         outlets.lists.send_replace(Arc::new(lists.clone().unwrap_or_default()));
         outlets.interest.send_replace(Arc::new(coverage.interest.clone()));
         outlets.bans.replace(snapshot.bans.iter().cloned());
 
+        let bucket = streams::info(connection, &bucket_stream(&connection.subjects().state_bucket())).await?.created;
         let log = streams::info(connection, &connection.subjects().access_stream()).await?;
         let is_known = head.access_created.is_empty() || head.access_created == log.created;
         let (base, floor) =
@@ -102,12 +107,14 @@ impl View {
             outlets: outlets.clone(),
             state,
             access,
+            seen: seen.max(head_at + head.changes),
             head,
             head_at,
-            seen,
             lists,
             coverage,
             banned,
+            bucket,
+            log_created: log.created,
             base,
             floor,
             backlog: VecDeque::new(),
@@ -131,6 +138,8 @@ impl View {
     /// Takes what the state's feed brought: hands it on to this host, and returns what an engine may want to know.
     pub(crate) fn take_state(&mut self, followed: Result<Followed, BusError>) -> Result<Option<StateEntry>, Ended> {
         let Followed::Entry(entry) = followed? else {
+            // What is missing of a commit by now has been replaced or deleted since.
+            self.seen = self.seen.max(self.head_at + self.head.changes);
             self.tell();
             return Ok(None);
         };
@@ -141,13 +150,13 @@ impl View {
                 // The last of a commit may never come on its own: it may have been replaced already.
                 self.tell();
                 (self.head, self.head_at) = (head.clone(), entry.sequence);
-                if head.access_created == self.access.created() {
+                if head.access_created == self.log_created {
                     self.floor = head.floor;
                 }
             }
             Some(StateEntry::Ban(change)) => {
                 match change {
-                    BanChange::Put(record) => drop(self.banned.insert(record.target)),
+                    BanChange::Put(record) => drop(self.banned.insert(record.target, record.expires_at())),
                     BanChange::Delete(target) => drop(self.banned.remove(target)),
                 }
                 self.changes.push(change.clone());

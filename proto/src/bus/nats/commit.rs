@@ -1,5 +1,7 @@
 //! Atomic batches: all of a commit is stored or none of it, and only if nobody else has committed since.
 
+use std::time::Duration;
+
 use async_nats::HeaderMap;
 
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer};
@@ -9,16 +11,26 @@ use crate::subject::{KEY_HEAD, KEY_OUT, bucket_key, bucket_stream};
 
 /// Messages of one atomic batch; the server takes no more.
 pub const ENTRIES_MAX: usize = 1000;
-/// How long the server remembers that a key was deleted, in seconds: who was away for longer reads the whole state.
-const DELETED_KEEP_SECS: u64 = 24 * 3600;
+/// How long the server remembers that a key was deleted, at least. A key whose marker has ended can come back when a server
+/// is killed (seen with 2.15.1), so a marker outlasts what it deletes.
+const DELETED_KEEP: Duration = Duration::from_secs(24 * 3600);
 
 /// One change of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     /// The key.
     pub key: String,
-    /// Its new value; `None` deletes it.
-    pub value: Option<Vec<u8>>,
+    /// What becomes of it.
+    pub value: Value,
+}
+
+/// What becomes of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// This is its value now.
+    Put(Vec<u8>),
+    /// It is deleted. Its last value would have mattered for so long; `None` = for ever.
+    Delete(Option<Duration>),
 }
 
 /// Why nothing was stored, or why that is not known.
@@ -51,21 +63,25 @@ pub async fn commit(
     let bucket = connection.subjects().state_bucket();
     let count = changes.len() + 1;
     let mut last = None;
-    let all = std::iter::once((KEY_HEAD, Some(&head)));
-    let all = all.chain(changes.iter().map(|change| (change.key.as_str(), change.value.as_ref())));
-    for (i, (key, value)) in all.enumerate() {
+    let head = Change { key: KEY_HEAD.to_owned(), value: Value::Put(head) };
+    for (i, Change { key, value }) in std::iter::once(&head).chain(changes).enumerate() {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Batch-Id", id);
         headers.insert("Nats-Batch-Sequence", (i + 1).to_string());
         if i == 0 {
             headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string());
         }
-        if value.is_none() {
-            headers.insert("KV-Operation", "DEL");
-            headers.insert("Nats-TTL", format!("{DELETED_KEEP_SECS}s"));
-        }
+        let payload = match value {
+            Value::Put(payload) => payload.clone(),
+            Value::Delete(mattered) => {
+                headers.insert("KV-Operation", "DEL");
+                if let Some(mattered) = mattered {
+                    headers.insert("Nats-TTL", format!("{}s", DELETED_KEEP.saturating_add(*mattered).as_secs()));
+                }
+                Vec::new()
+            }
+        };
         let subject = bucket_key(&bucket, key);
-        let payload = value.cloned().unwrap_or_default();
         if i + 1 == count {
             headers.insert("Nats-Batch-Commit", "1");
             last = Some((subject, headers, payload));
@@ -96,16 +112,20 @@ pub async fn read_head(connection: &Connection) -> Result<Option<(u64, Head)>, B
     Ok(Some((message.seq, message.json().ok_or_else(garbled)?)))
 }
 
-/// The events that were stored and not published yet, oldest first, each with the number of its message.
+/// The events from number `first` on, which were stored and may not be published yet, oldest first, each with the number of
+/// its message.
 ///
 /// # Errors
 /// When the server does not answer.
-pub async fn read_outbox(connection: &Connection) -> Result<Vec<(u64, CloudEvent)>, BusError> {
+pub async fn read_outbox(connection: &Connection, first: u64) -> Result<Vec<(u64, CloudEvent)>, BusError> {
     let bucket = connection.subjects().state_bucket();
     let (stream, filter) = (bucket_stream(&bucket), bucket_key(&bucket, &format!("{KEY_OUT}>")));
     let (mut events, mut next) = (Vec::new(), 1);
     while let Some(message) = connection.next_of(&stream, &filter, next).await? {
         next = message.seq + 1;
+        if message.outbox_number().is_none_or(|number| number < first) {
+            continue;
+        }
         // What this version cannot read stays for one that can.
         events.extend(message.json().map(|event| (message.seq, event)));
     }

@@ -15,7 +15,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
-use super::streams;
 use super::{BusError, Connection, REQUEST_TIMEOUT, encode};
 use crate::time::Timestamp;
 
@@ -32,6 +31,9 @@ const RETRY_FIRST: Duration = Duration::from_millis(50);
 /// Longest wait after a failure.
 const RETRY_MAX: Duration = Duration::from_secs(2);
 
+/// A message with a number that is known, stored so long after the newest that was given, is of another stream of the same
+/// name. Servers' clocks differ by less.
+const RECREATED_AFTER: Duration = Duration::from_millis(500);
 /// Failures in a row before they are told.
 const FAILURES_SILENT: u32 = 3;
 /// Fetches for a number that was seen and is not found: it has been deleted, or the copy that answers is behind.
@@ -81,7 +83,6 @@ pub enum Start {
 pub struct Feed {
     entries: mpsc::Receiver<Result<Followed, BusError>>,
     lag: Arc<AtomicU64>,
-    created: String,
     task: JoinHandle<()>,
 }
 
@@ -108,11 +109,6 @@ impl Feed {
     pub fn lag(&self) -> u64 {
         self.lag.load(Ordering::Relaxed)
     }
-
-    /// When the stream was made: another stream of the same name has another moment.
-    pub fn created(&self) -> &str {
-        &self.created
-    }
 }
 
 impl Drop for Feed {
@@ -137,20 +133,21 @@ pub async fn follow(
     connects.mark_unchanged();
     let subscribed = connection.client.subscribe(feed).await;
     let subscriber = subscribed.map_err(|_| BusError::Silent { what: stream.clone() })?;
-    let info = streams::info(connection, &stream).await?;
+    // Is it there?
+    fetch_some(connection, &stream, &filter, Start::Sequence(1), 1).await?;
     let (sender, entries) = mpsc::channel(waiting_max);
     let lag = Arc::new(AtomicU64::new(0));
     let follower = Follower {
         connection: connection.clone(),
         stream,
         filter,
-        created: info.created.clone(),
         live: Live::new(subscriber),
         connects,
         start,
         next: None,
         seen: 0,
-        last: info.state.last_seq,
+        last: 0,
+        given_at: Timestamp::EPOCH,
         lag: lag.clone(),
         behind: true,
         chases: 0,
@@ -158,14 +155,13 @@ pub async fn follow(
         sender,
     };
     let task = tokio::spawn(follower.run());
-    Ok(Feed { entries, lag, created: info.created, task })
+    Ok(Feed { entries, lag, task })
 }
 
 struct Follower {
     connection: Connection,
     stream: String,
     filter: String,
-    created: String,
     live: Live,
     connects: watch::Receiver<u64>,
     start: Start,
@@ -175,6 +171,8 @@ struct Follower {
     seen: u64,
     /// The newest number that the server told of.
     last: u64,
+    /// When the newest message that was given was stored.
+    given_at: Timestamp,
     lag: Arc<AtomicU64>,
     /// Whether there may be more to fetch.
     behind: bool,
@@ -183,9 +181,6 @@ struct Follower {
     failures: u32,
     sender: mpsc::Sender<Result<Followed, BusError>>,
 }
-
-/// Nobody takes messages any more.
-struct Gone;
 
 impl Follower {
     async fn run(mut self) {
@@ -197,15 +192,16 @@ impl Follower {
             } else {
                 tokio::select! {
                     biased;
-                    entry = self.live.receive() => match self.take(entry).await {
-                        Ok(()) => Ok(()),
-                        Err(Gone) => return,
-                    },
+                    entry = self.live.receive() => self.take(entry).await,
                     changed = self.connects.changed() => {
                         self.behind = changed.is_ok();
                         Ok(())
                     }
-                    _ = look.tick() => self.look().await,
+                    _ = look.tick() => {
+                        // The last messages may have been missed.
+                        self.behind = true;
+                        Ok(())
+                    }
                 }
             };
             match result {
@@ -223,25 +219,32 @@ impl Follower {
         }
     }
 
-    async fn take(&mut self, entry: Entry) -> Result<(), Gone> {
-        self.seen = self.seen.max(entry.sequence);
+    async fn take(&mut self, entry: Entry) -> Result<(), BusError> {
         let next = self.next.unwrap_or(0);
+        if entry.sequence < next {
+            // Known already, unless the numbers have begun anew.
+            let is_newer = entry.time > self.given_at.saturating_add(RECREATED_AFTER);
+            let stream = self.stream.clone();
+            return if is_newer { Err(BusError::Recreated { stream }) } else { Ok(()) };
+        }
+        self.seen = self.seen.max(entry.sequence);
         if entry.sequence > next {
             self.behind = true;
             self.chases = CHASES_MAX;
-        } else if entry.sequence == next {
-            self.give(entry).await?;
+        } else {
+            self.give(entry).await;
         }
         Ok(())
     }
 
-    async fn give(&mut self, entry: Entry) -> Result<(), Gone> {
+    async fn give(&mut self, entry: Entry) {
         let sequence = entry.sequence;
         self.last = self.last.max(sequence);
-        self.sender.send(Ok(Followed::Entry(entry))).await.map_err(|_| Gone)?;
+        self.given_at = self.given_at.max(entry.time);
+        // That nobody is there any more is noticed after each step.
+        let _gone = self.sender.send(Ok(Followed::Entry(entry))).await;
         self.next = Some(sequence + 1);
         self.lag.store(self.last - sequence, Ordering::Relaxed);
-        Ok(())
     }
 
     async fn wait_after(&mut self, error: &BusError) {
@@ -253,22 +256,8 @@ impl Follower {
         tokio::time::sleep(wait).await;
     }
 
-    /// Asks for the stream: is it the same, and is there more?
-    async fn look(&mut self) -> Result<(), BusError> {
-        let info = streams::info(&self.connection, &self.stream).await?;
-        if self.created != info.created {
-            return Err(BusError::Recreated { stream: self.stream.clone() });
-        }
-        self.last = self.last.max(info.state.last_seq);
-        self.behind |= self.next.is_none_or(|next| info.state.last_seq >= next);
-        Ok(())
-    }
-
     /// Fetches what comes next.
     async fn fetch(&mut self) -> Result<(), BusError> {
-        if self.failures > 0 {
-            self.look().await?;
-        }
         let start = self.next.map_or(self.start, Start::Sequence);
         let (entries, pending) = fetch(&self.connection, &self.stream, &self.filter, start).await?;
         self.failures = 0;
@@ -277,10 +266,9 @@ impl Follower {
             self.next = Some(from.max(1));
         }
         let nothing = entries.is_empty();
+        self.last = self.last.max(entries.last().map_or(0, |entry| entry.sequence + pending));
         for entry in entries {
-            if self.give(entry).await.is_err() {
-                return Ok(());
-            }
+            self.give(entry).await;
         }
         // Another copy of the stream may have answered, which is a little behind.
         let chasing = self.chases > 0 && self.next.is_some_and(|next| next <= self.seen);
@@ -300,15 +288,28 @@ impl Follower {
 }
 
 /// Fetches stored messages, oldest first, and how many more there are.
+///
+/// # Errors
+/// When the stream is not there or nobody answers.
 pub async fn fetch(
     connection: &Connection,
     stream: &str,
     filter: &str,
     start: Start,
 ) -> Result<(Vec<Entry>, u64), BusError> {
+    fetch_some(connection, stream, filter, start, FETCH_MESSAGES).await
+}
+
+async fn fetch_some(
+    connection: &Connection,
+    stream: &str,
+    filter: &str,
+    start: Start,
+    messages_max: usize,
+) -> Result<(Vec<Entry>, u64), BusError> {
     let what = format!("DIRECT.GET.{stream}");
     let silent = || BusError::Silent { what: what.clone() };
-    let mut get = serde_json::json!({"batch": FETCH_MESSAGES, "max_bytes": FETCH_BYTES, "next_by_subj": filter});
+    let mut get = serde_json::json!({"batch": messages_max, "max_bytes": FETCH_BYTES, "next_by_subj": filter});
     match start {
         Start::Sequence(sequence) => get["seq"] = sequence.max(1).into(),
         Start::Time(time, _) => get["start_time"] = render_time(time).into(),

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 
-use super::follow::{Start, fetch};
-use super::{BusError, Connection, encode};
+use super::follow::{Entry, Start, fetch};
+use super::{BusError, Connection, Stored, answer, encode};
 use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
@@ -49,10 +49,9 @@ pub async fn beat(
         }
         if connection.is_up() {
             // What was there before ours tells of a second process under our name.
-            let former = read_one(&connection, role, &node).await;
+            let former = read_one(&connection, role, &node).await.and_then(|(_, report)| report);
             seen_other = former.map(|report| report.instance).filter(|found| !found.is_empty() && *found != instance);
-            let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(role, &node));
-            let _missed = connection.request(&subject, HeaderMap::new(), encode(&report)).await;
+            send(&connection, &report).await;
         }
         if ending {
             return Ok(());
@@ -72,14 +71,30 @@ fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
     }
 }
 
+/// Sends a report, and learns the servers' time from when they stored it.
+async fn send(connection: &Connection, report: &NodeReport) {
+    let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(report.role, &report.node));
+    let sent_at = connection.clock().now();
+    let sent = connection.request(&subject, HeaderMap::new(), encode(report)).await;
+    let taken = connection.clock().now().since(sent_at);
+    let stored = sent.and_then(|message| answer::<Stored>("a heartbeat", &message.payload));
+    let Ok(Stored { seq }) = stored else { return };
+    // A copy of the bucket that lags behind may answer with an older one.
+    if let Some((entry, _)) = read_one(connection, report.role, &report.node).await.filter(|(e, _)| e.sequence == seq) {
+        connection.clock().steer(sent_at.saturating_add(taken / 2), entry.time);
+    }
+}
+
 /// A skew beyond this is worth a word: requests of one second apart then change places.
 const SKEW_MAX_MS: u64 = 1000;
 
-async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<NodeReport> {
+async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<(Entry, Option<NodeReport>)> {
     let bucket = connection.subjects().nodes_bucket();
     let subject = bucket_key(&bucket, &node_key(role, node));
-    let found = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
-    found.0.last().and_then(|entry| serde_json::from_slice(&entry.payload).ok())
+    let (mut entries, _) = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
+    let entry = entries.pop()?;
+    let report = serde_json::from_slice(&entry.payload).ok();
+    Some((entry, report))
 }
 
 /// Keeps `nodes` up to date with the reports of all hosts, until the shutdown. Only detect may read them all.

@@ -76,7 +76,7 @@ impl ReplicaState {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Applied {
     version: u32,
-    created: String,
+    bucket: String,
     #[serde(flatten)]
     mark: Mark,
 }
@@ -181,7 +181,11 @@ impl Replica {
             let mut next = Some(followed);
             while let Some(followed) = next {
                 match followed {
-                    Ok(Followed::CaughtUp) => caught_up = true,
+                    Ok(Followed::CaughtUp) => {
+                        caught_up = true;
+                        // What is missing of a commit by now has been replaced or deleted since.
+                        self.seen = self.seen.max(self.commit_end());
+                    }
                     Ok(Followed::Entry(entry)) => self.take(&entry),
                     Err(error) => return error,
                 }
@@ -231,9 +235,9 @@ impl Replica {
     /// Brings the copies up to date, as far as what was followed can be trusted.
     async fn settle(&mut self, feed: &Feed) {
         let now = self.connection.clock().now();
-        let doubt = self.doubt(feed.created(), now);
+        let doubt = self.doubt(now);
         let mark = self.head.as_ref().map(|head| head.mark).unwrap_or_default();
-        let between = self.head.as_ref().is_some_and(|head| self.seen < self.head_at + head.changes);
+        let between = self.seen < self.commit_end();
         if doubt.is_none() && !between && !self.whole {
             self.whole = true;
             self.changes.clear();
@@ -246,12 +250,18 @@ impl Replica {
         }
         self.publish();
         if self.whole && !between {
-            self.applied = Applied { version: VERSION, created: feed.created().to_owned(), mark };
+            let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
+            self.applied = Applied { version: VERSION, bucket, mark };
         }
         // The messages of a commit arrive one by one, so a moment of doubt is nothing to tell.
         let doubt = doubt.filter(|_| self.odd_since.is_none_or(|since| now.since(since) >= SETTLE));
         let foreign = self.foreign.then_some("somebody else writes into the ban bucket; only detect may");
         self.state.set(doubt.as_deref().or(foreign), feed.lag(), mark);
+    }
+
+    /// Number of the newest commit's last message.
+    fn commit_end(&self) -> u64 {
+        self.head_at + self.head.as_ref().map_or(0, |head| head.changes)
     }
 
     fn publish(&mut self) {
@@ -277,14 +287,14 @@ impl Replica {
     }
 
     /// Why what was followed does not show who is not banned; `None` when it does.
-    fn doubt(&mut self, created: &str, now: Timestamp) -> Option<String> {
+    fn doubt(&mut self, now: Timestamp) -> Option<String> {
         let kept = "this host keeps the bans it has until they end, and adds new ones; to drop them at once, stop \
                     enforce, run `portcullis enforce --teardown` and start it again";
         let Some(head) = &self.head else {
             let text = "no detector has written to the ban set yet";
-            return Some(if self.applied.created.is_empty() { text.to_owned() } else { format!("{text}: {kept}") });
+            return Some(if self.applied.bucket.is_empty() { text.to_owned() } else { format!("{text}: {kept}") });
         };
-        if !self.applied.created.is_empty() && self.applied.created != created {
+        if !self.applied.bucket.is_empty() && self.applied.bucket != head.bucket {
             return Some(format!("the ban set was deleted and made anew: {kept}"));
         }
         if head.mark < self.applied.mark {

@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 use super::{BusError, Connection};
 use crate::bus::config::NatsConfig;
 use crate::subject::{Subjects, bucket_stream};
-use crate::time::Timestamp;
 
 /// How long a heartbeat of a host that is gone is kept.
 const NODES_KEEP: Duration = Duration::from_secs(24 * 3600);
@@ -61,14 +60,6 @@ pub struct StreamInfo {
     pub(crate) config: StreamConfig,
     /// When it was made: another stream of the same name has another moment.
     pub created: String,
-    pub(crate) state: StreamState,
-    /// The server's time, when it answered.
-    ts: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-pub(crate) struct StreamState {
-    pub(crate) last_seq: u64,
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -194,16 +185,12 @@ async fn resize(connection: &Connection, found: StreamConfig, wanted: &StreamCon
     Ok(())
 }
 
-/// What the server says of a stream. Steers the clock by the server's time.
+/// What the server says of a stream. For detect alone: other accounts may not ask.
+///
+/// # Errors
+/// When it is not there or nobody answers.
 pub async fn info(connection: &Connection, stream: &str) -> Result<StreamInfo, BusError> {
-    let asked_at = connection.clock().now();
-    let info: StreamInfo = connection.api(&format!("STREAM.INFO.{stream}"), &serde_json::json!({})).await?;
-    let answered_at = connection.clock().now();
-    if let Some(server) = info.ts.as_deref().and_then(Timestamp::parse) {
-        let half = answered_at.since(asked_at) / 2;
-        connection.clock().steer(asked_at.saturating_add(half), server);
-    }
-    Ok(info)
+    connection.api(&format!("STREAM.INFO.{stream}"), &serde_json::json!({})).await
 }
 
 /// Removes messages of `filter` before `sequence`; `None` = of all subjects.
