@@ -3,6 +3,9 @@
 //! What was decided comes from the shared state, and the events up to its floor from the log; in this order, which is
 //! that of a rebuild. So windows stand as the active detector's, and nothing is decided here before [`Engine::lead`].
 
+#[cfg(test)]
+mod simulation;
+
 use std::collections::BTreeMap;
 
 use proto::ban::BanChange;

@@ -1,0 +1,439 @@
+//! A seeded simulation of a cluster: detectors that are killed, deposed, followed and started anew must agree after every
+//! step with a twin that leads all the time, and must tell the world of the same bans.
+//!
+//! `FOLLOW_SEED=n cargo test -p detect cluster` repeats one seed, `FOLLOW_SEEDS=n` runs more of them.
+
+use proto::ban::Ban;
+use proto::envelope::EventType;
+use proto::event::FileSpan;
+use proto::net::Target;
+
+use super::super::command::Command;
+use super::super::simulation::{LINE_BYTES, Line, Random, check_invariants, command, essence, rules};
+use super::super::tests::at;
+use super::super::{Event, Output};
+use super::*;
+
+const SEEDS: u64 = 150;
+const STEPS: usize = 120;
+const NODES: usize = 3;
+const STANDBYS: usize = 2;
+
+/// What nodes have written and sent, and the log that the broker made of it.
+struct Log {
+    files: [Vec<Line>; NODES],
+    sent: [usize; NODES],
+    /// Batch `n` has sequence `n + 1`.
+    batches: Vec<(AccessBatch, Timestamp)>,
+}
+
+impl Log {
+    fn end(&self) -> u64 {
+        self.batches.len() as u64
+    }
+
+    /// A node writes a few lines and perhaps sends some: new ones, some again, or some that have no offsets.
+    fn grow(&mut self, random: &mut Random, seconds: i64, skew: u64) {
+        let node = random.below(NODES as u64) as usize;
+        let lines: Vec<Line> = (0..=random.below(6)).map(|_| Line::random(random, seconds)).collect();
+        let stamp = at(seconds - random.below(skew + 1) as i64);
+        let written = self.files[node].len();
+        let batch = match random.below(10) {
+            0 => batch(node, None, &lines),
+            1 | 2 => {
+                let end = random.below(self.sent[node] as u64 + 1) as usize;
+                let start = random.below(end as u64 + 1) as usize;
+                batch(node, Some(start), &self.files[node][start..end])
+            }
+            3 | 4 => return self.files[node].extend(lines),
+            kind => {
+                self.files[node].extend(lines);
+                // A batch may be cut anew after an error: it begins with lines that the log has.
+                let start = self.sent[node].saturating_sub(if kind == 5 { 4 } else { 0 });
+                let end = written + 1;
+                self.sent[node] = self.sent[node].max(end);
+                batch(node, Some(start), &self.files[node][start..self.sent[node]])
+            }
+        };
+        self.batches.push((batch, stamp));
+    }
+}
+
+fn batch(node: usize, first: Option<usize>, lines: &[Line]) -> AccessBatch {
+    let offset = |i: usize| first.map_or(0, |first| (first + i) as u64 * LINE_BYTES);
+    let mut batch = AccessBatch::new(format!("n{node}").into(), "s".into(), Timestamp::EPOCH);
+    for (i, line) in lines.iter().enumerate() {
+        batch.push(&Event { offset: offset(i), ..line.event() });
+    }
+    batch.span = first.map(|_| FileSpan { generation: 1, start: offset(0), end: offset(lines.len()) });
+    batch
+}
+
+/// All that was decided on one target: stored and told together.
+#[derive(Clone, Default)]
+struct Decided {
+    record: Option<BanChange>,
+    offender: Option<Option<Offender>>,
+    /// `None` = over when it was found.
+    told: Vec<(Option<EventType>, Ban)>,
+}
+
+/// One atomic batch of changes.
+#[derive(Clone, Default)]
+struct Commit {
+    floor: u64,
+    arrival: Timestamp,
+    control: Option<Control>,
+    decided: BTreeMap<Target, Decided>,
+}
+
+/// The shared state. Its revision is the number of commits.
+#[derive(Default)]
+struct Store {
+    commits: Vec<Commit>,
+    bans: BTreeMap<Target, BanChange>,
+    offenders: BTreeMap<Target, Offender>,
+    control: Control,
+}
+
+impl Store {
+    /// Whether the commit was accepted: nobody else may have committed since `revision`.
+    fn commit(&mut self, revision: usize, commit: Commit) -> bool {
+        if self.commits.len() != revision {
+            return false;
+        }
+        for (target, decided) in &commit.decided {
+            self.bans.extend(decided.record.clone().map(|record| (*target, record)));
+            match &decided.offender {
+                Some(Some(offender)) => drop(self.offenders.insert(*target, offender.clone())),
+                Some(None) => drop(self.offenders.remove(target)),
+                None => {}
+            }
+        }
+        if let Some(control) = &commit.control {
+            self.control = control.clone();
+        }
+        self.commits.push(commit);
+        true
+    }
+
+    fn floor(&self) -> (u64, Timestamp) {
+        self.commits.last().map_or((0, Timestamp::EPOCH), |commit| (commit.floor, commit.arrival))
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let put = |change: &BanChange| if let BanChange::Put(record) = change { Some(record.clone()) } else { None };
+        Snapshot {
+            control: self.control.clone(),
+            bans: self.bans.values().filter_map(put).collect(),
+            offenders: self.offenders.iter().map(|(target, offender)| (*target, offender.clone())).collect(),
+            files: Vec::new(),
+        }
+    }
+}
+
+struct Detector {
+    engine: Engine,
+    /// Sequence of the newest batch that was handled.
+    read: u64,
+    /// The revision of the shared state that this one knows.
+    revision: usize,
+}
+
+impl Detector {
+    fn start(config: EngineConfig, store: &Store, log: &Log) -> Self {
+        let (floor, arrival) = store.floor();
+        let since = arrival.saturating_sub(config.horizon());
+        let before = log.batches.iter().take_while(|(_, stamp)| *stamp < since).count() as u64;
+        let engine = Engine::follow(config, store.snapshot(), Position::after_batch(floor), arrival);
+        let mut detector = Self { engine, read: before.min(floor), revision: store.commits.len() };
+        detector.read_to(log, floor);
+        detector
+    }
+
+    fn read_to(&mut self, log: &Log, end: u64) {
+        while self.read < end {
+            let (batch, stamp) = &log.batches[self.read as usize];
+            self.read += 1;
+            self.engine.handle_logged(batch, self.read, *stamp);
+        }
+    }
+
+    /// Follows `commits` more commits; the last thing read may be delivered twice.
+    fn follow(&mut self, store: &Store, log: &Log, commits: usize, twice: bool) {
+        let end = store.commits.len().min(self.revision.saturating_add(commits));
+        for commit in &store.commits[self.revision..end] {
+            for _ in 0..=usize::from(twice) {
+                self.follow_commit(commit);
+                self.read_to(log, commit.floor);
+                self.engine.raise_floor(Position::after_batch(commit.floor));
+            }
+            if twice && self.read > 0 {
+                let (batch, stamp) = &log.batches[self.read as usize - 1];
+                self.engine.handle_logged(batch, self.read, *stamp);
+            }
+        }
+        self.revision = end;
+        assert!(self.outputs().is_empty(), "a standby does nothing");
+    }
+
+    fn follow_commit(&mut self, commit: &Commit) {
+        for (target, decided) in &commit.decided {
+            if let Some(record) = &decided.record {
+                self.engine.follow_record(record.clone());
+            }
+            if let Some(offender) = &decided.offender {
+                self.engine.follow_offender(*target, offender.clone());
+            }
+        }
+        if let Some(control) = &commit.control {
+            self.engine.follow_control(control);
+        }
+    }
+
+    fn outputs(&mut self) -> Vec<Output> {
+        std::iter::from_fn(|| self.engine.poll_output()).collect()
+    }
+
+    /// What was decided since the last commit, cut into `pieces`. Only the last moves the floor.
+    fn commits(&mut self, store: &Store, pieces: usize) -> Vec<Commit> {
+        let mut last = Commit { floor: self.read, arrival: self.engine.log_arrival(), ..Commit::default() };
+        for output in self.outputs() {
+            match output {
+                Output::Record(change) => {
+                    last.decided.entry(change.target()).or_default().record = Some(change.clone())
+                }
+                Output::Offender(target, known) => last.decided.entry(target).or_default().offender = Some(known),
+                Output::Told(kind, ban) => last.decided.entry(ban.target).or_default().told.push((Some(kind), *ban)),
+                Output::Over(ban) => last.decided.entry(ban.target).or_default().told.push((None, *ban)),
+                Output::Control => last.control = Some(self.engine.control()),
+                Output::Shadow(_) | Output::Alarm { .. } => {}
+            }
+        }
+        let mut commits = Vec::new();
+        for _ in 1..pieces {
+            let size = last.decided.len().div_ceil(pieces);
+            let Some(cut) = last.decided.keys().nth(size).copied() else { break };
+            let rest = last.decided.split_off(&cut);
+            let (floor, arrival) = store.floor();
+            commits.push(Commit { floor, arrival, control: None, decided: std::mem::replace(&mut last.decided, rest) });
+        }
+        commits.push(last);
+        commits
+    }
+
+    /// Commits the first `pieces` of what was decided in `of`. Whether nobody else has committed meanwhile.
+    fn commit(&mut self, store: &mut Store, pieces: usize, of: usize) -> bool {
+        for commit in self.commits(store, of).into_iter().take(pieces) {
+            if !store.commit(self.revision, commit) {
+                return false;
+            }
+            self.revision += 1;
+        }
+        true
+    }
+}
+
+struct Cluster {
+    store: Store,
+    active: Detector,
+    standbys: Vec<Detector>,
+}
+
+impl Cluster {
+    fn new(log: &Log) -> Self {
+        let store = Store::default();
+        let mut active = Detector::start(rules(0), &store, log);
+        active.engine.lead(at(0));
+        Self { store, active, standbys: Vec::new() }
+    }
+
+    /// A standby that knows everything, or one started for it, takes over. Its predecessor is what this returns.
+    fn promote(&mut self, log: &Log, random: &mut Random, now: Timestamp) -> Detector {
+        let config = self.active.engine.config().clone();
+        let chosen = random.below(STANDBYS as u64 + 1) as usize;
+        let mut next = match self.standbys.len() {
+            len if chosen < len => self.standbys.swap_remove(chosen),
+            _ => Detector::start(config, &self.store, log),
+        };
+        next.follow(&self.store, log, usize::MAX, random.below(4) == 0);
+        next.engine.set_present(now);
+        next.engine.lead(now);
+        std::mem::replace(&mut self.active, next)
+    }
+
+    /// Works off the log, with all that can happen to a detector, and commits.
+    fn work(&mut self, log: &Log, random: &mut Random, now: Timestamp) {
+        self.active.engine.set_present(now);
+        while self.active.read < log.end() {
+            let ahead = 1 + random.below(log.end() - self.active.read);
+            self.active.read_to(log, self.active.read + ahead);
+            let (of, fate) = (1 + random.below(4) as usize, random.below(16));
+            match fate {
+                // Killed before the commit, in the midst of it or right after it.
+                0..=2 => {
+                    let done = [0, random.below(of as u64) as usize, of][fate as usize];
+                    assert!(self.active.commit(&mut self.store, done, of));
+                    drop(self.promote(log, random, now));
+                }
+                // Deposed without knowing: of two that lead, the first to commit goes on, the other's work is lost.
+                3 | 4 => {
+                    let mut rival = self.promote(log, random, now);
+                    rival.read_to(log, log.end());
+                    self.active.read_to(log, log.end());
+                    if fate == 3 {
+                        std::mem::swap(&mut rival, &mut self.active);
+                    }
+                    assert!(self.active.commit(&mut self.store, of, of), "the first is accepted");
+                    assert!(!rival.commit(&mut self.store, of, of), "the second is refused");
+                }
+                _ => assert!(self.active.commit(&mut self.store, of, of)),
+            }
+            self.follow(log, random);
+        }
+        assert!(self.active.commit(&mut self.store, 1, 1));
+    }
+
+    /// Standbys follow as they can, and others are started in the place of those that went.
+    fn follow(&mut self, log: &Log, random: &mut Random) {
+        if self.standbys.len() < STANDBYS && random.below(2) == 0 {
+            let config = self.active.engine.config().clone();
+            self.standbys.push(Detector::start(config, &self.store, log));
+        }
+        for standby in &mut self.standbys {
+            standby.follow(&self.store, log, random.below(4) as usize, random.below(4) == 0);
+        }
+    }
+
+    fn command(&mut self, command: &Command, now: Timestamp) -> String {
+        let answer = self.active.engine.handle_command(command.clone(), now);
+        assert!(self.active.commit(&mut self.store, 1, 1));
+        format!("{answer:?}")
+    }
+
+    fn reload(&mut self, command: &Command, now: Timestamp) {
+        for standby in &mut self.standbys {
+            standby.engine.handle_command(command.clone(), now).unwrap();
+            standby.outputs();
+        }
+        self.command(command, now);
+    }
+}
+
+/// The bans told so far, in no order. Whether one was told as an extension, or was over and not told at all, hangs on
+/// when it was found, so `exactly` holds only where nobody was ever late.
+fn told(store: &Store, exactly: bool) -> Vec<String> {
+    let told = store.commits.iter().flat_map(|commit| commit.decided.values()).flat_map(|decided| &decided.told);
+    let mut bans: Vec<String> = told
+        .filter(|(kind, _)| *kind != Some(EventType::Unban))
+        .map(|(kind, ban)| {
+            let kind = kind.filter(|_| exactly);
+            format!("{} {} {} {} {:?} {kind:?}", ban.target, ban.rule, ban.ban_count, ban.banned_at, ban.expires_at)
+        })
+        .collect();
+    bans.sort();
+    bans
+}
+
+struct World {
+    random: Random,
+    log: Log,
+    easy: Cluster,
+    hard: Cluster,
+    seconds: i64,
+    variant: u64,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let log = Log { files: Default::default(), sent: [0; NODES], batches: Vec::new() };
+        let (easy, hard) = (Cluster::new(&log), Cluster::new(&log));
+        Self { random: Random(seed), log, easy, hard, seconds: 1000, variant: 0 }
+    }
+
+    fn step(&mut self, outages: bool) {
+        let random = &mut self.random;
+        match random.below(100) {
+            0..=69 => self.grow(outages),
+            70..=79 => self.seconds += random.below(40) as i64,
+            80..=82 => self.seconds += random.below(400) as i64,
+            83..=90 => {
+                let (command, now) = (command(random), at(self.seconds));
+                assert_eq!(self.easy.command(&command, now), self.hard.command(&command, now));
+            }
+            91..=93 => {
+                self.variant = 1 - self.variant;
+                let reload = Command::Reload { config: Box::new(rules(self.variant)), names: Vec::new() };
+                self.easy.reload(&reload, at(self.seconds));
+                self.hard.reload(&reload, at(self.seconds));
+                // What a changed rule had counted is dropped by a reload, and would be counted again by a cold start.
+                self.seconds += 300;
+            }
+            _ => drop(self.hard.promote(&self.log, random, at(self.seconds))),
+        }
+    }
+
+    /// The log grows; where there are outages, the cluster may be away for a while.
+    fn grow(&mut self, outages: bool) {
+        let steps = if outages && self.random.below(8) == 0 { self.random.below(20) } else { 0 };
+        for _ in 0..=steps {
+            let now = at(self.seconds);
+            // Stamps step back now and then, but not so far that something ends in between.
+            let skew = self.random.below(3);
+            if skew > 0 {
+                self.easy.active.engine.handle_timeout(now);
+                self.hard.active.engine.handle_timeout(now);
+            }
+            for _ in 0..=self.random.below(4) {
+                self.log.grow(&mut self.random, self.seconds, skew);
+            }
+            self.easy.active.engine.set_present(now);
+            self.easy.active.read_to(&self.log, self.log.end());
+            assert!(self.easy.active.commit(&mut self.easy.store, 1, 1));
+            if steps > 0 {
+                self.seconds += self.random.below(60) as i64;
+                check_invariants(&mut self.easy.active.engine, at(self.seconds));
+            }
+        }
+        self.hard.work(&self.log, &mut self.random, at(self.seconds));
+    }
+
+    fn check(&mut self, exactly: bool, name: &str) {
+        let now = at(self.seconds);
+        for cluster in [&mut self.easy, &mut self.hard] {
+            check_invariants(&mut cluster.active.engine, now);
+            assert!(cluster.active.commit(&mut cluster.store, 1, 1));
+        }
+        assert_eq!(essence(&self.hard.active.engine), essence(&self.easy.active.engine), "{name}");
+        assert_eq!(told(&self.hard.store, exactly), told(&self.easy.store, exactly), "{name}");
+    }
+}
+
+fn simulate(seed: u64) {
+    let mut world = World::new(seed);
+    let outages = seed % 4 == 3;
+    for step in 0..STEPS {
+        world.step(outages);
+        world.check(!outages, &format!("seed {seed} step {step}"));
+    }
+    // Each standby, and one that starts now, leads for a while.
+    for successor in 0..=STANDBYS {
+        world.hard.standbys.truncate(STANDBYS - successor);
+        drop(world.hard.promote(&world.log, &mut world.random, at(world.seconds)));
+        for step in 0..4 {
+            world.grow(false);
+            world.check(!outages, &format!("seed {seed} successor {successor} step {step}"));
+        }
+    }
+}
+
+#[test]
+fn a_cluster_of_mortal_detectors_decides_like_one_that_never_dies() {
+    if let Ok(seed) = std::env::var("FOLLOW_SEED") {
+        return simulate(seed.parse().unwrap());
+    }
+    let seeds = std::env::var("FOLLOW_SEEDS").map_or(SEEDS, |seeds| seeds.parse().unwrap());
+    for seed in 0..seeds {
+        simulate(seed);
+    }
+}
