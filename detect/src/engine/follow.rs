@@ -27,6 +27,7 @@ impl Engine {
 
     /// From now on this engine decides what stands after the floor.
     pub fn lead(&mut self, now: Timestamp) {
+        self.stream.lead();
         self.lift_guarded("never_ban");
         self.handle_timeout(now);
     }
@@ -36,8 +37,12 @@ impl Engine {
         self.stream.raise_floor(floor);
     }
 
-    /// Handles the batch with number `sequence`, which the log stamped at `stamp`.
+    /// Handles the batch with number `sequence`, which the log stamped at `stamp`. A batch that comes again is passed
+    /// over, also where its lines have no offsets.
     pub fn handle_logged(&mut self, batch: &AccessBatch, sequence: u64, stamp: Timestamp) {
+        if self.stream.is_past(sequence) {
+            return;
+        }
         let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
         self.filter = batch.filter;
         self.stream.locate(sequence, 0, stamp);

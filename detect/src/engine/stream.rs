@@ -45,6 +45,8 @@ pub struct Log {
     pub arrival: Timestamp,
     /// Up to here everything is decided.
     pub floor: Position,
+    /// Whether what stands after the floor is decided here, not elsewhere.
+    pub leads: bool,
 }
 
 /// Generations of files that are remembered; the one that was read longest ago goes first.
@@ -234,7 +236,7 @@ impl Default for Stream {
 impl Stream {
     /// Of a log that is decided up to `floor`. Which lines were counted is learned by reading it again.
     pub fn of_log(floor: Position, arrival: Timestamp) -> Self {
-        Self { log: Some(Log { position: Position::START, arrival, floor }), ..Self::default() }
+        Self { log: Some(Log { position: Position::START, arrival, floor, leads: false }), ..Self::default() }
     }
 
     /// What comes now is event `index` of the batch with number `sequence`, stamped by the log.
@@ -250,6 +252,18 @@ impl Stream {
         if let Some(log) = &mut self.log {
             log.floor = log.floor.max(floor);
         }
+    }
+
+    /// From now on what stands after the floor is decided here.
+    pub fn lead(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.leads = true;
+        }
+    }
+
+    /// Whether the batch with number `sequence` in the log, or a later one, has been handled.
+    pub fn is_past(&self, sequence: u64) -> bool {
+        self.log.is_some_and(|log| Position::in_log(sequence, 0) <= log.position)
     }
 
     /// Whether lines come through a numbered log.
@@ -297,7 +311,7 @@ impl Stream {
     }
 
     fn judge_in_log(log: &Log) -> Admission {
-        if log.position <= log.floor {
+        if !log.leads || log.position <= log.floor {
             return Admission::Rebuild { position: log.position, after: log.arrival, before: log.arrival };
         }
         Admission::Decide { position: log.position, arrival: log.arrival }
