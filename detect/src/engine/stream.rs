@@ -45,6 +45,8 @@ pub struct Log {
     pub arrival: Timestamp,
     /// Up to here everything is decided.
     pub floor: Position,
+    /// When the batch at the floor arrived that this log began with. What is read again arrived before.
+    pub begun: Timestamp,
     /// Whether what stands after the floor is decided here, not elsewhere.
     pub leads: bool,
 }
@@ -236,7 +238,7 @@ impl Default for Stream {
 impl Stream {
     /// Of a log that is decided up to `floor`. Which lines were counted is learned by reading it again.
     pub fn of_log(floor: Position, arrival: Timestamp) -> Self {
-        Self { log: Some(Log { position: Position::START, arrival, floor, leads: false }), ..Self::default() }
+        Self { log: Some(Log { floor, begun: arrival, ..Log::default() }), ..Self::default() }
     }
 
     /// What comes now is event `index` of the batch with number `sequence`, stamped by the log.
@@ -271,9 +273,9 @@ impl Stream {
         self.log.is_some()
     }
 
-    /// The time of which windows are: the newest arrival in a log, which may lie far back, else `now`.
+    /// The time of which windows are: the newest arrival known in a log, which may lie far back, else `now`.
     pub fn window_time(&self, now: Timestamp) -> Timestamp {
-        self.log.map_or(now, |log| log.arrival)
+        self.log.map_or(now, |log| log.arrival.max(log.begun))
     }
 
     /// Continues a stored stream. Windows are rebuilt from what arrived after `since`.
