@@ -318,21 +318,22 @@ impl Engine {
                 self.outputs.push_back(Output::Told(EventType::Unban, Box::new(ban)));
             }
         }
-        if self.allows.advance(now, self.config.horizon()) {
+        // What still comes from a log may be of a time long past, so it is by that time that things are forgotten.
+        let (log_now, horizon) = (self.stream.window_time(now), self.config.horizon());
+        if self.allows.advance(now, log_now.saturating_sub(horizon)) {
             self.outputs.push_back(Output::Control);
         }
         if let Some(until) = self.paused.and_then(|pause| pause.until).filter(|until| *until <= now) {
             self.resume(until);
         }
         self.forget_windows();
-        let horizon = self.config.horizon();
         let forget = self.config.rules.iter().map(|rule| rule.escalation.forget_after).max().unwrap_or_default();
         let keep = forget.max(horizon);
-        while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+        while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < log_now) {
             let Some(target) = self.offenders.evict_oldest() else { break };
             self.outputs.push_back(Output::Offender(target, None));
         }
-        while self.shadow.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+        while self.shadow.oldest_end().is_some_and(|end| end.saturating_add(keep) < log_now) {
             self.shadow.evict_oldest();
         }
     }
