@@ -43,6 +43,7 @@ impl Engine {
         if self.stream.is_past(sequence) {
             return;
         }
+        self.end_due(sequence, stamp);
         let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
         self.filter = batch.filter;
         self.stream.locate(sequence, 0, stamp);
@@ -55,6 +56,13 @@ impl Engine {
         }
         self.stream.locate(sequence, usize::MAX, stamp);
         self.forget_windows();
+    }
+
+    /// What ended before a batch arrived that is decided here has ended for it, however late the timer is.
+    fn end_due(&mut self, sequence: u64, stamp: Timestamp) {
+        if self.stream.decides(sequence) && self.poll_timeout().is_some_and(|due| due <= stamp) {
+            self.handle_timeout(stamp);
+        }
     }
 
     /// When the newest event of the log arrived.

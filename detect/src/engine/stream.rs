@@ -268,6 +268,11 @@ impl Stream {
         self.log.is_some_and(|log| Position::in_log(sequence, 0) <= log.position)
     }
 
+    /// Whether the batch with number `sequence` is decided here.
+    pub fn decides(&self, sequence: u64) -> bool {
+        self.log.is_none_or(|log| log.leads && log.floor < Position::in_log(sequence, 0))
+    }
+
     /// Whether lines come through a numbered log.
     pub fn is_log(&self) -> bool {
         self.log.is_some()
