@@ -328,7 +328,8 @@ impl Engine {
         }
         self.forget_windows();
         let forget = self.config.rules.iter().map(|rule| rule.escalation.forget_after).max().unwrap_or_default();
-        let keep = forget.max(horizon);
+        // A late event may complete a ban at a time when the history still counts.
+        let keep = forget.saturating_add(self.config.lateness_max).max(horizon);
         while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < log_now) {
             let Some(target) = self.offenders.evict_oldest() else { break };
             self.outputs.push_back(Output::Offender(target, None));
