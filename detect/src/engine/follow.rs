@@ -28,8 +28,9 @@ impl Engine {
     /// From now on this engine decides what stands after the floor.
     pub fn lead(&mut self, now: Timestamp) {
         self.stream.lead();
-        self.lift_guarded("never_ban");
+        // What has ended guards nobody any more.
         self.handle_timeout(now);
+        self.lift_guarded("never_ban");
     }
 
     /// Everything up to `floor` is decided, by whoever decides.
@@ -60,7 +61,11 @@ impl Engine {
 
     /// What ended before a batch arrived that is decided here has ended for it, however late the timer is.
     fn end_due(&mut self, sequence: u64, stamp: Timestamp) {
-        if self.stream.decides(sequence) && self.poll_timeout().is_some_and(|due| due <= stamp) {
+        if !self.stream.decides(sequence) {
+            // Bans and pauses end where it is decided, but what was counted there after an allowance counts here too.
+            let arrival = self.stream.window_time(stamp).max(stamp);
+            self.allows.advance(arrival, arrival.saturating_sub(self.config.horizon()));
+        } else if self.poll_timeout().is_some_and(|due| due <= stamp) {
             self.handle_timeout(stamp);
         }
     }
