@@ -6,8 +6,6 @@
 #[cfg(test)]
 mod simulation;
 
-use std::collections::BTreeMap;
-
 use proto::ban::BanChange;
 use proto::event::AccessBatch;
 use proto::net::Target;
@@ -110,8 +108,12 @@ impl Engine {
         if control.counts_after > self.counts_after {
             self.clients = Clients::default();
         }
-        let allowed: BTreeMap<_, _> = self.allows.allowed().clone();
-        for target in control.allowed.keys().filter(|target| !allowed.contains_key(target)) {
+        let (known, arrival) = (self.allows.allowed().clone(), self.stream.window_time(self.now));
+        // Also one that is given anew counts, but none that has ended: it is forgotten here earlier than there.
+        let news = |(target, until): &(&Target, &Option<Timestamp>)| {
+            until.is_none_or(|until| arrival < until) && known.get(target) != Some(until)
+        };
+        for (target, _) in control.allowed.iter().filter(news) {
             self.clients.forget_within(target);
         }
         self.allows.follow(control.allowed.clone(), control.resolved.clone());

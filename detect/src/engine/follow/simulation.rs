@@ -3,6 +3,8 @@
 //!
 //! `FOLLOW_SEED=n cargo test -p detect cluster` repeats one seed, `FOLLOW_SEEDS=n` runs more of them.
 
+use std::collections::BTreeMap;
+
 use proto::ban::Ban;
 use proto::envelope::EventType;
 use proto::event::FileSpan;
