@@ -124,8 +124,8 @@ pub struct Engine {
     outputs: VecDeque<Output>,
     /// By rule: the first version of the predicate under which a node sends all that the rule may match.
     covered_from: Vec<u64>,
-    /// The version of the predicate that the batch at hand was filtered by.
-    filter: u64,
+    /// Bits of the rules that the batch at hand counts for.
+    covered: u64,
     /// The latest present moment; later than `now` while a backlog is worked off.
     present: Timestamp,
 }
@@ -165,7 +165,7 @@ impl Engine {
             stats: Stats { rules: vec![(0, 0); config.rules.len()], ..Stats::default() },
             outputs: VecDeque::new(),
             covered_from: vec![0; config.rules.len()],
-            filter: 0,
+            covered: u64::MAX,
             present: now,
             config,
         };
@@ -274,7 +274,7 @@ impl Engine {
         let node = self.nodes.get(usize::from(node)).map_or("", |node| node);
         let mut matching = 0;
         for (i, rule) in self.config.rules.iter().enumerate() {
-            if self.covered_from[i] <= self.filter
+            if self.covered & (1 << i) != 0
                 && rule.matcher.may_match_status(event.status)
                 && rule.matcher.matches(event, node)
             {

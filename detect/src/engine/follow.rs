@@ -5,6 +5,8 @@
 
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 
 use proto::ban::BanChange;
 use proto::event::AccessBatch;
@@ -13,7 +15,7 @@ use proto::time::Timestamp;
 
 use super::clients::Clients;
 use super::offender::{History, Offender};
-use super::rule::Mode;
+use super::rule::{Mode, Rule};
 use super::stream::{Position, Stream};
 use super::{Control, Engine, EngineConfig, Snapshot, Source};
 
@@ -44,7 +46,7 @@ impl Engine {
         }
         self.end_due(sequence, stamp);
         let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
-        self.filter = batch.filter;
+        self.covered = self.covered_by(batch.filter);
         self.stream.locate(sequence, 0, stamp);
         for (index, event) in batch.events().enumerate() {
             self.stream.locate(sequence, index, stamp);
@@ -66,6 +68,15 @@ impl Engine {
         } else if self.poll_timeout().is_some_and(|due| due <= stamp) {
             self.handle_timeout(stamp);
         }
+    }
+
+    /// Bits of the rules of which a batch that was filtered by version `filter` lacks no event.
+    fn covered_by(&self, filter: u64) -> u64 {
+        // A batch that was not filtered lacks none, but it has no headers.
+        let whole = |rule: &Rule| filter == 0 && rule.matcher.interest_headers().is_empty();
+        let rules = self.config.rules.iter().zip(&self.covered_from).enumerate();
+        let covers = |(_, (rule, from)): &(usize, (&Rule, &u64))| **from <= filter || whole(rule);
+        rules.filter(covers).fold(0, |bits, (i, _)| bits | 1 << i)
     }
 
     /// When the newest event of the log arrived.
