@@ -3,145 +3,19 @@
 //!
 //! `FOLLOW_SEED=n cargo test -p detect cluster` repeats one seed, `FOLLOW_SEEDS=n` runs more of them.
 
-use std::collections::BTreeMap;
+mod shared;
 
-use proto::ban::Ban;
-use proto::envelope::EventType;
-use proto::event::FileSpan;
-use proto::net::Target;
-
-use super::super::command::Command;
-use super::super::simulation::{
-    Banned, Histories, LINE_BYTES, Line, Random, check_invariants, command, essence, rules,
-};
-use super::super::tests::at;
-use super::super::{Event, Output};
 use super::*;
+use crate::engine::Output;
+use crate::engine::command::Command;
+use crate::engine::simulation::{Banned, Histories, Random, check_invariants, command, essence, rules};
+use crate::engine::tests::at;
+
+use shared::{Commit, Log, Store};
 
 const SEEDS: u64 = 150;
 const STEPS: usize = 80;
-const NODES: usize = 3;
 const STANDBYS: usize = 2;
-
-/// What nodes have written and sent, and the log that the broker made of it.
-struct Log {
-    files: [Vec<Line>; NODES],
-    sent: [usize; NODES],
-    /// Batch `n` has sequence `n + 1`.
-    batches: Vec<(AccessBatch, Timestamp)>,
-}
-
-impl Log {
-    fn end(&self) -> u64 {
-        self.batches.len() as u64
-    }
-
-    /// A node writes a few lines and perhaps sends some: new ones, some again, or some that have no offsets.
-    fn grow(&mut self, random: &mut Random, seconds: i64, skew: u64) {
-        let node = random.below(NODES as u64) as usize;
-        let lines: Vec<Line> = (0..=random.below(6)).map(|_| Line::random(random, seconds)).collect();
-        let stamp = at(seconds - random.below(skew + 1) as i64);
-        let written = self.files[node].len();
-        let batch = match random.below(10) {
-            0 => batch(node, None, &lines),
-            1 | 2 => {
-                let end = random.below(self.sent[node] as u64 + 1) as usize;
-                let start = random.below(end as u64 + 1) as usize;
-                batch(node, Some(start), &self.files[node][start..end])
-            }
-            3 | 4 => return self.files[node].extend(lines),
-            kind => {
-                self.files[node].extend(lines);
-                // A batch may be cut anew after an error: it begins with lines that the log has.
-                let start = self.sent[node].saturating_sub(if kind == 5 { 4 } else { 0 });
-                let end = written + 1;
-                self.sent[node] = self.sent[node].max(end);
-                batch(node, Some(start), &self.files[node][start..self.sent[node]])
-            }
-        };
-        self.batches.push((batch, stamp));
-    }
-}
-
-fn batch(node: usize, first: Option<usize>, lines: &[Line]) -> AccessBatch {
-    let offset = |i: usize| first.map_or(0, |first| (first + i) as u64 * LINE_BYTES);
-    let mut batch = AccessBatch::new(format!("n{node}").into(), "s".into(), Timestamp::EPOCH);
-    for (i, line) in lines.iter().enumerate() {
-        batch.push(&Event { offset: offset(i), ..line.event() });
-    }
-    batch.span = first.map(|_| FileSpan { generation: 1, start: offset(0), end: offset(lines.len()) });
-    batch
-}
-
-/// All that was decided on one target: stored and told together.
-#[derive(Clone, Default)]
-struct Decided {
-    record: Option<BanChange>,
-    offender: Option<Option<Offender>>,
-    /// `None` = over when it was found.
-    told: Vec<(Option<EventType>, Ban)>,
-}
-
-/// One atomic batch of changes.
-#[derive(Clone, Default)]
-struct Commit {
-    floor: u64,
-    arrival: Timestamp,
-    control: Option<Control>,
-    decided: BTreeMap<Target, Decided>,
-}
-
-/// The shared state. Its revision is the number of commits.
-#[derive(Default)]
-struct Store {
-    commits: Vec<Commit>,
-    bans: BTreeMap<Target, BanChange>,
-    offenders: BTreeMap<Target, Offender>,
-    control: Control,
-    /// All bans that were decided, and how each was told: as a ban, as an extension, or not at all if it was over.
-    told: Vec<(String, &'static str)>,
-}
-
-impl Store {
-    /// Whether the commit was accepted: nobody else may have committed since `revision`.
-    fn commit(&mut self, revision: usize, commit: Commit) -> bool {
-        if self.commits.len() != revision {
-            return false;
-        }
-        for (target, decided) in &commit.decided {
-            self.bans.extend(decided.record.clone().map(|record| (*target, record)));
-            for (kind, ban) in decided.told.iter().filter(|(kind, _)| *kind != Some(EventType::Unban)) {
-                let text = format!("{target} {} {} {} {:?}", ban.rule, ban.ban_count, ban.banned_at, ban.expires_at);
-                let entry = (text, kind.map_or("over", EventType::as_str));
-                self.told.insert(self.told.partition_point(|known| *known <= entry), entry);
-            }
-            match &decided.offender {
-                Some(Some(offender)) => drop(self.offenders.insert(*target, offender.clone())),
-                Some(None) => drop(self.offenders.remove(target)),
-                None => {}
-            }
-        }
-        if let Some(control) = &commit.control {
-            self.control = control.clone();
-        }
-        self.commits.push(commit);
-        true
-    }
-
-    fn floor(&self) -> (u64, Timestamp) {
-        self.commits.last().map_or((0, Timestamp::EPOCH), |commit| (commit.floor, commit.arrival))
-    }
-
-    fn snapshot(&self) -> Snapshot {
-        let put = |change: &BanChange| if let BanChange::Put(record) = change { Some(record.clone()) } else { None };
-        Snapshot {
-            control: self.control.clone(),
-            bans: self.bans.values().filter_map(put).collect(),
-            offenders: self.offenders.iter().map(|(target, offender)| (*target, offender.clone())).collect(),
-            files: Vec::new(),
-        }
-    }
-}
 
 struct Detector {
     engine: Engine,
@@ -212,7 +86,7 @@ impl Detector {
         for output in self.outputs() {
             match output {
                 Output::Record(change) => {
-                    last.decided.entry(change.target()).or_default().record = Some(change.clone())
+                    last.decided.entry(change.target()).or_default().record = Some(change.clone());
                 }
                 Output::Offender(target, known) => last.decided.entry(target).or_default().offender = Some(known),
                 Output::Told(kind, ban) => last.decided.entry(ban.target).or_default().told.push((Some(kind), *ban)),
@@ -354,7 +228,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let log = Log { files: Default::default(), sent: [0; NODES], batches: Vec::new() };
+        let log = Log::default();
         let (easy, hard) = (Cluster::new(&log), Cluster::new(&log));
         Self { random: Random(seed), log, easy, hard, seconds: 1000, variant: 0 }
     }

@@ -7,10 +7,10 @@ use proto::envelope::EventType;
 use proto::event::FileSpan;
 use serde_json::json;
 
-use super::super::command::Command;
-use super::super::tests::{at, config, event};
-use super::super::{Event, Output};
 use super::*;
+use crate::engine::command::Command;
+use crate::engine::tests::{at, config, event};
+use crate::engine::{Event, Output};
 
 const CLIENT: &str = "192.0.2.1";
 
