@@ -124,10 +124,8 @@ pub struct Engine {
     outputs: VecDeque<Output>,
     /// By rule: the first version of the predicate under which a node sends all that the rule may match.
     covered_from: Vec<u64>,
-    /// By rule: whether it looks at headers, which batches without a predicate do not carry.
-    needs_headers: Vec<bool>,
-    /// The version of the predicate that the batch at hand was filtered by.
-    filter: u64,
+    /// Bits of the rules that the batch at hand counts for.
+    covered: u64,
     /// The latest present moment; later than `now` while a backlog is worked off.
     present: Timestamp,
 }
@@ -167,8 +165,7 @@ impl Engine {
             stats: Stats { rules: vec![(0, 0); config.rules.len()], ..Stats::default() },
             outputs: VecDeque::new(),
             covered_from: vec![0; config.rules.len()],
-            needs_headers: vec![false; config.rules.len()],
-            filter: 0,
+            covered: u64::MAX,
             present: now,
             config,
         };
@@ -277,7 +274,10 @@ impl Engine {
         let node = self.nodes.get(usize::from(node)).map_or("", |node| node);
         let mut matching = 0;
         for (i, rule) in self.config.rules.iter().enumerate() {
-            if self.is_covered(i) && rule.matcher.may_match_status(event.status) && rule.matcher.matches(event, node) {
+            if self.covered & (1 << i) != 0
+                && rule.matcher.may_match_status(event.status)
+                && rule.matcher.matches(event, node)
+            {
                 matching |= 1 << i;
                 self.stats.rules[i].0 += 1;
             }
@@ -318,21 +318,23 @@ impl Engine {
                 self.outputs.push_back(Output::Told(EventType::Unban, Box::new(ban)));
             }
         }
-        if self.allows.advance(now, self.config.horizon()) {
+        // What still comes from a log may be of a time long past, so it is by that time that things are forgotten.
+        let (log_now, horizon) = (self.stream.window_time(now), self.config.horizon());
+        if self.allows.advance(now, log_now.saturating_sub(horizon)) {
             self.outputs.push_back(Output::Control);
         }
         if let Some(until) = self.paused.and_then(|pause| pause.until).filter(|until| *until <= now) {
             self.resume(until);
         }
         self.forget_windows();
-        let horizon = self.config.horizon();
         let forget = self.config.rules.iter().map(|rule| rule.escalation.forget_after).max().unwrap_or_default();
-        let keep = forget.max(horizon);
-        while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+        // A late event may complete a ban at a time when the history still counts.
+        let keep = forget.saturating_add(self.config.lateness_max).max(horizon);
+        while self.offenders.oldest_end().is_some_and(|end| end.saturating_add(keep) < log_now) {
             let Some(target) = self.offenders.evict_oldest() else { break };
             self.outputs.push_back(Output::Offender(target, None));
         }
-        while self.shadow.oldest_end().is_some_and(|end| end.saturating_add(keep) < now) {
+        while self.shadow.oldest_end().is_some_and(|end| end.saturating_add(keep) < log_now) {
             self.shadow.evict_oldest();
         }
     }
@@ -460,15 +462,8 @@ impl Engine {
     /// Sets from which version of the predicate on each rule is covered, by rule; a batch filtered by an older one
     /// counts for the other rules only.
     pub fn set_coverage(&mut self, covered_from: Vec<u64>) {
-        let rules = &self.config.rules;
-        self.needs_headers = rules.iter().map(|rule| !rule.matcher.interest_headers().is_empty()).collect();
         self.covered_from = covered_from;
-        self.covered_from.resize(rules.len(), 0);
-    }
-
-    fn is_covered(&self, rule: usize) -> bool {
-        let unfiltered = self.filter == 0 && !self.needs_headers[rule];
-        unfiltered || self.covered_from[rule] <= self.filter
+        self.covered_from.resize(self.config.rules.len(), 0);
     }
 
     /// The present moment, which is later than that of the events while a backlog is worked off: a ban that is over by

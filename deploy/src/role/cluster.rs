@@ -64,7 +64,7 @@ pub(super) async fn run(process: Process, nats: &NatsConfig) -> anyhow::Result<(
     let clock = Clock::steered();
     let words: Vec<&str> = roles.iter().map(|role| role.as_str()).collect();
     let name = format!("portcullis {} {}", words.join("+"), config.node);
-    let connection = Connection::open(nats, &name, clock.clone()).await.context("cannot use NATS")?;
+    let connection = Connection::open(nats, &name, &config.node, clock.clone()).await.context("cannot use NATS")?;
     let mut listener = None;
     if let Some(addr) = config.telemetry.listen {
         listener = Some(health::bind(addr).await?);

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use ipnet::IpNet;
 use proto::net::{NetSet, Target};
@@ -93,12 +92,12 @@ impl Allows {
         self.unite();
     }
 
-    /// Moves on to `now`: allowances end, and are forgotten `keep` after that. Whether any has ended.
-    pub fn advance(&mut self, now: Timestamp, keep: Duration) -> bool {
+    /// Moves on to `now`: allowances end, and are forgotten if that was before `since`. Whether any has ended.
+    pub fn advance(&mut self, now: Timestamp, since: Timestamp) -> bool {
         let (former, now) = (self.now, now.max(self.now));
         self.now = now;
         let ended = self.allowed.values().flatten().any(|until| former < *until && *until <= now);
-        self.allowed.retain(|_, until| until.is_none_or(|until| now <= until.saturating_add(keep)));
+        self.allowed.retain(|_, until| until.is_none_or(|until| since <= until));
         if ended {
             self.unite();
         }
@@ -160,14 +159,14 @@ mod tests {
     fn an_allowance_ends_by_itself() {
         let mut allows = Allows::default();
         let target: Target = "192.0.2.0/24".parse().unwrap();
-        let (addr, keep) = (target.addr(), Duration::from_secs(60));
+        let (addr, since) = (target.addr(), Timestamp::from_secs(10));
         allows.allow(target, Some(Timestamp::from_secs(10)));
-        assert!(allows.covers(&target) && !allows.advance(Timestamp::from_secs(9), keep));
-        assert!(allows.advance(Timestamp::from_secs(10), keep));
+        assert!(allows.covers(&target) && !allows.advance(Timestamp::from_secs(9), since));
+        assert!(allows.advance(Timestamp::from_secs(10), since));
         assert!(!allows.covers(&target));
         assert!(allows.exempts(addr, Timestamp::from_secs(9)), "what was done before does not count");
         assert!(!allows.exempts(addr, Timestamp::from_secs(10)));
-        allows.advance(Timestamp::from_secs(71), keep);
+        allows.advance(Timestamp::from_secs(71), Timestamp::from_secs(11));
         assert!(allows.allowed().is_empty());
     }
 }

@@ -50,7 +50,7 @@ impl Engine {
             }
             if let Some(complete) = self.count_for_rule(counting, i) {
                 self.decide(counting, i, &complete);
-                decided = true;
+                decided |= counting.decides || self.config.rules[i].mode == Mode::Enforce;
             }
         }
         if decided {
@@ -66,13 +66,15 @@ impl Engine {
         let now = self.stream.window_time(self.now);
         let oldest = now.saturating_sub(config.lateness_max);
         let rule_number = rule as u16;
+        // Nobody else decides for a shadow rule, so what is read again is used up here, in silence.
+        let decides = counting.decides || config.rules[rule].mode == Mode::Shadow;
         let mark = Mark {
             time: counting.time,
             value: 0,
             status: counting.event.status,
             node: counting.node,
             via_proxy: counting.via_proxy,
-            fresh: counting.decides,
+            fresh: decides,
         };
         match config.rules[rule].threshold {
             Threshold::Rate { period, burst } => clients.update(counting.target, rule_number, now, |counted| {
@@ -80,7 +82,7 @@ impl Engine {
                     if let Some(Counted::Bucket { level, newest }) = counted { Some((*level, *newest)) } else { None };
                 let newest = held.map_or(counting.time, |(_, newest)| newest.max(counting.time));
                 let (level, fits) = bucket.pour(period, burst, newest, held.map(|(level, _)| level));
-                if fits || !counting.decides {
+                if fits || !decides {
                     *counted = level.map(|level| Counted::Bucket { level, newest });
                     return None;
                 }
@@ -155,7 +157,7 @@ impl Engine {
             let until = offender.quiet_now().max(end);
             offender.set_quiet(Quiet { after: position, until });
         });
-        self.stats.rules[rule].1 += 1;
+        self.stats.rules[rule].1 += u64::from(counting.decides || !shadow);
         let rest = complete.rest.iter().filter(|mark| mark.time >= end).copied().collect();
         if let Some(rest) = Window::of_rest(rest) {
             let now = self.stream.window_time(self.now);
@@ -173,7 +175,9 @@ impl Engine {
             evidence: self.evidence(complete, first, last),
         };
         if shadow {
-            self.outputs.push_back(Output::Shadow(Box::new(ban)));
+            if counting.decides {
+                self.outputs.push_back(Output::Shadow(Box::new(ban)));
+            }
             self.bound_offenders();
             return;
         }

@@ -3,7 +3,10 @@
 //! What was decided comes from the shared state, and the events up to its floor from the log; in this order, which is
 //! that of a rebuild. So windows stand as the active detector's, and nothing is decided here before [`Engine::lead`].
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
 
 use proto::ban::BanChange;
 use proto::event::AccessBatch;
@@ -12,7 +15,7 @@ use proto::time::Timestamp;
 
 use super::clients::Clients;
 use super::offender::{History, Offender};
-use super::rule::Mode;
+use super::rule::{Mode, Rule};
 use super::stream::{Position, Stream};
 use super::{Control, Engine, EngineConfig, Snapshot, Source};
 
@@ -24,8 +27,10 @@ impl Engine {
 
     /// From now on this engine decides what stands after the floor.
     pub fn lead(&mut self, now: Timestamp) {
-        self.lift_guarded("never_ban");
+        self.stream.lead();
+        // What has ended guards nobody any more.
         self.handle_timeout(now);
+        self.lift_guarded("never_ban");
     }
 
     /// Everything up to `floor` is decided, by whoever decides.
@@ -33,10 +38,15 @@ impl Engine {
         self.stream.raise_floor(floor);
     }
 
-    /// Handles the batch with number `sequence`, which the log stamped at `stamp`.
+    /// Handles the batch with number `sequence`, which the log stamped at `stamp`. A batch that comes again is passed
+    /// over, also where its lines have no offsets.
     pub fn handle_logged(&mut self, batch: &AccessBatch, sequence: u64, stamp: Timestamp) {
+        if self.stream.is_past(sequence) {
+            return;
+        }
+        self.end_due(sequence, stamp);
         let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
-        self.filter = batch.filter;
+        self.covered = self.covered_by(batch.filter);
         self.stream.locate(sequence, 0, stamp);
         for (index, event) in batch.events().enumerate() {
             self.stream.locate(sequence, index, stamp);
@@ -47,6 +57,26 @@ impl Engine {
         }
         self.stream.locate(sequence, usize::MAX, stamp);
         self.forget_windows();
+    }
+
+    /// What ended before a batch arrived that is decided here has ended for it, however late the timer is.
+    fn end_due(&mut self, sequence: u64, stamp: Timestamp) {
+        if !self.stream.decides(sequence) {
+            // Bans and pauses end where it is decided, but what was counted there after an allowance counts here too.
+            let arrival = self.stream.window_time(stamp).max(stamp);
+            self.allows.advance(arrival, arrival.saturating_sub(self.config.horizon()));
+        } else if self.poll_timeout().is_some_and(|due| due <= stamp) {
+            self.handle_timeout(stamp);
+        }
+    }
+
+    /// Bits of the rules of which a batch that was filtered by version `filter` lacks no event.
+    fn covered_by(&self, filter: u64) -> u64 {
+        // A batch that was not filtered lacks none, but it has no headers.
+        let whole = |rule: &Rule| filter == 0 && rule.matcher.interest_headers().is_empty();
+        let rules = self.config.rules.iter().zip(&self.covered_from).enumerate();
+        let covers = |(_, (rule, from)): &(usize, (&Rule, &u64))| **from <= filter || whole(rule);
+        rules.filter(covers).fold(0, |bits, (i, _)| bits | 1 << i)
     }
 
     /// The log has brought nothing that arrived before `now`, so windows move on.
@@ -95,8 +125,12 @@ impl Engine {
         if control.counts_after > self.counts_after {
             self.clients = Clients::default();
         }
-        let allowed: BTreeMap<_, _> = self.allows.allowed().clone();
-        for target in control.allowed.keys().filter(|target| !allowed.contains_key(target)) {
+        let (known, arrival) = (self.allows.allowed().clone(), self.stream.window_time(self.now));
+        // Also one that is given anew counts, but none that has ended: it is forgotten here earlier than there.
+        let news = |(target, until): &(&Target, &Option<Timestamp>)| {
+            until.is_none_or(|until| arrival < until) && known.get(target) != Some(until)
+        };
+        for (target, _) in control.allowed.iter().filter(news) {
             self.clients.forget_within(target);
         }
         self.allows.follow(control.allowed.clone(), control.resolved.clone());

@@ -15,13 +15,13 @@ use super::*;
 
 const SEEDS: u64 = 150;
 const STEPS: usize = 250;
-const LINE_BYTES: u64 = 100;
+pub(super) const LINE_BYTES: u64 = 100;
 
 /// SplitMix64.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, n: u64) -> u64 {
+    pub(super) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -31,10 +31,24 @@ impl Random {
 }
 
 #[derive(Clone, Copy)]
-struct Line {
+pub(super) struct Line {
     client: u64,
     seconds: i64,
     status: u16,
+}
+
+impl Line {
+    /// Written at `seconds`: sometimes late, seldom ahead of time.
+    pub(super) fn random(random: &mut Random, seconds: i64) -> Self {
+        let age = if random.below(10) == 0 { random.below(120) } else { random.below(3) } as i64;
+        let ahead = if random.below(40) == 0 { 50 } else { 0 };
+        let status = [200, 404, 404, 500][random.below(4) as usize];
+        Self { client: random.below(10), seconds: seconds - age + ahead, status }
+    }
+
+    pub(super) fn event(&self) -> Event<'static> {
+        event(&client(self.client), self.seconds, self.status)
+    }
 }
 
 /// Two log files of one node, and how far each engine has read them.
@@ -43,7 +57,7 @@ struct Files {
     lines: [Vec<Line>; 2],
 }
 
-fn rules(variant: u64) -> EngineConfig {
+pub(super) fn rules(variant: u64) -> EngineConfig {
     let max_retry = 3 + variant;
     let rules = serde_json::json!({
         "a": {"match": "Status(`404`)", "max_retry": max_retry, "find_time": "30s", "ban_time": "20s"},
@@ -70,9 +84,7 @@ impl Life {
     fn feed(&mut self, files: &Files, file: usize, lines: std::ops::Range<usize>, now: Timestamp) -> Vec<Output> {
         let source = self.engine.open(&"n".into(), &"s".into(), Some(file as u64));
         for i in lines.clone() {
-            let line = files.lines[file][i];
-            let event =
-                Event { offset: i as u64 * LINE_BYTES, ..event(&client(line.client), line.seconds, line.status) };
+            let event = Event { offset: i as u64 * LINE_BYTES, ..files.lines[file][i].event() };
             self.engine.handle_event(source, &event, now);
         }
         let span = FileSpan {
@@ -129,11 +141,11 @@ fn client(n: u64) -> String {
 }
 
 /// By target: the bans in force, evidence aside.
-type Banned = Vec<(Target, Vec<Ban>)>;
+pub(super) type Banned = Vec<(Target, Vec<Ban>)>;
 /// By target: each rule's name, count and last end.
-type Histories = Vec<(Target, Vec<(String, u32, Timestamp)>)>;
+pub(super) type Histories = Vec<(Target, Vec<(String, u32, Timestamp)>)>;
 
-fn essence(engine: &Engine) -> (Banned, Histories) {
+pub(super) fn essence(engine: &Engine) -> (Banned, Histories) {
     let plain = |ban: &Ban| Ban { evidence: Evidence::default(), ..ban.clone() };
     let bans = engine.bans().map(|record| (record.target, record.bans.iter().map(plain).collect())).collect();
     let history =
@@ -146,7 +158,7 @@ fn essence(engine: &Engine) -> (Banned, Histories) {
     (bans, offenders.collect())
 }
 
-fn check_invariants(engine: &mut Engine, now: Timestamp) {
+pub(super) fn check_invariants(engine: &mut Engine, now: Timestamp) {
     engine.handle_timeout(now);
     for record in engine.bans() {
         assert!(!record.bans.is_empty());
@@ -161,7 +173,7 @@ fn check_invariants(engine: &mut Engine, now: Timestamp) {
     assert!(engine.poll_timeout().is_none_or(|at| at > now), "nothing is overdue");
 }
 
-fn command(random: &mut Random) -> Command {
+pub(super) fn command(random: &mut Random) -> Command {
     let target = Target::of_client(client(random.below(10)).parse().unwrap(), 64);
     let length = Some(Duration::from_secs(1 + random.below(60)));
     match random.below(6) {
@@ -186,10 +198,7 @@ fn simulate(seed: u64) {
             0..=59 => {
                 let file = random.below(2) as usize;
                 for _ in 0..=random.below(6) {
-                    let age = if random.below(10) == 0 { random.below(120) } else { random.below(3) } as i64;
-                    let ahead = if random.below(40) == 0 { 50 } else { 0 };
-                    let status = [200, 404, 404, 500][random.below(4) as usize];
-                    files.lines[file].push(Line { client: random.below(10), seconds: seconds - age + ahead, status });
+                    files.lines[file].push(Line::random(&mut random, seconds));
                 }
                 let fresh = read[file]..files.lines[file].len();
                 easy.feed(&files, file, fresh.clone(), now);

@@ -45,6 +45,10 @@ pub struct Log {
     pub arrival: Timestamp,
     /// Up to here everything is decided.
     pub floor: Position,
+    /// When the batch at the floor arrived that this log began with. What is read again arrived before.
+    pub begun: Timestamp,
+    /// Whether what stands after the floor is decided here, not elsewhere.
+    pub leads: bool,
 }
 
 /// Generations of files that are remembered; the one that was read longest ago goes first.
@@ -234,7 +238,7 @@ impl Default for Stream {
 impl Stream {
     /// Of a log that is decided up to `floor`. Which lines were counted is learned by reading it again.
     pub fn of_log(floor: Position, arrival: Timestamp) -> Self {
-        Self { log: Some(Log { position: Position::START, arrival, floor }), ..Self::default() }
+        Self { log: Some(Log { floor, begun: arrival, ..Log::default() }), ..Self::default() }
     }
 
     /// What comes now is event `index` of the batch with number `sequence`, stamped by the log.
@@ -259,14 +263,31 @@ impl Stream {
         }
     }
 
+    /// From now on what stands after the floor is decided here.
+    pub fn lead(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.leads = true;
+        }
+    }
+
+    /// Whether the batch with number `sequence` in the log, or a later one, has been handled.
+    pub fn is_past(&self, sequence: u64) -> bool {
+        self.log.is_some_and(|log| Position::in_log(sequence, 0) <= log.position)
+    }
+
+    /// Whether the batch with number `sequence` is decided here.
+    pub fn decides(&self, sequence: u64) -> bool {
+        self.log.is_none_or(|log| log.leads && log.floor < Position::in_log(sequence, 0))
+    }
+
     /// Whether lines come through a numbered log.
     pub fn is_log(&self) -> bool {
         self.log.is_some()
     }
 
-    /// The time of which windows are: the newest arrival in a log, which may lie far back, else `now`.
+    /// The time of which windows are: the newest arrival known in a log, which may lie far back, else `now`.
     pub fn window_time(&self, now: Timestamp) -> Timestamp {
-        self.log.map_or(now, |log| log.arrival)
+        self.log.map_or(now, |log| log.arrival.max(log.begun))
     }
 
     /// Continues a stored stream. Windows are rebuilt from what arrived after `since`.
@@ -304,7 +325,7 @@ impl Stream {
     }
 
     fn judge_in_log(log: &Log) -> Admission {
-        if log.position <= log.floor {
+        if !log.leads || log.position <= log.floor {
             return Admission::Rebuild { position: log.position, after: log.arrival, before: log.arrival };
         }
         Admission::Decide { position: log.position, arrival: log.arrival }

@@ -126,16 +126,17 @@ struct Link {
 }
 
 impl Connection {
-    /// Begins to connect; returns at once, and goes on trying for ever. `name` is what operators of NATS see. `clock` is
-    /// steered by the servers' time.
+    /// Begins to connect; returns at once, and goes on trying for ever. `name` is what operators of NATS see; answers come
+    /// to subjects of `node`, so that hosts of one account cannot read each other's. `clock` is steered by the servers'.
     ///
     /// # Errors
     /// When a file of the configuration cannot be read.
-    pub async fn open(config: &NatsConfig, name: &str, clock: Clock) -> Result<Self, BusError> {
+    pub async fn open(config: &NatsConfig, name: &str, node: &str, clock: Clock) -> Result<Self, BusError> {
         let link = Arc::new(Link { up: AtomicBool::new(false), connects: watch::Sender::new(0) });
         let events = link.clone();
         let mut options = ConnectOptions::new()
             .name(name)
+            .custom_inbox_prefix(format!("_INBOX.{node}"))
             .retry_on_initial_connect()
             .max_reconnects(None)
             .connection_timeout(REQUEST_TIMEOUT)

@@ -10,8 +10,6 @@ use crate::subject::{Subjects, bucket_stream};
 
 /// How long a heartbeat of a host that is gone is kept.
 const NODES_KEEP: Duration = Duration::from_secs(24 * 3600);
-/// How long it is remembered that a lease has expired.
-const LEASE_MARKER_KEEP: Duration = Duration::from_secs(3600);
 /// How long a repeated message is recognised by its id.
 const DUPLICATES_KEEP: Duration = Duration::from_secs(120);
 
@@ -36,16 +34,8 @@ pub struct StreamConfig {
     allow_rollup_hdrs: bool,
     allow_msg_ttl: bool,
     allow_atomic: bool,
-    /// Nanoseconds.
-    #[serde(skip_serializing_if = "is_zero")]
-    subject_delete_marker_ttl: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     republish: Option<Republish>,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +110,7 @@ impl StreamConfig {
                 differ(what, wanted.to_string(), found.to_string());
             }
         }
+        differ("allow_rollup_hdrs", self.allow_rollup_hdrs.to_string(), found.allow_rollup_hdrs.to_string());
         differences
     }
 }
@@ -144,11 +135,8 @@ pub fn wanted(config: &NatsConfig) -> Vec<StreamConfig> {
             ..StreamConfig::bucket(&state, config.replicas)
         },
         StreamConfig { max_age: nanos(NODES_KEEP), ..StreamConfig::bucket(&nodes, config.replicas) },
-        StreamConfig {
-            subject_delete_marker_ttl: nanos(LEASE_MARKER_KEEP),
-            allow_rollup_hdrs: true,
-            ..StreamConfig::bucket(&lease, config.replicas)
-        },
+        // Neither markers nor rollups: with them one host's key could wipe out all. Its leader alone is asked.
+        StreamConfig { allow_direct: false, ..StreamConfig::bucket(&lease, config.replicas) },
     ]
 }
 
