@@ -11,6 +11,7 @@ pub mod envelope;
 pub mod event;
 pub mod net;
 pub mod report;
+pub mod schema;
 pub mod settings;
 pub mod shutdown;
 pub mod subject;
