@@ -71,9 +71,9 @@ class Server:
         binary = os.environ.get("NATS_SERVER", "nats-server")
         self.process = subprocess.Popen([binary, "-c", str(config)], stdout=log, stderr=log)
 
-    def kill(self) -> None:
+    def kill(self, with_signal: signal.Signals = signal.SIGKILL) -> None:
         if self.process is not None:
-            self.process.kill()
+            self.process.send_signal(with_signal)
             self.process.wait()
             self.process = None
 

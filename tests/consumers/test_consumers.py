@@ -68,7 +68,8 @@ async def unseen(server: Server, detect: Detect):
     await detect.connect(port)
     yield
     await detect.close()
-    server.kill()
+    # In peace: after a crash, 2.15.1 revives a removed key whose marker has timed out (nats-server issue 8505).
+    server.kill(signal.SIGTERM)
     server.start()
     await detect.connect()
 
