@@ -91,7 +91,7 @@ class Detect:
         async def attempt():
             try:
                 self.nc = await nats.connect(
-                    url, user="detect", password=DETECT_PASSWORD, allow_reconnect=False, error_cb=quiet
+                    url, user="detect", password=DETECT_PASSWORD, allow_reconnect=False, reconnect_time_wait=0, error_cb=quiet
                 )
                 await self.api("INFO", {})
                 return True
