@@ -161,7 +161,7 @@ async def follows_the_ban_set(make, folder: Path):
         await detect.remove(first["target"])
         wanted = {second["target"]: longer, third["target"]: third}
         await until(lambda: consumer.holds() == wanted, "an extension and a removal")
-        await detect.put(record(4, 1.5))
+        await detect.put(record(4, 4))
         await until(lambda: consumer.count("banned") == 5, "a short ban")
         await until(lambda: consumer.holds() == wanted, "a ban that ends by itself")
         await detect.remove(target_of(4))
