@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::net::Target;
 use crate::time::Timestamp;
 
 /// Who ordered a ban.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// A rule.
@@ -19,14 +20,14 @@ pub enum Origin {
 }
 
 /// What a ban rests on. Lists are samples, bounded in number and length; counts are exact.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Evidence {
     /// Events that the ban consumed.
     pub failures: u32,
-    /// Time of the oldest consumed event.
+    /// Time of the oldest consumed event; `null` of operator bans.
     pub first_seen: Option<Timestamp>,
-    /// Time of the newest consumed event.
+    /// Time of the newest consumed event; `null` of operator bans.
     pub last_seen: Option<Timestamp>,
     /// Nodes that saw them.
     pub nodes: Vec<String>,
@@ -51,21 +52,21 @@ fn statuses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u16, 
 }
 
 /// One ban of one target by one rule.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Ban {
     /// Who is banned.
     pub target: Target,
-    /// The rule, or [`crate::subject::OPERATOR`].
+    /// Name of the rule that decided it; `operator` where a person or program ordered it.
     pub rule: String,
     /// Who ordered it.
     pub origin: Origin,
     /// 1 for a first offence.
     pub ban_count: u32,
-    /// Length in whole seconds, rounded up; `None` = permanent.
+    /// Length in whole seconds, rounded up; `null` = permanent.
     pub ban_seconds: Option<u64>,
     /// Time of the newest consumed event, or of the order.
     pub banned_at: Timestamp,
-    /// When it ends; `None` = permanent.
+    /// When it ends, everywhere and by itself; `null` = permanent.
     pub expires_at: Option<Timestamp>,
     /// For people.
     pub reason: String,
@@ -81,11 +82,12 @@ impl Ban {
 }
 
 /// All bans of one target: what is stored and enforced under one key. Never empty; ordered by rule name.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BanRecord {
     /// Who is banned.
     pub target: Target,
-    /// One ban for each rule that has one in force.
+    /// One ban for each rule that has one in force; the latest end frees the target.
+    #[schemars(length(min = 1))]
     pub bans: Vec<Ban>,
 }
 

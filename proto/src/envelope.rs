@@ -1,12 +1,13 @@
 //! Public events: CloudEvents 1.0 JSON objects around a [`Ban`] or an alarm.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ban::Ban;
 use crate::time::Timestamp;
 
 /// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum EventType {
     /// A target is banned that was not.
     #[serde(rename = "io.portcullis.ban.v1")]
@@ -35,7 +36,7 @@ impl EventType {
 }
 
 /// What an alarm says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Alarm {
     /// A stable word for programs, such as `visitors-behind-proxy`.
     pub kind: String,
@@ -43,8 +44,8 @@ pub struct Alarm {
     pub text: String,
 }
 
-/// The payload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The payload: a ban, or an alarm where the type says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Data {
     /// Of ban, unban and extend.
@@ -54,13 +55,16 @@ pub enum Data {
 }
 
 /// One public event. CloudEvents 1.0, structured JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CloudEvent {
     /// Always `1.0`.
+    #[schemars(extend("const" = "1.0"))]
     pub specversion: String,
-    /// The same for a repeated delivery of the same event.
+    /// The same for a repeated delivery of the same event, whichever detect delivers it: compare it to drop repeats.
+    #[schemars(length(min = 1))]
     pub id: String,
     /// `portcullis/<node>` of the detect that decided.
+    #[schemars(extend("format" = "uri-reference"))]
     pub source: String,
     /// What happened.
     #[serde(rename = "type")]
@@ -70,8 +74,9 @@ pub struct CloudEvent {
     /// The target, or the kind of an alarm.
     pub subject: String,
     /// Always `application/json`.
+    #[schemars(extend("const" = "application/json"))]
     pub datacontenttype: String,
-    /// The payload.
+    /// What happened, in full.
     pub data: Data,
 }
 

@@ -12,6 +12,7 @@ pub mod event;
 pub mod head;
 pub mod net;
 pub mod report;
+pub mod schema;
 pub mod secret;
 pub mod settings;
 pub mod shutdown;

@@ -1,10 +1,12 @@
 //! Addresses: the [`Target`] of a ban and [`NetSet`], an immutable set of networks with fast look-up.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// An IPv4-mapped IPv6 address as the IPv4 address it stands for; any other address unchanged.
@@ -156,7 +158,27 @@ impl Serialize for Target {
 
 impl<'de> Deserialize<'de> for Target {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        std::borrow::Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl JsonSchema for Target {
+    fn schema_name() -> Cow<'static, str> {
+        "Target".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        // A single address has no prefix: neither /32 nor /128 is ever written.
+        const OCTET: &str = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])";
+        const V4_PREFIX: &str = "(/(3[01]|[12]?[0-9]))?";
+        const V6: &str = "[0-9a-f:]*:[0-9a-f:]*(/(12[0-7]|1[01][0-9]|[1-9]?[0-9]))?";
+        json_schema!({
+            "description": "An IP address, or a network with host bits zero. IPv6 as RFC 5952 writes it; never an \
+                            IPv4-mapped address; a single address never has a prefix.",
+            "type": "string",
+            "pattern": format!(r"^(({OCTET}\.){{3}}{OCTET}{V4_PREFIX}|{V6})$"),
+            "examples": ["192.0.2.1", "192.0.2.0/24", "2001:db8::1", "2001:db8::/64"],
+        })
     }
 }
 

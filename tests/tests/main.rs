@@ -5,4 +5,5 @@
 mod cli;
 mod netns;
 mod replay;
+mod schema;
 mod tidy;
