@@ -100,13 +100,16 @@ impl Servers {
 
     /// Waits until every server is well, all know the same leader, and every stream has one.
     pub fn wait_ready(&self) -> Result<()> {
-        wait_until("the NATS servers are ready", ELECTION, || self.is_ready().then_some(())).with_context(|| self.logs())
+        wait_until("the NATS servers are ready", ELECTION, || self.is_ready().then_some(()))
+            .with_context(|| self.logs())
     }
 
     fn is_ready(&self) -> bool {
         let leaders: Vec<Option<String>> = (0..self.0.len()).map(|index| self.meta_leader(index)).collect();
         let agreed = leaders.iter().all(|leader| leader.is_some() && *leader == leaders[0]);
-        agreed && (0..self.0.len()).all(|index| self.monitor(index, "/healthz").is_ok_and(|health| health["status"] == "ok"))
+        agreed
+            && (0..self.0.len())
+                .all(|index| self.monitor(index, "/healthz").is_ok_and(|health| health["status"] == "ok"))
     }
 
     /// The server that leads JetStream, as server `index` knows it; a server alone leads itself.

@@ -68,7 +68,8 @@ impl Truth {
     /// The operator sees each ban once, as a first offence, with the evidence that the lines give.
     fn check_records(&self, cluster: &Cluster) -> Result<()> {
         let records = cluster.bans()?;
-        let told: BTreeSet<String> = records.iter().filter_map(|ban| Some(ban["target"].as_str()?.to_owned())).collect();
+        let told: BTreeSet<String> =
+            records.iter().filter_map(|ban| Some(ban["target"].as_str()?.to_owned())).collect();
         ensure!(told == self.targets() && records.len() == told.len(), "`bans` lists {records:?}");
         for record in &records {
             let ban = record["target"].as_str().and_then(|target| self.bans.get(target)).context("no such ban")?;
