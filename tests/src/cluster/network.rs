@@ -78,11 +78,11 @@ impl Network {
         self.bridge.run("ip", &["link", "set", host, "down"]).map(drop)
     }
 
-    /// Each packet is lost with a chance of `percent` in 100, in each direction.
+    /// Each packet is lost with a chance of `percent` in 100, 1 to 100, in each direction.
     pub fn lose(&self, host: &str, percent: u8) -> Result<()> {
-        let table = table(host);
+        let (table, last) = (table(host), percent.saturating_sub(1));
         let rule = |device: &str| {
-            format!("add rule bridge {table} forward {device} \"{host}\" numgen random mod 100 < {percent} drop")
+            format!("add rule bridge {table} forward {device} \"{host}\" numgen random mod 100 <= {last} drop")
         };
         let lines = [
             format!("add table bridge {table}"),

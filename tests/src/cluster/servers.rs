@@ -98,7 +98,7 @@ impl Servers {
         self.wait_ready()
     }
 
-    /// Waits until every server is well, all know the same leader, and every stream has one.
+    /// Waits until every server is well, all know the same leader, and every stream has one and is the same everywhere.
     pub fn wait_ready(&self) -> Result<()> {
         wait_until("the NATS servers are ready", ELECTION, || self.is_ready().then_some(()))
             .with_context(|| self.logs())
@@ -107,9 +107,22 @@ impl Servers {
     fn is_ready(&self) -> bool {
         let leaders: Vec<Option<String>> = (0..self.0.len()).map(|index| self.meta_leader(index)).collect();
         let agreed = leaders.iter().all(|leader| leader.is_some() && *leader == leaders[0]);
-        agreed
-            && (0..self.0.len())
-                .all(|index| self.monitor(index, "/healthz").is_ok_and(|health| health["status"] == "ok"))
+        agreed && (0..self.0.len()).all(|index| self.is_well(index))
+    }
+
+    /// Whether server `index` is well and knows who leads each stream that it holds; of those that it leads itself, whether
+    /// all replicas keep up, which only their leader knows.
+    fn is_well(&self, index: usize) -> bool {
+        let settled = |stream: &Value| {
+            let leader = leader(stream).unwrap_or_default();
+            let replicas = stream.pointer("/cluster/replicas").and_then(Value::as_array);
+            let mut replicas = replicas.map_or(&[][..], Vec::as_slice).iter();
+            stream.get("cluster").is_none()
+                || !leader.is_empty()
+                    && (leader != self.0[index].name || replicas.all(|replica| replica["current"] == true))
+        };
+        let health = self.monitor(index, "/healthz").is_ok_and(|health| health["status"] == "ok");
+        health && self.streams(index).is_some_and(|streams| streams.iter().all(settled))
     }
 
     /// The server that leads JetStream, as server `index` knows it; a server alone leads itself.
@@ -122,22 +135,31 @@ impl Servers {
         (!leader.is_empty()).then(|| leader.to_owned())
     }
 
-    /// What a server says of a stream; of the first that answers and knows it.
-    pub fn stream(&self, stream: &str) -> Option<Value> {
-        (0..self.0.len()).find_map(|index| {
-            let jsz = self.monitor(index, "/jsz?accounts=1&streams=1").ok()?;
-            let accounts = jsz.get("account_details")?.as_array()?.clone();
-            let mut streams = accounts.iter().filter_map(|account| account.get("stream_detail")?.as_array()).flatten();
-            streams.find(|detail| detail["name"] == stream).cloned()
-        })
+    /// What server `index` says of each stream that it holds.
+    fn streams(&self, index: usize) -> Option<Vec<Value>> {
+        let jsz = self.monitor(index, "/jsz?accounts=1&streams=1").ok()?;
+        let accounts = jsz.get("account_details").and_then(Value::as_array).cloned().unwrap_or_default();
+        let streams = accounts.iter().filter_map(|account| account.get("stream_detail")?.as_array()).flatten();
+        Some(streams.cloned().collect())
     }
 
-    /// Index of the server that leads `stream`.
+    /// What its leader says of a stream; `None` while it has none.
+    pub fn stream(&self, stream: &str) -> Option<Value> {
+        self.find(stream).map(|(_, told)| told)
+    }
+
+    /// Index of the server that leads `stream`; `None` while none does.
     pub fn leader(&self, stream: &str) -> Option<usize> {
-        if self.0.len() == 1 {
-            return Some(0);
-        }
-        self.index(self.stream(stream)?.pointer("/cluster/leader")?.as_str()?)
+        self.find(stream).map(|(index, _)| index)
+    }
+
+    fn find(&self, stream: &str) -> Option<(usize, Value)> {
+        let leads = |index: usize, told: &Value| self.0.len() == 1 || leader(told) == Some(&self.0[index].name);
+        (0..self.0.len()).find_map(|index| {
+            let mut streams = self.streams(index)?.into_iter();
+            let told = streams.find(|told| told["name"] == stream && leads(index, told))?;
+            Some((index, told))
+        })
     }
 
     /// Asks server `index` over HTTP.
@@ -170,6 +192,11 @@ impl Servers {
         }
         text
     }
+}
+
+/// Who leads a stream, as a server tells it.
+fn leader(stream: &Value) -> Option<&str> {
+    stream.pointer("/cluster/leader")?.as_str()
 }
 
 /// Silence is noticed within seconds, as in `deploy/nats`: the defaults are minutes.

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, ensure};
 use proto::time::{Clock, Timestamp};
 use serde_json::Value;
 
-use super::Cluster;
+use super::{CONVERGENCE, Cluster};
 use crate::brute::{self, Ban, Escalation, Rule};
+use crate::portcullis::wait_until;
 
 /// Kernels count whole seconds, and a set is filled a moment after it was planned.
 const END_TOLERANCE_MS: i64 = 5_000;
@@ -51,7 +52,13 @@ impl Truth {
         same.with_context(|| self.differences(cluster))?;
         self.check_records(cluster)?;
         self.check_ends(cluster)?;
-        self.check_events(cluster)
+        // A ban is in force before it is announced, and a replica may answer that has not heard of it.
+        let mut answer = Ok(());
+        let announced = wait_until("every ban is announced", CONVERGENCE, || {
+            answer = self.check_events(cluster);
+            answer.is_ok().then_some(())
+        });
+        announced.or(answer)
     }
 
     fn differences(&self, cluster: &Cluster) -> String {

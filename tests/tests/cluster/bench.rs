@@ -45,7 +45,8 @@ fn servers_elect_a_leader_and_another_one_when_it_is_killed_and_lose_nothing() {
     }
     assert!(cluster.servers.client(&cluster.network).is_err());
     cluster.servers.start_all().unwrap();
-    assert_eq!(read(&mut cluster.servers.client(&cluster.network).unwrap()), written);
+    let mut nats = cluster.servers.client(&cluster.network).unwrap();
+    assert_eq!(read(&mut nats), written);
 }
 
 #[test]
@@ -68,13 +69,12 @@ fn a_bad_link_loses_packets_in_both_directions_and_a_slow_one_holds_them() {
     network.heal("edge-1", edge).unwrap();
     wait_until("it is answered again", CONVERGENCE, || cluster.get(client(1), 0, "/ok")).unwrap();
     network.slow("edge-1", edge).unwrap();
-    let ping = || edge.run("ping", &["-q", "-c", "20", "-i", "0.002", "-s", "1400", "-W", "5", "10.77.0.1"]).unwrap();
-    let slowest =
-        |text: &str| -> f64 { text.rsplit(" = ").next().unwrap().split('/').nth(2).unwrap().parse().unwrap() };
-    let slow = slowest(&ping());
+    // More than passes at once, less than waits too long.
+    assert_eq!(cluster.get(client(1), 0, &format!("/{}", "x".repeat(6_000))), Some(404));
+    let held = network.outside().run("tc", &["-s", "qdisc", "show", "dev", "edge-1"]).unwrap();
+    assert!(held.contains("tbf") && !held.contains("overlimits 0"), "{held}");
     network.heal("edge-1", edge).unwrap();
-    let quick = slowest(&ping());
-    assert!(slow > 10.0 * quick, "{slow} ms on a slow link, {quick} ms on another");
+    assert!(!network.outside().run("tc", &["qdisc", "show", "dev", "edge-1"]).unwrap().contains("tbf"));
 }
 
 #[test]
