@@ -91,7 +91,6 @@ impl Trial {
 }
 
 #[test]
-#[expect(clippy::print_stdout, reason = "what is needed to run a failed test again")]
 fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
     let (seed, rounds) = (setting("CLUSTER_SEED", 1), setting("CLUSTER_ROUNDS", 6));
     println!("CLUSTER_SEED={seed} CLUSTER_ROUNDS={rounds}");
