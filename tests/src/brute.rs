@@ -256,7 +256,8 @@ fn never_banned(addr: IpAddr) -> bool {
     from_cloudflare(addr) || listed(NamedSet::Private, addr)
 }
 
-fn target(addr: IpAddr) -> String {
+/// What a client is counted and banned by.
+pub fn target(addr: IpAddr) -> String {
     match addr {
         IpAddr::V4(addr) => addr.to_string(),
         IpAddr::V6(addr) => format!("{}/64", std::net::Ipv6Addr::from_bits(addr.to_bits() >> 64 << 64)),

@@ -1,15 +1,15 @@
 //! The built binary, driven from outside: verbs that run to their end, and the service.
 
-use std::fmt::Write as _;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use proto::time::Clock;
 use serde_json::Value;
+
+use crate::process::Process;
 
 /// Whatever has not happened by then does not happen. Far above what a loaded machine needs.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -17,14 +17,19 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Looks again and again until `look` finds something; fails with `what` when it never does.
-pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> Result<T> {
+    wait_until(what, PATIENCE, look)
+}
+
+/// As [`wait_for`], for what may take longer, or must come sooner.
+pub fn wait_until<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Option<T>) -> Result<T> {
     let clock = Clock::system();
-    let end = clock.now().saturating_add(PATIENCE);
+    let end = clock.now().saturating_add(patience);
     loop {
         if let Some(found) = look() {
             return Ok(found);
         }
-        ensure!(clock.now() < end, "waited {PATIENCE:?} in vain: {what}");
+        ensure!(clock.now() < end, "waited {patience:?} in vain: {what}");
         std::thread::sleep(PAUSE);
     }
 }
@@ -96,43 +101,44 @@ pub fn portcullis<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) 
     Ok(Answer { code: output.status.code().unwrap_or(-1), stdout: text(output.stdout)?, stderr: text(output.stderr)? })
 }
 
+/// Runs a verb from within `namespace` against the service at `socket`.
+pub fn verb(namespace: &str, socket: &Path, args: &[&str]) -> Result<Answer> {
+    let output = Command::new("ip")
+        .args(["netns", "exec", namespace, "timeout", "--signal=KILL", "60"])
+        .arg(binary()?)
+        .args(args)
+        .arg("--socket")
+        .arg(socket)
+        .stdin(Stdio::null())
+        .output()
+        .context("could not start portcullis")?;
+    Ok(Answer {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8(output.stdout)?,
+        stderr: String::from_utf8(output.stderr)?,
+    })
+}
+
 /// `portcullis run`, in a folder of its own and in a network namespace. Killed when dropped.
 #[derive(Debug)]
 pub struct Service {
     folder: PathBuf,
     namespace: String,
-    child: Child,
-    log: Arc<Mutex<Vec<String>>>,
+    process: Process,
 }
 
 impl Service {
     /// Starts it in `namespace`; `folder` holds `portcullis.toml` and stays when it ends, so that it can start again.
     /// Returns when it answers.
     pub fn start(folder: &Path, namespace: &str) -> Result<Self> {
-        let mut child = Command::new("ip")
-            .args(["netns", "exec", namespace])
-            .arg(binary()?)
-            .args(["run", "-c"])
-            .arg(folder.join("portcullis.toml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("could not start portcullis run")?;
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let stderr = child.stderr.take().context("no stderr")?;
-        let lines = Arc::clone(&log);
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if let Ok(mut lines) = lines.lock() {
-                    lines.push(line);
-                }
-            }
-        });
-        let mut service = Self { folder: folder.to_owned(), namespace: namespace.to_owned(), child, log };
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace]).arg(binary()?);
+        command.args(["run", "-c"]).arg(folder.join("portcullis.toml"));
+        let process = Process::start("portcullis run", &mut command, &folder.join("portcullis.log"))?;
+        let mut service = Self { folder: folder.to_owned(), namespace: namespace.to_owned(), process };
         let mut ended = None;
         let ready = wait_for("portcullis answers", || {
-            ended = service.child.try_wait().ok().flatten();
+            ended = service.process.ended();
             let answers = service.verb(&["bans", "--json"]).is_ok_and(|answer| answer.code == 0);
             (answers || ended.is_some()).then_some(())
         });
@@ -144,20 +150,7 @@ impl Service {
 
     /// Runs a verb against it, from within its namespace.
     pub fn verb(&self, args: &[&str]) -> Result<Answer> {
-        let output = Command::new("ip")
-            .args(["netns", "exec", &self.namespace, "timeout", "--signal=KILL", "60"])
-            .arg(binary()?)
-            .args(args)
-            .arg("--socket")
-            .arg(self.folder.join("api.sock"))
-            .stdin(Stdio::null())
-            .output()
-            .context("could not start portcullis")?;
-        Ok(Answer {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8(output.stdout)?,
-            stderr: String::from_utf8(output.stderr)?,
-        })
+        verb(&self.namespace, &self.folder.join("api.sock"), args)
     }
 
     /// The records of `bans --json`.
@@ -165,56 +158,31 @@ impl Service {
         self.verb(&["bans", "--json"])?.expect(0)?.json()
     }
 
-    /// What it has logged.
+    /// What it has logged, in this and in former lives.
     pub fn log_text(&self) -> String {
-        let mut text = String::new();
-        if let Ok(lines) = self.log.lock() {
-            for line in lines.iter() {
-                let _ = writeln!(text, "{line}");
-            }
-        }
-        text
+        self.process.log_text()
     }
 
     /// Fails when it has logged an error. Call it at the end of every test.
     pub fn no_errors(&self) -> Result<()> {
-        let log = self.log_text();
-        let errors: Vec<&str> = log.lines().filter(|line| is_error(line)).collect();
-        ensure!(errors.is_empty(), "portcullis logged errors:\n{}", errors.join("\n"));
-        Ok(())
+        self.process.no_errors()
     }
 
     /// SIGKILL: nothing is tidied up.
     pub fn kill(mut self) -> Result<()> {
         self.no_errors()?;
-        self.child.kill().context("could not kill portcullis")?;
-        self.child.wait().context("could not wait for portcullis")?;
-        Ok(())
+        self.process.kill()
     }
 
     /// SIGTERM, and waits for an orderly end.
     pub fn stop(mut self) -> Result<()> {
-        self.signal("TERM")?;
-        let status: ExitStatus = wait_for("portcullis ends", || self.child.try_wait().ok().flatten())?;
-        ensure!(status.success(), "portcullis ended with {status}:\n{}", self.log_text());
+        self.process.stop()?;
         self.no_errors()
     }
 
     /// Sends a signal by name.
     pub fn signal(&self, name: &str) -> Result<()> {
-        let pid = self.child.id().to_string();
-        let status = Command::new("kill").args(["-s", name, &pid]).status().context("could not start kill")?;
-        ensure!(status.success(), "could not send {name} to portcullis");
-        Ok(())
-    }
-}
-
-/// Whether a line of a JSON or text log is of level ERROR, or a panic.
-fn is_error(line: &str) -> bool {
-    let json = serde_json::from_str::<Value>(line).ok();
-    match json.as_ref().and_then(|entry| entry.get("level")).and_then(Value::as_str) {
-        Some(level) => level.eq_ignore_ascii_case("error"),
-        None => line.contains("ERROR") || line.contains("panicked"),
+        self.process.signal(name)
     }
 }
 
@@ -224,21 +192,5 @@ impl Drop for Service {
         if std::thread::panicking() {
             eprintln!("portcullis logged:\n{}", self.log_text());
         }
-        // Already ended, or to be ended: either is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_in_a_log_is_seen() {
-        assert!(is_error(r#"{"timestamp":"x","level":"ERROR","fields":{"message":"Task failed"}}"#));
-        assert!(is_error("2026-03-02T08:00:00Z ERROR Task failed"));
-        assert!(is_error("thread 'main' panicked at x.rs"));
-        assert!(!is_error(r#"{"level":"INFO","fields":{"message":"No ERROR here"}}"#));
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is how a test fails")]
 
 mod cli;
+mod cluster;
 mod netns;
 mod replay;
 mod schema;

@@ -1,0 +1,109 @@
+//! The verbs of an operator reach the whole cluster through the socket of any detect.
+
+use proto::report::Role;
+use serde_json::Value;
+use tests::cluster::network::client;
+use tests::cluster::{Cluster, Layout};
+use tests::portcullis::wait_for;
+
+use super::{probes, wait_banned, wait_counted};
+
+#[test]
+fn an_operator_bans_and_unbans_on_every_host_through_either_detect() {
+    let cluster = Cluster::start(&Layout::default()).unwrap();
+    let tail = cluster.detects[0].start_verb(&["tail", "--json"]).unwrap();
+    let mut told = Vec::new();
+    for detect in &cluster.detects {
+        detect.verb(&["ban", "203.0.113.0/28", "--for", "1h", "--reason", "a test"]).unwrap().expect(0).unwrap();
+        wait_banned(&cluster, &["203.0.113.0/28"]);
+        for node in 0..3 {
+            assert_eq!(cluster.get(client(7), node, "/ok"), None, "banned on node {node}");
+            assert_eq!(cluster.get(client(20), node, "/ok"), Some(200), "not meant on node {node}");
+        }
+        for other in &cluster.detects {
+            let bans = other.verb(&["bans", "--json"]).unwrap().expect(0).unwrap().json().unwrap();
+            assert_eq!(bans.len(), 1);
+            assert_eq!((&bans[0]["rule"], &bans[0]["reason"]), (&"operator".into(), &"a test".into()));
+        }
+        // A wider ban stays when an address of it is unbanned, and is named.
+        let answer = detect.verb(&["unban", "203.0.113.7"]).unwrap().expect(1).unwrap();
+        assert!((answer.stdout + &answer.stderr).contains("203.0.113.0/28"));
+        detect.verb(&["unban", "203.0.113.0/28"]).unwrap().expect(0).unwrap();
+        wait_banned(&cluster, &[]);
+        assert_eq!(cluster.get(client(7), 0, "/ok"), Some(200));
+        told.extend(["io.portcullis.ban.v1", "io.portcullis.unban.v1"]);
+    }
+    let types = || -> Vec<String> {
+        let events = tail.output_text();
+        let events = events.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.filter_map(|event| Some(event["type"].as_str()?.to_owned())).collect()
+    };
+    wait_for("tail tells each of them", || (types() == told).then_some(())).unwrap();
+    cluster.stop().unwrap();
+}
+
+#[test]
+fn pause_and_allow_hold_on_every_host() {
+    let cluster = Cluster::start(&Layout::default()).unwrap();
+    let verb = |words: &[&str]| cluster.detects[1].verb(words).unwrap().expect(0).unwrap();
+    cluster.write(0, &probes(client(7), 15, 0)).unwrap();
+    wait_banned(&cluster, &["203.0.113.7"]);
+    verb(&["pause", "--for", "1h"]);
+    wait_banned(&cluster, &[]);
+    assert_eq!(cluster.get(client(7), 2, "/ok"), Some(200));
+    verb(&["resume"]);
+    wait_banned(&cluster, &["203.0.113.7"]);
+    verb(&["allow", "203.0.113.7"]);
+    wait_banned(&cluster, &[]);
+    // The next client is banned after all lines of the allowed one were counted for nothing.
+    cluster.write(1, &probes(client(7), 20, 0)).unwrap();
+    cluster.write(1, &probes(client(8), 15, 0)).unwrap();
+    wait_banned(&cluster, &["203.0.113.8"]);
+    assert_eq!(cluster.get(client(7), 1, "/ok"), Some(200), "never banned from now on");
+    cluster.stop().unwrap();
+}
+
+#[test]
+fn explain_tells_what_each_host_holds() {
+    let cluster = Cluster::start(&Layout::default()).unwrap();
+    cluster.write(0, &probes(client(7), 14, 0)).unwrap();
+    wait_counted(&cluster, client(7), 14);
+    cluster.write(2, &probes(client(7), 1, 0)).unwrap();
+    wait_banned(&cluster, &["203.0.113.7"]);
+    for detect in &cluster.detects {
+        let answer = detect.verb(&["explain", "203.0.113.7", "--json"]).unwrap().expect(0).unwrap();
+        let answer = answer.json().unwrap().pop().unwrap();
+        assert_eq!(answer["bans"][0]["rule"], "forceful-browsing");
+        let mut held: Vec<(&str, &str)> = answer["backends"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|hold| Some((hold["node"].as_str()?, hold["entry"].as_str()?)))
+            .collect();
+        held.sort_unstable();
+        assert_eq!(held, ["edge-1", "edge-2", "edge-3"].map(|node| (node, "203.0.113.7")), "{answer}");
+    }
+    cluster.stop().unwrap();
+}
+
+#[test]
+fn status_knows_every_role_and_says_when_one_is_gone() {
+    let mut cluster = Cluster::start(&Layout::default()).unwrap();
+    let well = || cluster.detects[0].verb(&["status"]).ok().filter(|answer| answer.code == 0).map(drop);
+    wait_for("status is well", well).unwrap();
+    cluster.edges[1].kill(Role::Enforce).unwrap();
+    let finding = || {
+        let answer = cluster.detects[1].verb(&["status", "--json"]).ok()?;
+        let health = answer.json().ok()?.pop()?;
+        let problems = health["problems"].as_array()?;
+        let gone = problems.iter().any(|problem| problem["node"] == "edge-2" && problem["role"] == "enforce");
+        (gone && answer.code == 1).then_some(())
+    };
+    wait_for("the silence of a host is seen", finding).unwrap();
+    cluster.edges[1].start(Role::Enforce).unwrap();
+    wait_for("status is well again", || {
+        cluster.detects[0].verb(&["status"]).ok().filter(|answer| answer.code == 0).map(drop)
+    })
+    .unwrap();
+    cluster.stop().unwrap();
+}

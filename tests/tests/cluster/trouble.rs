@@ -1,0 +1,131 @@
+//! Troubles that come slowly: a stream that fills up, a clock that is wrong, a state that is gone.
+
+use proto::report::{NodeReport, Role};
+use proto::time::{Clock, Timestamp};
+use serde_json::json;
+use tests::access::{Access, SECOND};
+use tests::cluster::network::client;
+use tests::cluster::{CONVERGENCE, Cluster, Layout};
+use tests::portcullis::wait_until;
+
+use super::{only_ban, probes, wait_banned};
+
+/// One node, one detect, one server: what is tested does not depend on how many there are.
+fn small(bus: &'static str, config: &'static str) -> Layout {
+    Layout { nodes: 1, detects: 1, servers: 1, bus, config }
+}
+
+/// What a role on a host says of itself on the bus, also when no detect can be asked.
+fn heartbeat(cluster: &Cluster, role: Role, host: &str) -> Option<NodeReport> {
+    let subject = format!("$KV.portcullis_nodes.{}.{host}", role.as_str());
+    let message = cluster.servers.client(&cluster.network).ok()?.last("KV_portcullis_nodes", &subject).ok()??;
+    serde_json::from_slice(&message.payload).ok()
+}
+
+fn wait_problem(cluster: &Cluster, role: Role, host: &str, word: &str) {
+    let problem = || {
+        let report = heartbeat(cluster, role, host)?;
+        report.problems.iter().any(|problem| problem.text.contains(word)).then_some(())
+    };
+    wait_until(&format!("{} on {host} says {word:?}", role.as_str()), CONVERGENCE, problem).unwrap();
+}
+
+/// Nothing is purged that may still count, so the window and the lateness are short here.
+#[test]
+fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
+    let config = "[detect]\nlateness_max = \"2s\"\n[detect.rules.forceful-browsing]\nfind_time = \"2s\"\n";
+    let mut cluster = Cluster::start(&small("access_max_bytes = \"256KiB\"", config)).unwrap();
+    cluster.detects[0].kill(Role::Detect).unwrap();
+    let lines = 40_000_u32;
+    let now = Clock::system().now().as_nanos();
+    let request = |i: u32| {
+        // Paths that no compression makes small.
+        let path =
+            format!("/{:016x}{:016x}", u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15), u64::from(i) * 0x51_7cc1_b727);
+        let mut access = Access::new(now + i64::from(i), (0xcb00_7200 + i % 200).to_be_bytes().into(), 404, path);
+        access.count = u64::from(i);
+        access
+    };
+    cluster.write(0, &(0..lines).map(request).collect::<Vec<_>>()).unwrap();
+    wait_problem(&cluster, Role::Ingest, "edge-1", "full");
+    cluster.detects[0].start(Role::Detect).unwrap();
+    let all_read = || {
+        let status = cluster.status().ok()?;
+        let source = status.iter().find_map(|report| report.sources.first())?;
+        (source.lines >= u64::from(lines) && source.behind_bytes == 0).then_some(())
+    };
+    wait_until("every line is read", CONVERGENCE, all_read).unwrap();
+    let attacker = client(7);
+    cluster.write(0, &(0..15).map(|i| at(attacker, Clock::system().now().as_nanos() - i)).collect::<Vec<_>>()).unwrap();
+    let banned = |targets: &std::collections::BTreeSet<String>| targets.contains("203.0.113.7");
+    cluster.wait_kernels("who comes after the flood is banned", banned).unwrap();
+    cluster.stop().unwrap();
+}
+
+fn at(client: std::net::Ipv4Addr, start: i64) -> Access {
+    let mut access = Access::new(start, client.into(), 404, "/.git/config");
+    access.count = u64::try_from(start % 1_000_000).unwrap();
+    access
+}
+
+/// Traefik and every role on edge-1 live an hour ahead. Bans begin and end by the clock of the server.
+#[test]
+fn a_node_whose_clock_is_an_hour_ahead_counts_and_bans_like_the_others() {
+    let mut cluster = Cluster::new(&Layout::default()).unwrap();
+    cluster.edges[0].skew(3_600);
+    cluster.servers.start_all().unwrap();
+    cluster.start_roles().unwrap();
+    let before = Clock::system().now();
+    let mut ahead = probes(client(7), 5, 0);
+    for access in &mut ahead {
+        access.start += 3_600 * SECOND;
+    }
+    cluster.write(0, &ahead).unwrap();
+    cluster.write(1, &probes(client(7), 5, 0)).unwrap();
+    cluster.write(2, &probes(client(7), 5, 0)).unwrap();
+    wait_banned(&cluster, &["203.0.113.7"]);
+    let after = Clock::system().now();
+    let ban = only_ban(&cluster, "203.0.113.7");
+    let moment = |key: &str| Timestamp::parse(ban[key].as_str().unwrap()).unwrap();
+    assert!((before.as_millis() - 30_000..=after.as_millis()).contains(&moment("banned_at").as_millis()), "{ban}");
+    assert_eq!(moment("expires_at").as_millis() - moment("banned_at").as_millis(), 600_000);
+    for edge in &cluster.edges {
+        let left = edge.banned().unwrap()["203.0.113.7"].unwrap();
+        let promised = moment("expires_at").since(Clock::system().now()).as_secs();
+        assert!(left.abs_diff(promised) <= 10, "{}: {left} s left, promised {promised}", edge.name());
+    }
+    for node in 0..3 {
+        assert_eq!(cluster.get(client(7), node, "/ok"), None, "cut off from node {node}");
+    }
+    cluster.stop().unwrap();
+}
+
+#[test]
+fn a_state_that_is_gone_unbans_nobody() {
+    let mut cluster = Cluster::start(&Layout::default()).unwrap();
+    cluster.write(0, &probes(client(7), 15, 0)).unwrap();
+    cluster.detects[0].verb(&["ban", "2001:db8:7::/64"]).unwrap().expect(0).unwrap();
+    let banned = ["2001:db8:7::/64", "203.0.113.7"];
+    wait_banned(&cluster, &banned);
+    for detect in &mut cluster.detects {
+        detect.kill(Role::Detect).unwrap();
+    }
+    let mut nats = cluster.servers.client(&cluster.network).unwrap();
+    nats.api("STREAM.DELETE.KV_portcullis_bans", &json!({})).unwrap();
+    for edge in &mut cluster.edges {
+        // Whoever starts now finds no bucket at all.
+        edge.kill(Role::Enforce).unwrap();
+        edge.start(Role::Enforce).unwrap();
+    }
+    for detect in &mut cluster.detects {
+        detect.start(Role::Detect).unwrap();
+    }
+    let again = || nats.api("STREAM.INFO.KV_portcullis_bans", &json!({})).ok();
+    wait_until("the bucket is made anew", CONVERGENCE, again).unwrap();
+    for edge in ["edge-1", "edge-2", "edge-3"] {
+        wait_problem(&cluster, Role::Enforce, edge, "older");
+    }
+    wait_banned(&cluster, &banned);
+    assert_eq!(cluster.get(client(7), 1, "/ok"), None);
+    cluster.no_errors().unwrap();
+}
