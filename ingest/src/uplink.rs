@@ -91,7 +91,7 @@ where
     let UplinkInputs { mut batches, checkpoint, clock, status, metrics, shutdown } = inputs;
     let end = drain_end(shutdown, config.drain);
     tokio::pin!(end);
-    let mut uplink = Uplink::new(config, checkpoint, publisher, (clock, status, metrics));
+    let mut uplink = Uplink::new(&config, checkpoint, publisher, (clock, status, metrics));
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut open = true;
@@ -151,7 +151,7 @@ struct Uplink<P> {
 
 impl<P: Publish + Clone + Send + Sync + 'static> Uplink<P> {
     fn new(
-        config: UplinkConfig,
+        config: &UplinkConfig,
         checkpoint: Checkpoint,
         publisher: P,
         (clock, status, metrics): (Clock, Status, Metrics),

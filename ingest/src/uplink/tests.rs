@@ -31,8 +31,8 @@ impl Bus {
         Self { kept: Arc::default(), mood: watch::Sender::new(mood), calls: watch::Sender::new(0) }
     }
 
-    fn keep(&self, id: &str, payload: Vec<u8>) {
-        let before = self.kept.lock().unwrap().insert(id.to_owned(), payload.clone());
+    fn keep(&self, id: &str, payload: &[u8]) {
+        let before = self.kept.lock().unwrap().insert(id.to_owned(), payload.to_vec());
         assert!(before.is_none_or(|before| before == payload), "{id} names two payloads");
     }
 
@@ -62,7 +62,7 @@ impl Publish for Bus {
             Mood::Fickle(odds) => {
                 let fails = call % odds == odds - 1;
                 if !fails || call % 2 == 0 {
-                    self.keep(id, payload);
+                    self.keep(id, &payload);
                 }
                 if fails { Err(PublishError::Unavailable("no answer".to_owned())) } else { Ok(()) }
             }

@@ -51,8 +51,8 @@ pub struct AccessBatch {
     pub counts: LineCounts,
     /// When the newest line was read from its source; the start of the way to the kernel, for latency metrics.
     pub read_at: Timestamp,
-    /// [`Interest::version`](super::Interest::version) that was in force for every line it covers; 0 = no line was
-    /// withheld and no request header kept.
+    /// [`Interest::version`](super::Interest::version) that was in force for every line it covers. 0 as long as none is
+    /// known, when nothing is withheld and no request header kept, and always within one process.
     pub filter: u64,
     pub(crate) text: String,
     pub(crate) records: Vec<Record>,

@@ -348,6 +348,8 @@ impl World {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn however_often_a_node_is_killed_every_line_is_sent_and_none_skipped(seed: u64) {
         let mut world = World::new(seed);
