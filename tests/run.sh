@@ -37,7 +37,7 @@ can_be_root() { [ ${#as_root[@]} -eq 0 ] || sudo -n true 2>/dev/null; }
 install_packages() {
   local entry missing=()
   for entry in cc=gcc cc=libc6-dev c++=g++ iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
-    conntrack=conntrack ps=procps curl=curl jq=jq; do
+    conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl; do
     command -v "${entry%%=*}" >/dev/null || missing+=("${entry#*=}")
   done
   [ ${#missing[@]} -gt 0 ] || return 0

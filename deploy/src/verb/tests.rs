@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::net::UnixListener;
 
 use super::{Exit, Misuse, execute};
-use crate::args::Cli;
+use crate::args::{Cli, ClientArgs};
 use crate::client::{Client, Way};
 use crate::output::Output;
 
@@ -372,6 +372,58 @@ fn a_refusal_is_passed_on() {
     let (text, result) = server.run(&["ban", "192.0.2.1"]);
     assert_eq!((text.as_str(), result.unwrap_err().to_string().as_str()), ("", "192.0.2.1 is in never_ban"));
     assert!(server.run(&["bans"]).1.unwrap_err().to_string().contains("500 Internal Server Error"));
+    // A path that is there in this version only.
+    let error = server.run(&["status"]).1.unwrap_err().to_string();
+    assert!(error.ends_with("does not know /v1/status: it is of another version"), "{error}");
+}
+
+/// Asks for the bans at an address, with a token.
+fn ask(address: &str) -> anyhow::Result<BansReply> {
+    let args = ClientArgs { url: Some(address.to_owned()), ..ClientArgs::default() };
+    let way = Way::find(&args, |name| (name == "PORTCULLIS_TOKEN").then(|| "t".repeat(32)))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async { Client::new(way)?.bans().await })
+}
+
+#[test]
+fn an_address_is_asked_with_the_token_and_each_failure_says_what_to_do() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let listener = runtime.block_on(async { tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap() });
+    let address = listener.local_addr().unwrap();
+    let bans = async |headers: axum::http::HeaderMap| {
+        assert_eq!(headers["authorization"], format!("Bearer {}", "t".repeat(32)));
+        Json(BansReply { bans: Vec::new() })
+    };
+    let server = runtime.spawn(async move { axum::serve(listener, Router::new().route(path::BANS, get(bans))).await });
+    assert_eq!(ask(&format!("http://{address}")).unwrap().bans, []);
+    let error = ask(&format!("https://{address}")).unwrap_err().to_string();
+    assert_eq!(error, format!("https://{address} does not speak TLS"));
+
+    server.abort();
+    runtime.block_on(server).unwrap_err();
+    let error = ask(&format!("http://{address}")).unwrap_err().to_string();
+    assert_eq!(error, format!("nobody listens at http://{address}"));
+
+    // What a server that speaks TLS says to those who do not.
+    let alert = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = alert.local_addr().unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = alert.accept().unwrap();
+        std::io::Read::read(&mut stream, &mut [0; 1024]).unwrap();
+        std::io::Write::write_all(&mut stream, b"\x15\x03\x03\x00\x02\x02\x16").unwrap();
+    });
+    let error = ask(&format!("http://{address}")).unwrap_err().to_string();
+    assert!(error.ends_with("; if it speaks TLS, its address begins with https://"), "{error}");
+    server.join().unwrap();
+}
+
+#[test]
+fn a_redirect_does_not_take_the_token_elsewhere() {
+    let server = Server::start(Router::new().route(
+        path::BANS,
+        get(async || (StatusCode::TEMPORARY_REDIRECT, [("location", "http://127.0.0.1:1/v1/bans")], "")),
+    ));
+    assert!(server.run(&["bans"]).1.unwrap_err().to_string().contains("307 Temporary Redirect"));
 }
 
 #[test]
