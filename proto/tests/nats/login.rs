@@ -1,7 +1,9 @@
 //! Every way to say who we are, and servers that will not do.
 
+use std::fs::{Permissions, set_permissions};
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -22,6 +24,7 @@ const REFUSED_AFTER: Duration = Duration::from_millis(500);
 fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
     let path = dir.join(name);
     std::fs::write(&path, text).unwrap();
+    set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     path
 }
 
@@ -154,11 +157,17 @@ async fn certificates_of_both_sides_are_checked() {
 }
 
 #[tokio::test]
-async fn a_secret_that_is_not_there_is_named() {
-    let login = Login::Token("/no/such/token".into());
-    let config = NatsConfig { login, ..NatsConfig::new("nats://127.0.0.1:1") };
-    let error = Connection::open(&config, "test", "test", Clock::steered()).await.unwrap_err();
-    assert!(error.to_string().starts_with("cannot use /no/such/token: No such file"), "{error}");
+async fn a_secret_that_is_missing_or_open_to_others_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = write(dir.path(), "token", "s3cr3t");
+    set_permissions(&open, Permissions::from_mode(0o644)).unwrap();
+    let missing = PathBuf::from("/no/such/token");
+    let why = format!("{} is open to others (mode 644)", open.display());
+    for (path, why) in [(missing, "cannot read /no/such/token: No such file"), (open, why.as_str())] {
+        let config = NatsConfig { login: Login::Token(path), ..NatsConfig::new("nats://127.0.0.1:1") };
+        let error = Connection::open(&config, "test", "test", Clock::steered()).await.unwrap_err();
+        assert!(error.to_string().starts_with(why), "{error}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
