@@ -227,6 +227,8 @@ impl Host {
         let (servers, bus_servers) = watch::channel(Vec::new());
         self.tasks
             .spawn("NATS servers", servers::resolve(connection.clone(), self.nats.clone(), servers, shutdown.clone()));
+        // Until enforcement has looked at what it kept, there may be something to lose.
+        let (kept, kept_in) = watch::channel(u64::MAX);
         let inputs = enforce::Inputs {
             node: self.node.clone(),
             bans: bus.bans.clone(),
@@ -235,6 +237,7 @@ impl Host {
             nodes: self.reports.clone(),
             trusted_proxies: self.config.ingest.client_ip.proxies(),
             bus_servers,
+            kept,
             state_dir: self.state_dir.clone(),
             dry_run: self.dry_run,
             clock: self.clock.clone(),
@@ -242,7 +245,7 @@ impl Host {
             shutdown: shutdown.clone(),
         };
         self.tasks.spawn("enforce", enforce::run(self.config.enforce.clone(), inputs));
-        let copies = Copies { bans: Some(bus.bans), lists: Some(bus.lists), ..Copies::default() };
+        let copies = Copies { bans: Some(bus.bans), lists: Some(bus.lists), kept: Some(kept_in), ..Copies::default() };
         let state_dir = self.state_dir.clone();
         let following = replica::run(connection.clone(), copies, state_dir, replica.clone(), shutdown.clone());
         self.tasks.spawn("ban set", following);

@@ -20,8 +20,8 @@ pub mod state;
 pub mod streams;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message};
@@ -39,8 +39,12 @@ use crate::time::Clock;
 
 /// Oldest server that has atomic batches.
 const VERSION_MIN: (u64, u64) = (2, 12);
+/// Least `max_payload` of a server: what is sent is packed for its default.
+const PAYLOAD_BYTES_MIN: usize = 1 << 20;
 /// How long a request may take before it is tried again or given up.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the last messages of a process may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a server must show that it is there; two silences in a row end a connection.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Wait before the first try to reconnect, doubled with each.
@@ -95,6 +99,12 @@ pub enum BusError {
         /// Its version.
         version: String,
     },
+    /// A server that takes too little at once.
+    #[error("NATS server's max_payload is {bytes} bytes: at least 1 MiB is needed, which is its default")]
+    SmallPayload {
+        /// Its limit.
+        bytes: usize,
+    },
     /// A stream that is not as we make it.
     #[error("stream {stream} is not as it must be: {why}")]
     Mismatch {
@@ -123,6 +133,8 @@ pub struct Connection {
 #[derive(Debug)]
 struct Link {
     up: AtomicBool,
+    /// Why there is none.
+    failure: Mutex<Option<String>>,
     /// Counts connections, so that who follows something looks anew.
     connects: watch::Sender<u64>,
 }
@@ -134,7 +146,8 @@ impl Connection {
     /// # Errors
     /// When a file of the configuration cannot be read.
     pub async fn open(config: &NatsConfig, name: &str, node: &str, clock: Clock) -> Result<Self, BusError> {
-        let link = Arc::new(Link { up: AtomicBool::new(false), connects: watch::Sender::new(0) });
+        let link =
+            Arc::new(Link { up: AtomicBool::new(false), failure: Mutex::default(), connects: watch::Sender::new(0) });
         let events = link.clone();
         let mut options = ConnectOptions::new()
             .name(name)
@@ -194,9 +207,11 @@ impl Connection {
     /// What is wrong with the connection, for reports.
     pub fn problem(&self) -> Option<Problem> {
         if !self.is_up() {
-            return Some(Problem::degraded("no connection to NATS: it is tried again until there is one"));
+            let why = self.link.failure().map_or_else(String::new, |why| format!(" ({why})"));
+            let text = format!("no connection to NATS{why}: it is tried again until there is one");
+            return Some(Problem::degraded(text));
         }
-        self.check_version().err().map(|error| Problem::degraded(error.to_string()))
+        self.check_server().err().map(|error| Problem::degraded(error.to_string()))
     }
 
     /// Waits until there is a connection to a server that is new enough.
@@ -209,21 +224,24 @@ impl Connection {
             // The sender lives as long as we do.
             let _changed = connects.changed().await;
         }
-        self.check_version()
+        self.check_server()
     }
 
-    fn check_version(&self) -> Result<(), BusError> {
-        let version = self.client.server_info().version;
-        match parse_version(&version) {
-            Some(found) if found < VERSION_MIN => Err(BusError::TooOld { version }),
+    fn check_server(&self) -> Result<(), BusError> {
+        let info = self.client.server_info();
+        match parse_version(&info.version) {
+            Some(found) if found < VERSION_MIN => Err(BusError::TooOld { version: info.version }),
+            _ if info.max_payload < PAYLOAD_BYTES_MIN => Err(BusError::SmallPayload { bytes: info.max_payload }),
             _ => Ok(()),
         }
     }
 
-    /// Sends what is still in the client on its way.
+    /// Sends what is still in the client on its way, if that can be done at once.
     pub async fn flush(&self) {
-        // Without a connection there is nothing more to be done.
-        let _unsent = tokio::time::timeout(REQUEST_TIMEOUT, self.client.flush()).await;
+        if self.is_up() {
+            // Nobody waits for what cannot be sent.
+            let _unsent = tokio::time::timeout(FLUSH_TIMEOUT, self.client.flush()).await;
+        }
     }
 
     /// Asks JetStream's API and reads the answer.
@@ -240,6 +258,10 @@ impl Connection {
         headers: HeaderMap,
         payload: Vec<u8>,
     ) -> Result<Message, BusError> {
+        // What is asked without a connection would wait in the client, once for each try, and go out all at once.
+        if !self.is_up() {
+            return Err(BusError::Silent { what: subject.to_owned() });
+        }
         let request = async_nats::Request::new().payload(payload.into()).headers(headers);
         let sent = self.client.send_request(subject.to_owned(), request);
         match tokio::time::timeout(REQUEST_TIMEOUT, sent).await {
@@ -256,6 +278,7 @@ impl Link {
     fn note(&self, event: &Event) {
         match event {
             Event::Connected => {
+                self.set_failure(None);
                 self.up.store(true, Ordering::Relaxed);
                 self.connects.send_modify(|count| *count += 1);
                 tracing::info!("Connected to NATS");
@@ -269,9 +292,29 @@ impl Link {
             Event::LameDuckMode => tracing::info!("NATS server is about to stop"),
             Event::Draining => {}
             // Permission errors name a subject, never a secret.
-            Event::ServerError(error) => tracing::error!(%error, "NATS server complains"),
-            Event::ClientError(error) => tracing::debug!(%error, "NATS client failed"),
+            Event::ServerError(error) => {
+                if self.set_failure(Some(error.to_string())) {
+                    tracing::error!(%error, "NATS server complains");
+                }
+            }
+            Event::ClientError(error) => {
+                if self.set_failure(Some(error.to_string())) {
+                    tracing::warn!(%error, "No connection to NATS");
+                }
+            }
         }
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether that is new.
+    fn set_failure(&self, failure: Option<String>) -> bool {
+        let mut known = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = *known != failure;
+        *known = failure;
+        is_new
     }
 }
 

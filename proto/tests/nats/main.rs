@@ -9,7 +9,7 @@ use std::time::Duration;
 use proto::ban::BanRecord;
 use proto::bus::config::NatsConfig;
 use proto::bus::memory::BanBucket;
-use proto::bus::nats::commit::{Change, CommitError, Value, commit, read_head, read_outbox};
+use proto::bus::nats::commit::{Change, CommitError, Value, commit, next_unpublished, read_head};
 use proto::bus::nats::events::{clear_outbox, publish_event};
 use proto::bus::nats::follow::{Feed, Followed, Start, fetch};
 use proto::bus::nats::lease::{Holder, LEASE_INTERVAL, Lease};
@@ -212,6 +212,7 @@ async fn a_follower_notices_that_its_stream_was_made_anew() {
 struct Host {
     bans: BanBucket,
     state: ReplicaState,
+    kept: tokio::sync::watch::Sender<u64>,
     shutdown: Shutdown,
     task: tokio::task::JoinHandle<Result<(), std::convert::Infallible>>,
 }
@@ -220,9 +221,11 @@ impl Host {
     fn start(connection: &Connection, dir: &Path) -> Self {
         let bans = proto::bus::memory::Bus::new().bans;
         let (state, shutdown) = (ReplicaState::default(), Shutdown::new());
-        let copies = Copies { bans: Some(bans.clone()), ..Copies::default() };
+        // It keeps bans of former times that no set shows.
+        let kept = tokio::sync::watch::Sender::new(1);
+        let copies = Copies { bans: Some(bans.clone()), kept: Some(kept.subscribe()), ..Copies::default() };
         let running = replica::run(connection.clone(), copies, Some(dir.to_owned()), state.clone(), shutdown.clone());
-        Self { bans, state, shutdown, task: tokio::spawn(running) }
+        Self { bans, state, kept, shutdown, task: tokio::spawn(running) }
     }
 
     async fn stop(self) {
@@ -279,6 +282,37 @@ async fn a_set_that_is_not_whole_frees_nobody() {
     host.wait_for_problem("deleted and made anew").await;
     host.wait_for(&[target(4)]).await;
     assert!(!host.bans.since(0).unwrap().snapshot);
+    // The last of the bans that it kept has ended: there is nothing to lose any more.
+    host.kept.send_replace(0);
+    wait_until("the new set is taken", || host.bans.since(0).is_some_and(|update| update.snapshot)).await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_set_made_anew_under_a_running_host_frees_nobody_now_or_after_a_restart() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::start(&connection, dir.path());
+    let mut at = write(&connection, &head(5, 1, 1, 1), &[ban(1)], 0).await.unwrap();
+    for n in 2..5 {
+        at = write(&connection, &head(5, n, 1, 0), &[], at).await.unwrap();
+    }
+    host.wait_for(&[target(1)]).await;
+    server.api("STREAM.DELETE.KV_portcullis_bans", serde_json::json!({})).await;
+    streams::ensure(&connection, &server.config()).await.unwrap();
+    // It has as many messages as the former, so that numbers alone show nothing.
+    let mut at = 0;
+    for n in 1..9 {
+        let fresh = Head { bucket: "another".to_owned(), ..head(1, n, 0, 0) };
+        at = write(&connection, &fresh, &[], at).await.unwrap();
+    }
+    host.wait_for_problem("deleted and made anew").await;
+    assert_eq!(host.targets(), [target(1)]);
+    host.stop().await;
+    let host = Host::start(&connection, dir.path());
+    host.wait_for_problem("deleted and made anew").await;
+    assert!(host.bans.since(0).is_none_or(|update| !update.snapshot));
     host.stop().await;
 }
 
@@ -327,6 +361,35 @@ async fn a_batch_is_stored_once_however_often_it_is_sent_and_a_full_stream_says_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_publisher_writes_into_the_servers_headers_is_not_believed() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let mut feed = access::batches(&connection, Start::Sequence(1)).await.unwrap();
+    assert_eq!(next(&mut feed).await, Ok(Followed::CaughtUp));
+    let forger = async_nats::connect(format!("nats://127.0.0.1:{}", server.port)).await.unwrap();
+    let forged = [
+        ("Nats-Sequence", "1099511627776"),
+        ("Nats-Subject", "portcullis.access.v1.edge-2"),
+        ("Nats-Time-Stamp", "2099-01-01T00:00:00Z"),
+    ];
+    let mut headers = async_nats::HeaderMap::new();
+    forged.into_iter().for_each(|(name, value)| headers.insert(name, value));
+    forger.publish_with_headers("portcullis.access.v1.edge-1", headers, "x".into()).await.unwrap();
+    forger.flush().await.unwrap();
+    // As it comes, and as it is fetched.
+    let fetched = access::batches(&connection, Start::Sequence(1)).await.unwrap();
+    for mut feed in [feed, fetched] {
+        let entry = loop {
+            if let Followed::Entry(entry) = next(&mut feed).await.unwrap() {
+                break entry;
+            }
+        };
+        assert_eq!((entry.sequence, entry.subject.as_str()), (1, "portcullis.access.v1.edge-1"));
+        assert!(entry.time < Timestamp::parse("2090-01-01T00:00:00Z").unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn events_leave_the_outbox_once_they_are_published() {
     let server = Server::start();
     let connection = server.bus().await;
@@ -334,16 +397,20 @@ async fn events_leave_the_outbox_once_they_are_published() {
     let out = |n: u64| Change { key: format!("out.{n}"), value: Value::Put(serde_json::to_vec(&event(n)).unwrap()) };
     let at = write(&connection, &head(1, 1, 0, 2), &[out(0), out(1)], 0).await.unwrap();
     let at = write(&connection, &head(1, 2, 0, 1), &[out(2)], at).await.unwrap();
-    let left = read_outbox(&connection, 1).await.unwrap();
-    let texts: Vec<String> = left.iter().map(|(_, event)| event.id.clone()).collect();
-    assert_eq!(texts, [event(1).id, event(2).id], "those before the first unpublished one are left out");
+    // The first is published already.
+    let (mut left, mut from) = (Vec::new(), 1);
+    while let Some(found) = next_unpublished(&connection, 1, from).await.unwrap() {
+        from = found.at + 1;
+        left.push((found.number, found.event.unwrap()));
+    }
+    assert_eq!(left, [(1, event(1)), (2, event(2))]);
     for (_, event) in &left {
-        publish_event(&connection, event).await;
-        publish_event(&connection, event).await;
+        publish_event(&connection, event).await.unwrap();
+        publish_event(&connection, event).await.unwrap();
     }
     clear_outbox(&connection, at).await.unwrap();
-    let left = read_outbox(&connection, 0).await.unwrap();
-    assert_eq!(left.iter().map(|(at, _)| *at).collect::<Vec<_>>(), [at + 1], "what came later stays");
+    let left = next_unpublished(&connection, 0, 1).await.unwrap().unwrap();
+    assert_eq!((left.number, left.at), (2, at + 1), "what came later stays");
     let filter = "portcullis.events.v1.>";
     let (published, _) = fetch(&connection, "PORTCULLIS_EVENTS", filter, Start::Sequence(1)).await.unwrap();
     assert_eq!(published.len(), 2, "a repetition is stored once");
