@@ -277,6 +277,7 @@ impl Leader {
         report.problems.extend(self.outbox.problem(now));
         report.problems.extend(self.stuck(now));
         (report.duty, report.applied) = (Some("active".to_owned()), Some(self.head.mark));
+        report.skew_ms = self.decider.clock.skew_ms();
         report.lag = self.view.access.lag() + self.view.backlog.len() as u64;
         if let Some(detect) = &mut report.detect {
             (detect.fingerprint, detect.floor) = (own, self.head.floor);

@@ -213,6 +213,7 @@ impl Standby {
         let engine = &self.decider.engine;
         let mut report = self.decider.report(self.view.backlog.len(), None);
         (report.duty, report.applied) = (Some("standby".to_owned()), Some(self.view.head.mark));
+        report.skew_ms = self.decider.clock.skew_ms();
         report.lag = self.view.access.lag();
         if let Some(detect) = &mut report.detect {
             detect.fingerprint = fingerprint(engine.config());
