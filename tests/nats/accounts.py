@@ -139,7 +139,7 @@ class Server:
         config = self.scratch / "server.conf"
         store = self.scratch / "jetstream"
         config.write_text(f'{self.text}\nlisten: "127.0.0.1:-1"\nhttp: "127.0.0.1:-1"\n'
-                          f'jetstream {{ store_dir: "{store}", max_file_store: 1GB }}\n')
+                          f'jetstream {{ store_dir: "{store}", max_file_store: 8GB }}\n')
         self.process = subprocess.Popen([SERVER, "-c", config], stderr=subprocess.PIPE, text=True)
         said = []
         for line in self.process.stderr:

@@ -140,10 +140,40 @@ async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> 
         let (entries, pending) = fetch(connection, &stream, &filter, Start::Sequence(next)).await?;
         let Some(last) = entries.last() else { return Ok(reports) };
         next = last.sequence + 1;
-        // What another version writes and this one cannot read is left out.
-        reports.extend(entries.iter().filter_map(|entry| serde_json::from_slice::<NodeReport>(&entry.payload).ok()));
+        reports.extend(entries.iter().filter_map(|entry| parse_own(&bucket, entry)));
         if pending == 0 {
             return Ok(reports);
+        }
+    }
+}
+
+/// The report of whoever may write to this key. What another version writes and this one cannot read is left out, and what
+/// one host says in the name of another.
+fn parse_own(bucket: &str, entry: &Entry) -> Option<NodeReport> {
+    let report: NodeReport = serde_json::from_slice(&entry.payload).ok()?;
+    (entry.subject == bucket_key(bucket, &node_key(report.role, &report.node))).then_some(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::Timestamp;
+
+    #[test]
+    fn a_host_reports_for_itself_alone() {
+        let report = NodeReport::new("edge-2", Role::Enforce, Timestamp::EPOCH);
+        let entry = |key: &str| Entry {
+            sequence: 1,
+            time: Timestamp::EPOCH,
+            subject: format!("$KV.portcullis_nodes.{key}"),
+            deleted: false,
+            batched: false,
+            ends_batch: false,
+            payload: encode(&report).into(),
+        };
+        assert!(parse_own("portcullis_nodes", &entry("enforce.edge-2")).is_some());
+        for foreign in ["enforce.edge-1", "ingest.edge-2"] {
+            assert!(parse_own("portcullis_nodes", &entry(foreign)).is_none(), "{foreign}");
         }
     }
 }
