@@ -121,7 +121,7 @@ def everything():
     """Every subject worth trying, with a body."""
     acks = ["$JS.ACK.PORTCULLIS_ACCESS.worker.1.1.1.1.0", "$JS.ACK._.x.PORTCULLIS_ACCESS.worker.1.1.1.1.0.x",
             "$JS.FC.PORTCULLIS_ACCESS.worker.x", "$JS.EVENT.ADVISORY.API", "$JSC.CI.x.PORTCULLIS_ACCESS.worker"]
-    outside = ["_INBOX.detect-1.x", "_INBOX.edge-2.x", "_R_.x", "$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE",
+    outside = ["_INBOX.edge-3.x", "_INBOX.edge-2.x", "_R_.x", "$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE",
                "$SYS.REQ.ACCOUNT.DETECT.CONNZ", "$O.bucket.M.x", "$MQTT.msgs.x", "anything.else"]
     detect_api = [subject.replace("$JS.API", "$JS.portcullis.API", 1) for subject in api_requests()]
     return dict.fromkeys([*data_subjects(), *acks, *outside], "forged") | api_requests() | dict.fromkeys(detect_api, "")
@@ -164,7 +164,7 @@ class Server:
         async def keep(error):
             errors.append(str(error))
 
-        node = re.sub("^(ingest|enforce)-", "", user)
+        node = re.sub("^(ingest|detect|enforce)-", "", user)
         connection = await nats.connect(self.url, user=user, password=password or user, inbox_prefix=f"_INBOX.{node}",
                                         error_cb=keep, allow_reconnect=False, connect_timeout=ANSWER_S)
         connection.errors = errors
@@ -321,7 +321,7 @@ async def detect_consumes_purges_and_forwards_requests_between_detectors(server,
     assert message.data == b"lines", message.data
     assert "error" not in await ask(detect, f"$JS.API.CONSUMER.DELETE.PORTCULLIS_ACCESS.{pull['name']}")
     assert (await ask(detect, "$JS.API.STREAM.PURGE.PORTCULLIS_ACCESS", {"seq": 2}))["success"]
-    async with server.connect("detect-2") as other:
+    async with server.connect("detect-edge-2") as other:
         served = await other.subscribe("portcullis.api.v1")
         await settle(other)
         asked = asyncio.create_task(detect.request("portcullis.api.v1", b"bans", timeout=ANSWER_S))
@@ -406,7 +406,7 @@ async def every_role_is_refused_all_that_is_not_its_own(server, detect):
 
 async def nobody_listens_to_what_is_not_its_own(server, detect):
     foreign = [*(subject for subject in data_subjects()), ">", "*", "*.>", "_INBOX.>", "_INBOX.*.*", "_INBOX.*.*.*",
-               "_INBOX.edge-2.>", "_INBOX.detect-1.>", "_R_.>", "$JS.API.>", "$JS.>", "$SYS.>", "$KV.>",
+               "_INBOX.edge-2.>", "_INBOX.edge-3.>", "_R_.>", "$JS.API.>", "$JS.>", "$SYS.>", "$KV.>",
                "portcullis.>", "portcullis.state.v1.>", "portcullis.explain.v1.>", "portcullis.access.v1.*",
                "portcullis.log.v1.>"]
     for user, allowed in SUBSCRIPTIONS.items():
@@ -421,7 +421,7 @@ async def nobody_listens_to_what_is_not_its_own(server, detect):
 
 
 async def no_answer_can_be_aimed_at_what_is_not_its_own(server, detect):
-    replies = [*data_subjects(), *(subject for subject in api_requests()), "_INBOX.edge-2.x", "_INBOX.detect-1.x"]
+    replies = [*data_subjects(), *(subject for subject in api_requests()), "_INBOX.edge-2.x", "_INBOX.edge-3.x"]
     for user in ("ingest-edge-1", "enforce-edge-1", "reader-1"):
         async with server.connect(user) as connection:
             for subject in RIGHTS[user]:
@@ -486,7 +486,7 @@ async def a_host_is_added_by_a_reload_without_disturbing_the_others(server, dete
 
 PERMISSIONS_ALONE = """
 authorization { users: [
-  { user: detect-1, password: detect-1 }
+  { user: detect-edge-1, password: detect-edge-1 }
   { user: ingest-edge-1, password: ingest-edge-1, permissions {
     publish: ["portcullis.access.v1.edge-1", "$JS.API.CONSUMER.CREATE.PORTCULLIS_ACCESS"]
     subscribe: ["_INBOX.>", "$KV.portcullis_bans.>"] } }
@@ -560,7 +560,7 @@ def report(name, error=None):
 
 async def run(server, tests):
     passed = True
-    async with server.connect("detect-1") as detect:
+    async with server.connect("detect-edge-1") as detect:
         await create_streams(detect)
         await seed(detect)
         for test in tests:

@@ -57,7 +57,7 @@ class Role:
         self.log, self.access_log, self.socket = folder / "log", folder / "access.log", folder / "api.sock"
         folder.mkdir()
         self.access_log.touch()
-        user = user or (node if role == "detect" else f"{role}-{node}")
+        user = user or f"{role}-{node}"
         secret = folder / "secret"
         secret.write_text(f"{password or user}\n")
         environment = os.environ | {
@@ -110,7 +110,7 @@ class Cluster:
     def of(self, role, node):
         return next(one for one in self.roles if (one.role, one.node) == (role, node))
 
-    def verb(self, *words, through="detect-1"):
+    def verb(self, *words, through="edge-1"):
         """Exit code and the objects that it printed."""
         command = [PORTCULLIS, *words, "--json", "--socket", self.of("detect", through).socket]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
@@ -126,10 +126,10 @@ class Cluster:
 
 
 def every_role_starts_and_status_finds_nothing_wrong(cluster):
-    for role in (("detect", "detect-1"), ("detect", "detect-2"), ("ingest", "edge-1"), ("ingest", "edge-2"),
+    for role in (("detect", "edge-1"), ("detect", "edge-2"), ("ingest", "edge-1"), ("ingest", "edge-2"),
                  ("enforce", "edge-1")):
         cluster.start(*role)
-    until("status is good", lambda: cluster.of("detect", "detect-1").socket.exists() and cluster.verb("status")[0] == 0)
+    until("status is good", lambda: cluster.of("detect", "edge-1").socket.exists() and cluster.verb("status")[0] == 0)
     wanted = {(role.role, role.node) for role in cluster.roles}
     until("status knows every role", lambda: cluster.nodes() == wanted and cluster.verb("status")[0] == 0)
 
@@ -141,7 +141,7 @@ def a_client_spread_over_both_nodes_is_banned_on_the_enforcing_one(cluster):
 
 
 def explain_asks_the_enforcing_host(cluster):
-    for detector in ("detect-1", "detect-2"):
+    for detector in ("edge-1", "edge-2"):
         code, [answer], _ = cluster.verb("explain", CLIENT, through=detector)
         assert code == 0 and [ban["rule"] for ban in answer["bans"]] == ["forceful-browsing"], answer
         [held] = answer["backends"]
@@ -149,12 +149,12 @@ def explain_asks_the_enforcing_host(cluster):
 
 
 def unban_reaches_the_enforcing_host_also_through_a_standby(cluster):
-    for detector in ("detect-1", "detect-2"):
+    for detector in ("edge-1", "edge-2"):
         code, _, error = cluster.verb("ban", OTHER, through=detector)
         assert code == 0, error
         code, _, error = cluster.verb("unban", OTHER, through=detector)
         assert code == 0, error
-    code, _, error = cluster.verb("unban", CLIENT, through="detect-2")
+    code, _, error = cluster.verb("unban", CLIENT, through="edge-2")
     assert code == 0, error
     until("it would be unbanned", lambda: cluster.of("enforce", "edge-1").says("Would unban", CLIENT))
     _, bans, _ = cluster.verb("bans")
@@ -203,14 +203,14 @@ TESTS = [
 
 
 async def subjects(server, stream):
-    async with server.connect("detect-1") as detect:
+    async with server.connect("detect-edge-1") as detect:
         info = await ask(detect, f"$JS.API.STREAM.INFO.{stream}", {"subjects_filter": ">"})
         return set(info["state"]["subjects"])
 
 
 async def forge_heartbeat(server):
     """Puts a report of another host, in another role, under the key of edge-1."""
-    async with server.connect("detect-1") as detect, server.connect("ingest-edge-1") as ingest:
+    async with server.connect("detect-edge-1") as detect, server.connect("ingest-edge-1") as ingest:
         read = {"seq": 1, "next_by_subj": f"{NODES}.enforce.edge-1"}
         message = await detect.request("$JS.API.DIRECT.GET.KV_portcullis_nodes", json.dumps(read).encode())
         report = json.loads(message.data) | {"node": "edge-3"}
