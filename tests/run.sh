@@ -96,8 +96,7 @@ stage_deny() {
       cargo-deny --version "$cargo_deny_version" || { fail "cargo-deny could not be built"; return; }
     rm -rf "$tools/build"
   fi
-  # Wrappers that are not there yet are kept: they forbid everybody else.
-  check deny "$deny" --locked check --allow unused-wrapper --hide-inclusion-graph licenses bans sources
+  check deny "$deny" --locked check --hide-inclusion-graph licenses bans sources
   local database=${CARGO_HOME:-$HOME/.cargo}/advisory-dbs
   if [ -d "$database" ]; then
     check advisories "$deny" --locked --offline check --hide-inclusion-graph advisories
