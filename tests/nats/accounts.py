@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Holds deploy/nats against a real nats-server: every role has all of its rights, and nothing beside them.
 
-    tests/nats/accounts.py      needs nats-server 2.12 or newer (NATS_SERVER, else PATH) and the package nats-py
+    tests/nats/accounts.py      needs nats-server 2.12.1 or newer (NATS_SERVER, else PATH) and the package nats-py
 
 A refusal counts only when the server said no and no stream changed. That such a change would be seen is shown first, on a
 server with permissions and no accounts, where the same tricks do write.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs every role of Portcullis over a real nats-server under exactly what deploy/nats allows.
 
-    tests/nats/accounts_live.py     needs portcullis (PORTCULLIS, else target/debug/portcullis), nats-server 2.12 or newer
+    tests/nats/accounts_live.py     needs portcullis (PORTCULLIS, else target/debug/portcullis), nats-server 2.12.1 or newer
                                     (NATS_SERVER, else PATH) and the package nats-py
 
 Two detectors, two hosts that read logs, one that enforces without changing its firewall; each with a user and a password
@@ -60,6 +60,7 @@ class Role:
         user = user or f"{role}-{node}"
         secret = folder / "secret"
         secret.write_text(f"{password or user}\n")
+        secret.chmod(0o400)
         environment = os.environ | {
             "PORTCULLIS__NODE": node,
             "PORTCULLIS__STATE_DIR": str(folder / "state"),
