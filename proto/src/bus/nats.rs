@@ -1,4 +1,4 @@
-//! The bus between hosts: NATS with JetStream, 2.12 or newer.
+//! The bus between hosts: NATS with JetStream, 2.12.1 or newer.
 //!
 //! The only module that knows `async-nats`, and of it only the core client: streams, buckets and leases are spoken to by
 //! JetStream's own JSON requests, so that what is asked for and what is there can be compared, and nothing has to be
@@ -37,8 +37,8 @@ use crate::secret::read_file;
 use crate::subject::Subjects;
 use crate::time::Clock;
 
-/// Oldest server that has atomic batches.
-const VERSION_MIN: (u64, u64) = (2, 12);
+/// Oldest server whose atomic batches hold: 2.12.0 refuses a commit that replaces what it names (`wrong last sequence: 0`).
+const VERSION_MIN: (u64, u64, u64) = (2, 12, 1);
 /// Least `max_payload` of a server: what is sent is packed for its default.
 const PAYLOAD_BYTES_MIN: usize = 1 << 20;
 /// How long a request may take before it is tried again or given up.
@@ -94,7 +94,7 @@ pub enum BusError {
         what: String,
     },
     /// A server that lacks what we need.
-    #[error("NATS server {version} is too old: 2.12 or newer is needed, for atomic batches")]
+    #[error("NATS server {version} is too old: 2.12.1 or newer is needed, for atomic batches")]
     TooOld {
         /// Its version.
         version: String,
@@ -347,9 +347,10 @@ async fn read(path: &Path) -> Result<String, BusError> {
     })
 }
 
-fn parse_version(text: &str) -> Option<(u64, u64)> {
-    let mut parts = text.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+fn parse_version(text: &str) -> Option<(u64, u64, u64)> {
+    // What comes before a release is not the release, but has what it has: 2.12.1-RC.1.
+    let mut parts = text.split(['.', '-']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 pub(crate) fn encode(value: &impl Serialize) -> Vec<u8> {
@@ -454,9 +455,14 @@ mod tests {
 
     #[test]
     fn old_servers_are_told_from_new_ones() {
-        for (text, is_old) in
-            [("2.9.10", true), ("2.11.4", true), ("2.12.0-RC.1", false), ("2.15.1", false), ("3.0.0", false)]
-        {
+        for (text, is_old) in [
+            ("2.9.10", true),
+            ("2.12.0", true),
+            ("2.12.0-RC.1", true),
+            ("2.12.1-RC.1", false),
+            ("2.15.1", false),
+            ("3.0.0", false),
+        ] {
             assert_eq!(parse_version(text).is_some_and(|version| version < VERSION_MIN), is_old, "{text}");
         }
     }

@@ -189,7 +189,7 @@ async fn an_old_server_is_refused_by_its_version() {
     let config = NatsConfig::new(&format!("nats://127.0.0.1:{port}"));
     let connection = Connection::open(&config, "test", "test", Clock::steered()).await.unwrap();
     let error = tokio::time::timeout(crate::PATIENCE, connection.ready()).await.unwrap().unwrap_err();
-    assert_eq!(error.to_string(), "NATS server 2.9.10 is too old: 2.12 or newer is needed, for atomic batches");
+    assert_eq!(error.to_string(), "NATS server 2.9.10 is too old: 2.12.1 or newer is needed, for atomic batches");
     let problem = connection.problem().unwrap();
     assert!(problem.text.contains("too old"), "{}", problem.text);
 }

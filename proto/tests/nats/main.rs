@@ -1,5 +1,7 @@
 //! The bus against a real nats-server: `NATS_SERVER` names it, else it is looked for in the PATH.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is how a test fails")]
+
 mod login;
 mod server;
 

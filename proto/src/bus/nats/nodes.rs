@@ -176,3 +176,27 @@ async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::Timestamp;
+
+    #[test]
+    fn a_host_reports_for_itself_alone() {
+        let report = NodeReport::new("edge-2", Role::Enforce, Timestamp::EPOCH);
+        let entry = |key: &str| Entry {
+            sequence: 1,
+            time: Timestamp::EPOCH,
+            subject: format!("$KV.portcullis_nodes.{key}"),
+            deleted: false,
+            batched: false,
+            ends_batch: false,
+            payload: encode(&report).into(),
+        };
+        assert!(read_report("portcullis_nodes", &entry("enforce.edge-2")).is_some());
+        for foreign in ["enforce.edge-1", "ingest.edge-2"] {
+            assert!(read_report("portcullis_nodes", &entry(foreign)).is_none(), "{foreign}");
+        }
+    }
+}
