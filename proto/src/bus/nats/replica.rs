@@ -59,16 +59,32 @@ impl ReplicaState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, problem: Option<&str>, lag: u64, mark: Mark) {
+    fn set(&self, problem: Option<Trouble>, lag: u64, mark: Mark) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let former = state.0.take().map(|problem| problem.text);
-        if former.as_deref() != problem {
-            match problem {
+        let (passing, text) = problem.map_or((true, None), |Trouble { passing, text }| (passing, Some(text)));
+        if former != text {
+            match &text {
+                Some(text) if passing => tracing::warn!(reason = text, "Ban set of the bus is not followed"),
                 Some(text) => tracing::error!(reason = text, "Ban set of the bus is not followed"),
                 None => tracing::info!("Ban set of the bus is followed"),
             }
         }
-        *state = (problem.map(Problem::degraded), lag, mark);
+        *state = (text.map(Problem::degraded), lag, mark);
+    }
+}
+
+/// Why the shared set is not followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Trouble {
+    /// Whether it may pass without anybody's doing.
+    passing: bool,
+    text: String,
+}
+
+impl From<&BusError> for Trouble {
+    fn from(error: &BusError) -> Self {
+        Self { passing: error.is_passing(), text: error.to_string() }
     }
 }
 
@@ -112,10 +128,10 @@ pub async fn run(
     };
     loop {
         let problem = tokio::select! {
-            error = replica.follow() => error.to_string(),
+            error = replica.follow() => Trouble::from(&error),
             () = shutdown.draining() => break,
         };
-        replica.state.set(Some(&problem), 0, replica.applied.mark);
+        replica.state.set(Some(problem), 0, replica.applied.mark);
         tokio::select! {
             () = tokio::time::sleep(RETRY) => {}
             () = shutdown.draining() => break,
@@ -255,8 +271,9 @@ impl Replica {
         }
         // The messages of a commit arrive one by one, so a moment of doubt is nothing to tell.
         let doubt = doubt.filter(|_| self.odd_since.is_none_or(|since| now.since(since) >= SETTLE));
-        let foreign = self.foreign.then_some("somebody else writes into the ban bucket; only detect may");
-        self.state.set(doubt.as_deref().or(foreign), feed.lag(), mark);
+        let foreign =
+            || Trouble { passing: false, text: "somebody else writes into the ban bucket; only detect may".to_owned() };
+        self.state.set(doubt.or_else(|| self.foreign.then(foreign)), feed.lag(), mark);
     }
 
     /// Number of the newest commit's last message.
@@ -287,18 +304,21 @@ impl Replica {
     }
 
     /// Why what was followed does not show who is not banned; `None` when it does.
-    fn doubt(&mut self, now: Timestamp) -> Option<String> {
+    fn doubt(&mut self, now: Timestamp) -> Option<Trouble> {
         let kept = "this host keeps the bans it has until they end, and adds new ones; to drop them at once, stop \
                     enforce, run `portcullis enforce --teardown` and start it again";
         let Some(head) = &self.head else {
             let text = "no detector has written to the ban set yet";
-            return Some(if self.applied.bucket.is_empty() { text.to_owned() } else { format!("{text}: {kept}") });
+            let is_first = self.applied.bucket.is_empty();
+            let text = if is_first { text.to_owned() } else { format!("{text}: {kept}") };
+            return Some(Trouble { passing: is_first, text });
         };
+        let lasting = |text: String| Some(Trouble { passing: false, text: format!("{text}: {kept}") });
         if !self.applied.bucket.is_empty() && self.applied.bucket != head.bucket {
-            return Some(format!("the ban set was deleted and made anew: {kept}"));
+            return lasting("the ban set was deleted and made anew".to_owned());
         }
         if head.mark < self.applied.mark {
-            return Some(format!("the ban set is older than what this host has applied: {kept}"));
+            return lasting("the ban set is older than what this host has applied".to_owned());
         }
         if head.bans == self.records.len() as u64 {
             self.odd_since = None;
@@ -309,7 +329,7 @@ impl Replica {
             return None;
         }
         let (found, counted) = (self.records.len(), head.bans);
-        Some(format!("the ban set holds {found} targets where detect counts {counted}: {kept}"))
+        lasting(format!("the ban set holds {found} targets where detect counts {counted}"))
     }
 
     async fn remember(&mut self, at_once: bool) {
