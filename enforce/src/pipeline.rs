@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::pending;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +46,8 @@ pub struct Inputs {
     pub nodes: Nodes,
     /// Never banned.
     pub trusted_proxies: NetSet,
+    /// Servers that connect the cluster, never banned; none on one host.
+    pub bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Where the last set is kept; `None` = nowhere.
     pub state_dir: Option<PathBuf>,
     /// Change nothing, neither the firewall nor `state_dir`.
@@ -149,7 +152,7 @@ impl Enforcer {
         let mut resync = ticks(self.config.firewall.resync_interval);
         // What was published before we followed.
         revision.mark_changed();
-        let (mut lists_open, mut questions_open) = (true, true);
+        let (mut lists_open, mut questions_open, mut servers_open) = (true, true, true);
         loop {
             tokio::select! {
                 biased;
@@ -158,6 +161,10 @@ impl Enforcer {
                 changed = self.inputs.lists.changed(), if lists_open => match changed {
                     Ok(()) => self.take_lists().await,
                     Err(_) => lists_open = false,
+                },
+                changed = self.inputs.bus_servers.changed(), if servers_open => match changed {
+                    Ok(()) => self.look_at_host().await,
+                    Err(_) => servers_open = false,
                 },
                 question = self.inputs.questions.recv(), if questions_open => match question {
                     Some(question) => self.answer(question),
@@ -244,8 +251,13 @@ impl Enforcer {
         self.report();
     }
 
+    async fn look_at_host(&mut self) {
+        let bus_servers = self.inputs.bus_servers.borrow_and_update().clone();
+        self.reconciler.handle_host(&bus_servers).await;
+    }
+
     async fn handle_resync(&mut self) {
-        self.reconciler.handle_host().await;
+        self.look_at_host().await;
         self.begin_rules();
         if self.observe_job.is_none() {
             let now = self.inputs.clock.now();

@@ -22,7 +22,7 @@ use proto::bus::config::NatsConfig;
 use proto::bus::memory::Bus;
 use proto::bus::nats::access::AccessPublisher;
 use proto::bus::nats::replica::{Copies, ReplicaState};
-use proto::bus::nats::{Connection, ask, events, nodes, replica};
+use proto::bus::nats::{Connection, ask, events, nodes, replica, servers};
 use proto::report::{NodeReport, Role};
 use proto::shutdown::{Shutdown, Supervisor};
 use proto::time::Clock;
@@ -223,6 +223,9 @@ impl Host {
         let bus = Bus::new();
         let (shutdown, connection) = (self.shutdown.clone(), self.connection.clone());
         let replica = ReplicaState::default();
+        let (servers, bus_servers) = watch::channel(Vec::new());
+        self.tasks
+            .spawn("NATS servers", servers::resolve(connection.clone(), self.nats.clone(), servers, shutdown.clone()));
         let inputs = enforce::Inputs {
             node: self.node.clone(),
             bans: bus.bans.clone(),
@@ -230,6 +233,7 @@ impl Host {
             questions: bus.questions_in,
             nodes: self.reports.clone(),
             trusted_proxies: self.config.ingest.client_ip.proxies(),
+            bus_servers,
             state_dir: self.state_dir.clone(),
             dry_run: self.dry_run,
             clock: self.clock.clone(),
@@ -244,9 +248,9 @@ impl Host {
         let node = self.node.to_string();
         self.tasks.spawn("explain for enforce", ask::serve_explain(connection, node, bus.questions, shutdown));
         self.beat(Role::Enforce, move |report| {
-            let (problem, lag, _) = replica.get();
+            let (problem, lag, applied) = replica.get();
             report.problems.extend(problem);
-            report.lag = lag;
+            (report.lag, report.applied) = (lag, Some(applied));
         });
     }
 

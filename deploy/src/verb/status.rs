@@ -83,12 +83,12 @@ fn show(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
         out.line(&format!("  {severity}: {} on {node}: {}", role.as_str(), problem.text))?;
     }
     out.line("")?;
-    let roles = health.nodes.iter().map(|report| role_row(report, health.at));
-    out.table(["role", "node", "version", "up", "reported"], roles)?;
+    show_roles(health, out)?;
     let sources: Vec<_> = of_nodes(health, |report| &report.sources).collect();
     show_sources(&sources, health.at, out)?;
     for report in health.nodes {
-        if let Some(detect) = &report.detect {
+        // A standby has nothing to say of its own.
+        if let Some(detect) = report.detect.as_ref().filter(|_| report.duty.as_deref() != Some("standby")) {
             show_detect(detect, health.at, out)?;
         }
     }
@@ -102,6 +102,25 @@ fn of_nodes<'a, T: 'a>(
     parts: impl Fn(&'a NodeReport) -> &'a Vec<T>,
 ) -> impl Iterator<Item = (&'a str, &'a T)> {
     health.nodes.iter().flat_map(move |report| parts(report).iter().map(move |part| (report.node.as_str(), part)))
+}
+
+/// A cluster's roles say more: whether they are active, which commit they have applied, what waits, and how far the host's
+/// clock is ahead.
+fn show_roles(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
+    let is_cluster = health.nodes.iter().any(|report| !report.instance.is_empty());
+    if !is_cluster {
+        let roles = health.nodes.iter().map(|report| role_row(report, health.at));
+        return out.table(["role", "node", "version", "up", "reported"], roles);
+    }
+    let roles = health.nodes.iter().map(|report| {
+        let [role, node, version, up, reported] = role_row(report, health.at);
+        let applied = report.applied.map(|mark| format!("{}.{}", mark.epoch, mark.commit));
+        let skew = report.skew_ms.map(|skew| format!("{skew} ms"));
+        let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let duty = or_none(report.duty.clone());
+        [role, node, duty, version, up, reported, or_none(applied), report.lag.to_string(), or_none(skew)]
+    });
+    out.table(["role", "node", "duty", "version", "up", "reported", "applied", "lag", "clock ahead"], roles)
 }
 
 fn role_row(report: &NodeReport, at: Timestamp) -> [String; 5] {

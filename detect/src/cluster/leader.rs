@@ -262,7 +262,7 @@ impl Leader {
         }
         self.purge_log(now);
         let mut report = self.decider.report(self.view.backlog.len(), self.peers.problem());
-        report.duty = Some("active".to_owned());
+        (report.duty, report.applied) = (Some("active".to_owned()), Some(self.head.mark));
         report.lag = self.view.access.lag() + self.view.backlog.len() as u64;
         if let Some(detect) = &mut report.detect {
             (detect.fingerprint, detect.floor) = (own, self.head.floor);

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use proto::bus::nats::nodes::SILENT_AFTER;
 use proto::report::{NodeReport, Problem, Role, Severity};
-use proto::time::Timestamp;
+use proto::time::{Timestamp, render_duration};
 
 /// The same is told again after so long.
 const REPEAT_AFTER: Duration = Duration::from_secs(10 * 60);
@@ -38,6 +39,13 @@ impl Peers {
                                     others; give all detectors the same configuration"
                 );
                 alarms.extend(self.tell("rules-differ", text, now));
+            }
+            let silent = now.since(report.at);
+            if !is_us && silent >= SILENT_AFTER {
+                let text = format!("{name} has said nothing for {}", render_duration(silent));
+                alarms.extend(self.tell("node-silent", text, now));
+                // What it said last is of another time.
+                continue;
             }
             for problem in report.problems.iter().filter(|problem| problem.severity == Severity::Degraded) {
                 if !is_us {
@@ -95,6 +103,9 @@ mod tests {
         assert_eq!(kinds, ["rules-differ", "node-degraded"]);
         enforcer.problems[0].text = "6 bans are not in force".to_owned();
         assert_eq!(peers.look(&[enforcer.clone()], "a", "x", at(1)), []);
-        assert_eq!(peers.look(&[enforcer], "a", "x", at(600)).len(), 1);
+        enforcer.at = at(600);
+        assert_eq!(peers.look(&[enforcer.clone()], "a", "x", at(600)).len(), 1);
+        let silent = peers.look(&[enforcer], "a", "x", at(700));
+        assert_eq!(silent, [("node-silent", "enforce on e has said nothing for 1m 40s".to_owned())]);
     }
 }

@@ -179,7 +179,7 @@ impl Standby {
     fn report(&self, role: &Role, lease: &Keeper) {
         let engine = &self.decider.engine;
         let mut report = self.decider.report(self.view.backlog.len(), None);
-        report.duty = Some("standby".to_owned());
+        (report.duty, report.applied) = (Some("standby".to_owned()), Some(self.view.head.mark));
         report.lag = self.view.access.lag();
         if let Some(detect) = &mut report.detect {
             detect.fingerprint = fingerprint(engine.config());

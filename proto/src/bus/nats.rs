@@ -15,6 +15,7 @@ pub mod follow;
 pub mod lease;
 pub mod nodes;
 pub mod replica;
+pub mod servers;
 pub mod state;
 pub mod streams;
 

@@ -10,11 +10,10 @@ use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
 use crate::subject::{bucket_key, bucket_stream, node_key};
-use crate::time::render_duration;
 
 /// How often a role says how it is, and how often `status` learns of it.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// After so long without a word a role is reported as gone.
+/// After so long without a word a role is taken for gone: it is not asked any more, and reported.
 pub const SILENT_AFTER: Duration = Duration::from_secs(10);
 
 /// Publishes the report of `role` in `nodes`, with what the bus and `decorate` add to it, until the shutdown; then once more.
@@ -116,13 +115,7 @@ pub async fn watch(
         }
         let Ok(reports) = read_all(&connection).await else { continue };
         let known: Vec<(Role, String)> = reports.iter().map(|report| (report.role, report.node.clone())).collect();
-        let now = connection.clock().now();
-        for mut report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
-            let silent = now.since(report.at);
-            if silent >= SILENT_AFTER {
-                let text = format!("not heard of for {}", render_duration(silent));
-                report.problems.push(Problem::degraded(text));
-            }
+        for report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
             nodes.put(report);
         }
         nodes.retain(|report| {
