@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 
 use super::follow::{Entry, Start, fetch};
-use super::{BusError, Connection, Stored, answer, encode};
+use super::{BusError, Connection, QUESTION_TIMEOUT, Stored, answer, encode};
 use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
@@ -74,7 +74,7 @@ fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
 async fn send(connection: &Connection, report: &NodeReport) {
     let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(report.role, &report.node));
     let sent_at = connection.clock().now();
-    let sent = connection.request(&subject, HeaderMap::new(), encode(report)).await;
+    let sent = connection.ask(&subject, HeaderMap::new(), encode(report)).await;
     let taken = connection.clock().now().since(sent_at);
     let stored = sent.and_then(|message| answer::<Stored>("a heartbeat", &message.payload));
     let Ok(Stored { seq }) = stored else { return };
@@ -90,7 +90,10 @@ const SKEW_MAX_MS: u64 = 1000;
 async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<(Entry, Option<NodeReport>)> {
     let bucket = connection.subjects().nodes_bucket();
     let subject = bucket_key(&bucket, &node_key(role, node));
-    let (mut entries, _) = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
+    let stream = bucket_stream(&bucket);
+    // No heartbeat may hold up the next, nor the end of the process.
+    let fetched = tokio::time::timeout(QUESTION_TIMEOUT, fetch(connection, &stream, &subject, Start::Sequence(1)));
+    let (mut entries, _) = fetched.await.ok()?.ok()?;
     let entry = entries.pop()?;
     let report = serde_json::from_slice(&entry.payload).ok();
     Some((entry, report))
