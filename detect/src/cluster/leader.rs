@@ -40,8 +40,10 @@ const GROUP_MAX: usize = 16;
 const PENDING_MAX: usize = 4 * ENTRIES_MAX;
 /// The log is worked off in its own time while it is further behind than this.
 const BEHIND: Duration = Duration::from_secs(5);
-/// How often the log is noted, and how often it is purged by that.
-const MARK_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the log is noted, and how often it is purged by that, at most: as many times in a horizon.
+const MARKS_MIN: u32 = 16;
+/// The same, at least.
+const MARK_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the events that are stored may take to be published at the end; a successor publishes the rest.
 const OUTBOX_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -252,7 +254,7 @@ impl Leader {
         let now = self.decider.clock.now();
         self.decider.handle_clock(now);
         self.decider.engine.set_present(now);
-        if self.view.caught_up && self.view.backlog.is_empty() {
+        if self.view.is_idle() {
             self.decider.engine.pass_time(now.saturating_sub(IDLE_LAG));
         }
         self.progress_due = self.has_progress();
@@ -273,11 +275,15 @@ impl Leader {
 
     /// What no window can need any more goes.
     fn purge_log(&mut self, now: Timestamp) {
-        if self.marks.back().is_some_and(|(_, noted)| now.since(*noted) < MARK_INTERVAL) {
+        let horizon = self.decider.engine.config().horizon();
+        let interval = (horizon / MARKS_MIN).clamp(TICK, MARK_INTERVAL_MAX);
+        if self.marks.back().is_some_and(|(_, noted)| now.since(*noted) < interval) {
             return;
         }
         self.marks.push_back((self.head.floor, now));
-        let since = self.head.floor_arrival().saturating_sub(self.decider.engine.config().horizon());
+        // A full log brings no news that would move its time on, and must be purged all the more.
+        let idle_since = if self.view.is_idle() { now.saturating_sub(IDLE_LAG) } else { Timestamp::EPOCH };
+        let since = self.head.floor_arrival().max(idle_since).saturating_sub(horizon);
         let mut stale = None;
         while self.marks.front().is_some_and(|(_, noted)| *noted < since) {
             stale = self.marks.pop_front();

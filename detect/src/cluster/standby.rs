@@ -93,11 +93,11 @@ impl Standby {
     /// Whether windows are as those of the active detector.
     fn is_warm(&self) -> bool {
         let reached = self.view.backlog.front().is_some_and(|logged| logged.sequence > self.view.floor);
-        reached || (self.view.caught_up && self.view.backlog.is_empty())
+        reached || self.view.is_idle()
     }
 
     fn pass_time(&mut self) {
-        if self.view.caught_up && self.view.backlog.is_empty() {
+        if self.view.is_idle() {
             let now = self.decider.clock.now();
             self.decider.engine.pass_time(now.saturating_sub(IDLE_LAG));
         }

@@ -204,6 +204,11 @@ impl View {
         Some(logged)
     }
 
+    /// Whether all that is in the log, as far as known, has been handled.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.caught_up && self.backlog.is_empty()
+    }
+
     /// Whether more batches may be read.
     pub(crate) fn has_room(&self) -> bool {
         self.backlog_bytes < BACKLOG_BYTES_MAX
