@@ -189,7 +189,12 @@ impl Role {
             Ended::Bus(_) | Ended::Unreadable(_) | Ended::CannotLead | Ended::Outdated => {
                 let text = ended.to_string();
                 if self.trouble.as_ref() != Some(&text) {
-                    tracing::error!(reason = text, "Detection begins anew");
+                    match &ended {
+                        Ended::Bus(error) if error.is_passing() => {
+                            tracing::warn!(reason = text, "Detection begins anew");
+                        }
+                        _ => tracing::error!(reason = text, "Detection begins anew"),
+                    }
                 }
                 self.trouble = Some(text);
             }

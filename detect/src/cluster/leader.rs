@@ -43,8 +43,10 @@ const GROUP_MAX: usize = 16;
 const PENDING_MAX: usize = 4 * ENTRIES_MAX;
 /// The log is worked off in its own time while it is further behind than this.
 const BEHIND: Duration = Duration::from_secs(5);
-/// How often the log is purged.
-const PURGE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the log is purged, at least: in the time that windows reach back ...
+const PURGES_MIN: u32 = 16;
+/// ... and at all.
+const PURGE_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the events that are stored may take to be published at the end; a successor publishes the rest.
 const OUTBOX_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -296,13 +298,14 @@ impl Leader {
 
     /// What no window can need any more goes.
     fn purge_log(&mut self, now: Timestamp) {
-        if now.since(self.purged_at) < PURGE_INTERVAL {
+        let horizon = self.decider.engine.config().horizon();
+        if now.since(self.purged_at) < (horizon / PURGES_MIN).min(PURGE_INTERVAL_MAX) {
             return;
         }
         self.purged_at = now;
         // Windows have reached this far, also where nothing has come for long.
         let reached = if self.has_progress() { self.head.floor_arrival() } else { self.decider.engine.log_arrival() };
-        let since = reached.saturating_sub(self.decider.engine.config().horizon());
+        let since = reached.saturating_sub(horizon);
         let (connection, floor) = (self.view.connection.clone(), self.head.floor);
         tokio::spawn(async move {
             match purge_before(&connection, since, floor).await {

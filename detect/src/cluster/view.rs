@@ -227,8 +227,12 @@ fn number(head: &Head, log: &StreamInfo) -> (u64, u64) {
     if is_same && last >= head.floor {
         return (head.access_base, head.floor);
     }
-    let text = if is_same { "Log of access batches has lost its end" } else { "Log of access batches was made anew" };
-    tracing::error!(floor = head.floor, last, "{text}: what it held and was not decided is lost");
+    tracing::error!(
+        is_same,
+        floor = head.floor,
+        last,
+        "Log of access batches was made anew or has lost its end, what it held and was not decided is lost"
+    );
     let last = if is_same { last } else { 0 };
     (head.access_base + head.floor + 1 - last, last)
 }

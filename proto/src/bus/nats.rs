@@ -45,6 +45,8 @@ const PAYLOAD_BYTES_MIN: usize = 1 << 20;
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the last messages of a process may take.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a small question may take. Less than a request, because a stream whose leader has just gone says nothing at all.
+pub(crate) const QUESTION_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a server must show that it is there; two silences in a row end a connection.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Wait before the first try to reconnect, doubled with each.
@@ -119,6 +121,13 @@ pub enum BusError {
         /// Its name.
         stream: String,
     },
+}
+
+impl BusError {
+    /// Whether it may pass without anybody's doing: a leader is being elected, a detector starts.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Silent { .. } | Self::Absent { .. })
+    }
 }
 
 /// A connection that mends itself. Cheap to clone.
@@ -247,8 +256,15 @@ impl Connection {
     /// Asks JetStream's API and reads the answer.
     pub(crate) async fn api<T: DeserializeOwned>(&self, what: &str, body: &impl Serialize) -> Result<T, BusError> {
         let payload = encode(body);
-        let message = self.request(&format!("$JS.API.{what}"), HeaderMap::new(), payload).await?;
+        let message = self.ask(&format!("$JS.API.{what}"), HeaderMap::new(), payload).await?;
         answer(what, &message.payload)
+    }
+
+    /// One small request, one answer.
+    pub(crate) async fn ask(&self, subject: &str, headers: HeaderMap, payload: Vec<u8>) -> Result<Message, BusError> {
+        let asked = self.request(subject, headers, payload);
+        let silent = |_| BusError::Silent { what: subject.to_owned() };
+        tokio::time::timeout(QUESTION_TIMEOUT, asked).await.map_err(silent)?
     }
 
     /// One request, one answer.

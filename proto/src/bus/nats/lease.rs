@@ -89,7 +89,7 @@ impl Lease {
         headers.insert("KV-Operation", "DEL");
         headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
         headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
-        self.connection.request(&self.subject(), headers, Vec::new()).await.map(drop)
+        self.connection.ask(&self.subject(), headers, Vec::new()).await.map(drop)
     }
 
     fn subject(&self) -> String {
@@ -118,7 +118,7 @@ impl Lease {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
         headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
-        let message = self.connection.request(&self.subject(), headers, encode(&self.me)).await?;
+        let message = self.connection.ask(&self.subject(), headers, encode(&self.me)).await?;
         match answer::<Stored>("a lease", &message.payload) {
             Ok(Stored { seq }) => Ok(Some(seq)),
             Err(BusError::Refused { code: WRONG_LAST_SEQUENCE, .. }) => Ok(None),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 
 use super::follow::{Entry, Start, fetch};
-use super::{BusError, Connection, Stored, answer, encode};
+use super::{BusError, Connection, QUESTION_TIMEOUT, Stored, answer, encode};
 use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
@@ -93,7 +93,7 @@ async fn send(connection: &Connection, report: &NodeReport) {
     let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(report.role, &report.node));
     let clock = connection.clock();
     let sent_at = clock.raw();
-    let sent = connection.request(&subject, HeaderMap::new(), encode(report)).await;
+    let sent = connection.ask(&subject, HeaderMap::new(), encode(report)).await;
     let half = clock.raw().since(sent_at) / 2;
     let stored = sent.and_then(|message| answer::<Stored>("a heartbeat", &message.payload));
     let Some(seq) = stored.ok().map(|stored| stored.seq).filter(|_| half <= MEASURE_MAX) else { return };
@@ -112,7 +112,10 @@ const SKEW_MAX_MS: u64 = 1000;
 async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<(Entry, Option<NodeReport>)> {
     let bucket = connection.subjects().nodes_bucket();
     let subject = bucket_key(&bucket, &node_key(role, node));
-    let (mut entries, _) = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
+    let stream = bucket_stream(&bucket);
+    // No heartbeat may hold up the next, nor the end of the process.
+    let fetched = tokio::time::timeout(QUESTION_TIMEOUT, fetch(connection, &stream, &subject, Start::Sequence(1)));
+    let (mut entries, _) = fetched.await.ok()?.ok()?;
     let entry = entries.pop()?;
     let report = serde_json::from_slice(&entry.payload).ok();
     Some((entry, report))

@@ -64,16 +64,32 @@ impl ReplicaState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, problem: Option<&str>, lag: u64, mark: Mark) {
+    fn set(&self, problem: Option<Trouble>, lag: u64, mark: Mark) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let former = state.0.take().map(|problem| problem.text);
-        if former.as_deref() != problem {
-            match problem {
+        let (passing, text) = problem.map_or((true, None), |Trouble { passing, text }| (passing, Some(text)));
+        if former != text {
+            match &text {
+                Some(text) if passing => tracing::warn!(reason = text, "Ban set of the bus is not followed"),
                 Some(text) => tracing::error!(reason = text, "Ban set of the bus is not followed"),
                 None => tracing::info!("Ban set of the bus is followed"),
             }
         }
-        *state = (problem.map(Problem::degraded), lag, mark);
+        *state = (text.map(Problem::degraded), lag, mark);
+    }
+}
+
+/// Why the shared set is not followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Trouble {
+    /// Whether it may pass without anybody's doing.
+    passing: bool,
+    text: String,
+}
+
+impl From<&BusError> for Trouble {
+    fn from(error: &BusError) -> Self {
+        Self { passing: error.is_passing(), text: error.to_string() }
     }
 }
 
@@ -100,10 +116,10 @@ pub async fn run(
     let mut replica = Replica::new(connection, copies, state_dir, state);
     loop {
         let problem = tokio::select! {
-            error = replica.follow() => error.to_string(),
+            error = replica.follow() => Trouble::from(&error),
             () = shutdown.draining() => break,
         };
-        replica.state.set(Some(&problem), 0, replica.applied.mark);
+        replica.state.set(Some(problem), 0, replica.applied.mark);
         tokio::select! {
             () = tokio::time::sleep(RETRY) => {}
             () = shutdown.draining() => break,
@@ -285,8 +301,10 @@ impl Replica {
         }
         // The messages of a commit arrive one by one, so a moment of oddness is nothing to tell.
         let lasting = odd.filter(|(_, since)| now.since(*since) >= SETTLE);
-        let foreign = self.foreign.then_some("somebody else writes into the ban bucket; only detect may");
-        let told = doubt.as_deref().or(lasting.as_ref().map(|(text, _)| text.as_str())).or(foreign);
+        let foreign =
+            || Trouble { passing: false, text: "somebody else writes into the ban bucket; only detect may".to_owned() };
+        let oddity = lasting.clone().map(|(text, _)| Trouble { passing: false, text });
+        let told = doubt.or(oddity).or_else(|| self.foreign.then(foreign));
         self.state.set(told, feed.lag(), mark);
         let again = self.reread_at.is_none_or(|at| now.since(at) >= REREAD_INTERVAL);
         if lasting.is_some() && again {
@@ -354,9 +372,10 @@ impl Replica {
     }
 
     /// Why this set is not the one that was applied before; `None` when it is, or when there is nothing to lose.
-    fn doubt(&self) -> Option<String> {
+    fn doubt(&self) -> Option<Trouble> {
+        let lasting = |text: String| Some(Trouble { passing: false, text });
         if let Some(version) = self.newer {
-            return Some(format!("the detector is newer (version {version} of the state): upgrade this host"));
+            return lasting(format!("the detector is newer (version {version} of the state): upgrade this host"));
         }
         let kept = "this host keeps the bans it has until they end, and adds new ones; to drop them at once, stop \
                     enforce, run `portcullis enforce --teardown` and start it again";
@@ -365,13 +384,17 @@ impl Replica {
         let applied = Some(&self.applied).filter(|applied| !applied.bucket.is_empty() && keeps);
         let Some(head) = &self.head else {
             let text = "no detector has written to the ban set yet";
-            return Some(applied.map_or_else(|| text.to_owned(), |_| format!("{text}: {kept}")));
+            return match applied {
+                Some(_) => lasting(format!("{text}: {kept}")),
+                None => Some(Trouble { passing: true, text: text.to_owned() }),
+            };
         };
         let applied = applied?;
         if applied.bucket != head.bucket {
-            return Some(format!("the ban set was deleted and made anew: {kept}"));
+            return lasting(format!("the ban set was deleted and made anew: {kept}"));
         }
-        (head.mark < applied.mark).then(|| format!("the ban set is older than what this host has applied: {kept}"))
+        let text = || format!("the ban set is older than what this host has applied: {kept}");
+        (head.mark < applied.mark).then(text).and_then(lasting)
     }
 
     /// What the set lacks of what its head counts, and since when.
