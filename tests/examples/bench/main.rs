@@ -154,6 +154,9 @@ fn work(folder: &Path) -> Result<()> {
         println!("nats-server is not installed: without cluster\n");
     }
     let (bulk, cluster) = (options.bulk && root, options.cluster && root && has_nats);
+    if cluster {
+        summary.extend(cluster::run(options.samples)?);
+    }
     if options.replay || bulk || cluster {
         let now = Clock::system().now().as_nanos();
         let corpus = Corpus::write(&folder.join("corpus.log"), options.lines, now)?;
@@ -176,9 +179,6 @@ fn work(folder: &Path) -> Result<()> {
     }
     if options.latency && root {
         summary.extend(latency::run(folder, options.samples)?);
-    }
-    if cluster {
-        summary.extend(cluster::run(options.samples)?);
     }
     println!("summary\n{}", summary.iter().map(|line| format!("  {line}\n")).collect::<String>());
     Ok(())

@@ -13,11 +13,12 @@ use anyhow::{Context, Result, ensure};
 use proto::report::{NodeReport, Role};
 use proto::time::Clock;
 use serde_json::Value;
+use tests::cluster::host::Host;
 use tests::cluster::nats::Client;
 use tests::cluster::{CONVERGENCE, Cluster, Layout};
 use tests::portcullis::wait_until;
 
-use crate::cluster::start;
+use crate::cluster::{activations, start};
 use crate::corpus::Corpus;
 use crate::kernel::Kernel;
 use crate::table::{number, render, to_f64};
@@ -34,8 +35,6 @@ const WITHOUT_PREDICATE: &str = "[detect]\nlateness_max = \"7d\"\nbuiltin_rules 
 const PATIENCE: Duration = Duration::from_secs(600);
 /// The log of batches, as NATS calls it.
 const LOG: &str = "PORTCULLIS_ACCESS";
-/// What a detector logs when it begins to decide.
-const ACTIVE: &str = "This detector is the active one";
 
 /// What one cluster did.
 #[derive(Debug)]
@@ -149,10 +148,9 @@ impl<'a> Bench<'a> {
         let clock = Clock::system();
         let begin = clock.now();
         let detect = &mut self.cluster.detects[0];
-        let count = |log: String| log.matches(ACTIVE).count();
-        let before = count(detect.log_text(Role::Detect));
+        let before = activations(detect);
         detect.start(Role::Detect)?;
-        wait_until("a detector is active", PATIENCE, || (count(detect.log_text(Role::Detect)) > before).then_some(()))?;
+        wait_until("a detector is active", PATIENCE, || (activations(detect) > before).then_some(()))?;
         Ok(clock.now().since(begin).as_secs_f64())
     }
 
@@ -162,7 +160,7 @@ impl<'a> Bench<'a> {
 
     /// Appends the corpus to the logs, line by line in turn.
     fn deal(&self) -> Result<()> {
-        let open = |edge: &tests::cluster::host::Host| {
+        let open = |edge: &Host| {
             let log = File::options().append(true).open(edge.access_log()).context("could not open a log")?;
             Ok(BufWriter::with_capacity(64 << 10, log))
         };
