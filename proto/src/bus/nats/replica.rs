@@ -248,7 +248,10 @@ impl Replica {
                 bans.replace(self.records.values().cloned());
             }
         }
-        self.publish();
+        // A commit is put in force as one, however many pieces it comes in.
+        if !between || doubt.is_some() {
+            self.publish();
+        }
         if self.whole && !between {
             let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
             self.applied = Applied { version: VERSION, bucket, mark };
