@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::time::render_duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 /// A program that runs longer is killed. Filling a set with a million members takes about 10 s.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -69,41 +69,69 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
     dirs.map(|dir| dir.join(name)).find(|path| path.is_file())
 }
 
-/// Runs a program to its end. Its failure is not an error here.
-pub(crate) async fn run(program: &Path, args: &[&str], input: Option<Vec<u8>>) -> Result<Ended, CommandError> {
-    let name = || program.display().to_string();
-    let failed = |source| CommandError::Run { program: name(), source };
-    let mut child = Command::new(program)
+/// A program that was started and waits for its input.
+#[derive(Debug)]
+pub(crate) struct Started {
+    name: String,
+    child: Child,
+}
+
+/// Starts a program; what it is to do comes with its input. It is killed when dropped.
+pub(crate) fn start(program: &Path, args: &[&str], stdin: Stdio) -> Result<Started, CommandError> {
+    let name = program.display().to_string();
+    let started = Command::new(program)
         .args(args)
         .env("LC_ALL", "C")
-        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let write = async {
-        if let (Some(mut stdin), Some(input)) = (stdin, input) {
-            // A program that stops reading says why when it ends.
-            let _ = stdin.write_all(&input).await;
+        .spawn();
+    match started {
+        Ok(child) => Ok(Started { name, child }),
+        Err(source) => Err(CommandError::Run { program: name, source }),
+    }
+}
+
+impl Started {
+    /// Whether it still waits.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Gives it all of its input, and waits for its end. Its failure is not an error here.
+    pub(crate) async fn finish(self, input: &[u8]) -> Result<Ended, CommandError> {
+        let Self { name, mut child } = self;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let write = async {
+            if let Some(mut stdin) = stdin {
+                // A program that stops reading says why when it ends.
+                let _ = stdin.write_all(input).await;
+            }
+        };
+        let work = async {
+            let ((), out, err, status) =
+                tokio::join!(write, read(stdout, OUTPUT_MAX), read(stderr, STDERR_MAX), child.wait());
+            Ok::<_, io::Error>((out?, err?, status?))
+        };
+        match tokio::time::timeout(DEADLINE, work).await {
+            Ok(Ok((stdout, stderr, status))) => {
+                Ok(Ended { success: status.success(), stdout, stderr: one_line(&stderr) })
+            }
+            Ok(Err(source)) => Err(CommandError::Run { program: name, source }),
+            Err(_) => Err(CommandError::Deadline { program: name }),
         }
-    };
-    let work = async {
-        let ((), out, err, status) =
-            tokio::join!(write, read(stdout, OUTPUT_MAX), read(stderr, STDERR_MAX), child.wait());
-        Ok::<_, io::Error>((out?, err?, status?))
-    };
-    let (stdout, stderr, status) = tokio::time::timeout(DEADLINE, work)
-        .await
-        .map_err(|_| CommandError::Deadline { program: name() })?
-        .map_err(failed)?;
-    Ok(Ended { success: status.success(), stdout, stderr: one_line(&stderr) })
+    }
+}
+
+/// Runs a program without input to its end. Its failure is not an error here.
+pub(crate) async fn run(program: &Path, args: &[&str]) -> Result<Ended, CommandError> {
+    start(program, args, Stdio::null())?.finish(&[]).await
 }
 
 /// Runs a program that has to succeed.
 pub(crate) async fn succeed(program: &Path, args: &[&str]) -> Result<Vec<u8>, CommandError> {
-    let ended = run(program, args, None).await?;
+    let ended = run(program, args).await?;
     if ended.success {
         return Ok(ended.stdout);
     }
@@ -144,8 +172,8 @@ mod tests {
 
     #[test]
     fn a_program_that_does_not_read_its_input_does_no_harm() {
-        let ended = block(run(&find("true").unwrap(), &[], Some(vec![b'x'; 1 << 20]))).unwrap();
-        assert!(ended.success);
-        assert!(matches!(block(run(Path::new("/nonexistent"), &[], None)), Err(CommandError::Run { .. })));
+        let deaf = async { start(&find("true").unwrap(), &[], Stdio::piped())?.finish(&vec![b'x'; 1 << 20]).await };
+        assert!(block(deaf).unwrap().success);
+        assert!(matches!(block(run(Path::new("/nonexistent"), &[])), Err(CommandError::Run { .. })));
     }
 }

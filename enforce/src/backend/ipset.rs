@@ -2,19 +2,22 @@
 //!
 //! `restore` stops at the first line that the kernel refuses, and may forget lines before it that it had not sent yet.
 //! Such a batch is taken up again around the refused line: members may be added twice without harm.
+//! Most of the time that such a process takes is its start, so one is started ahead and waits for the next batch; when we
+//! end, however that is, its input ends and it has done nothing.
 //! Listing needs the whole set's time in the kernel, so it is for [`Ipset::observe`] only.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::time::Clock;
 
 use crate::backend::{Applied, Refused};
-use crate::command::{self, CommandError};
+use crate::command::{self, CommandError, Started};
 use crate::plan::{Family, Form, Held, Kernel, KernelSet, SetId, Step};
 
 /// Refused lines of one batch after which the rest of it is left for the next look.
@@ -22,10 +25,12 @@ const REFUSED_MAX: usize = 100;
 /// Steps of one process at most, so that a batch that has to be taken up again stays cheap.
 const BATCH_MAX: usize = 16_384;
 
-/// The program.
+/// The program. Clones share the process that waits.
 #[derive(Clone, Debug)]
 pub(crate) struct Ipset {
     program: PathBuf,
+    /// `ipset restore`, for the next batch.
+    ahead: Arc<Mutex<Option<Started>>>,
 }
 
 /// A set's header, as `ipset list -t` shows it.
@@ -46,7 +51,11 @@ enum Batch {
 impl Ipset {
     /// Where the program is found.
     pub(crate) fn find() -> Option<Self> {
-        command::find("ipset").map(|program| Self { program })
+        command::find("ipset").map(Self::new)
+    }
+
+    fn new(program: PathBuf) -> Self {
+        Self { program, ahead: Arc::default() }
     }
 
     /// Carries the steps out, in order.
@@ -115,7 +124,10 @@ impl Ipset {
         for step in steps {
             render(step, &mut input);
         }
-        let ended = command::run(&self.program, &["-exist", "restore"], Some(input.into_bytes())).await?;
+        let ahead = self.lock().take().and_then(|mut ahead| ahead.is_alive().then_some(ahead));
+        let restore = ahead.map_or_else(|| self.start(), Ok)?;
+        let ended = restore.finish(input.as_bytes()).await?;
+        self.start_ahead();
         if ended.success {
             return Ok(Batch::Done);
         }
@@ -123,6 +135,23 @@ impl Ipset {
             Some((line, why)) => Ok(Batch::Refused(line, why)),
             None => Err(CommandError::Failed { command: "ipset restore".to_owned(), said: ended.stderr }),
         }
+    }
+
+    fn start(&self) -> Result<Started, CommandError> {
+        command::start(&self.program, &["-exist", "restore"], Stdio::piped())
+    }
+
+    /// What cannot be started now is started, or refused, when it is needed.
+    fn start_ahead(&self) {
+        let mut ahead = self.lock();
+        if ahead.is_none() {
+            *ahead = self.start().ok();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Started>> {
+        // It holds a process or none, whatever happened elsewhere.
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Headers of our sets.
@@ -148,12 +177,13 @@ impl Ipset {
             let Header { maxelem, form, .. } = header;
             kernel.sets.insert(set, KernelSet { maxelem, form, members });
         }
+        self.start_ahead();
         Ok(kernel)
     }
 
     /// Whether the kernel's set holds the address.
     pub(crate) async fn test(&self, set: SetId, address: IpAddr) -> Result<bool, CommandError> {
-        let ended = command::run(&self.program, &["test", set.name(), &address.to_string()], None).await?;
+        let ended = command::run(&self.program, &["test", set.name(), &address.to_string()]).await?;
         Ok(ended.success)
     }
 }
@@ -297,7 +327,7 @@ mod tests {
         };
         let steps: Vec<Step> = (from..=to).map(add).chain([Step::Destroy(SetId::Fresh(Family::V4))]).collect();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let applied = runtime.block_on(Ipset { program }.apply(&steps));
+        let applied = runtime.block_on(Ipset::new(program).apply(&steps));
         assert!(applied.stopped.is_none());
         let taken = std::fs::read_to_string(dir.path().join("applied")).unwrap();
         assert_eq!(taken.matches("destroy").count(), 1, "what cannot be repeated is done once");

@@ -85,7 +85,7 @@ impl Corpus {
 }
 
 /// The request whose line is written at `end`, which is when it ended.
-fn request(number: u64, end: i64, random: &mut Random) -> Access {
+pub(crate) fn request(number: u64, end: i64, random: &mut Random) -> Access {
     let (client, status, path) = if number.is_multiple_of(PROBE_EVERY) {
         (address(198, 19, number / BLOCK_LINES), 404, random.pick(&PROBES))
     } else {

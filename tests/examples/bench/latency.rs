@@ -160,7 +160,7 @@ fn cut_off(
 }
 
 /// One bad request of each address, now.
-fn bad_lines(addresses: &[IpAddr]) -> String {
+pub(crate) fn bad_lines(addresses: &[IpAddr]) -> String {
     let now = Clock::system().now().as_nanos();
     let render = |address: &IpAddr| {
         let mut access = Access::new(now, *address, 404, "/wp-login.php");

@@ -1,13 +1,14 @@
 //! The benchmark: how fast, how soon, how much memory; beside peers, in the same run, on the same machine.
 //!
 //! ```text
-//! cargo run --release -p tests --example bench -- [replay|latency|bulk|all] [--lines N] [--samples N]
+//! cargo run --release -p tests --example bench -- [replay|latency|bulk|cluster|all] [--lines N] [--samples N]
 //! ```
 //!
 //! `replay` reads a log of N lines (default 1,000,000, about 1.1 GB in the directory for temporary files), `latency` takes
 //! N samples (default 200) from the last line in the log to the kernel that drops, `bulk` appends that log to a watched
-//! file. The last two need root, and send packets in network namespaces of their own only. fail2ban takes part where it
-//! is installed. Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer
+//! file. `cluster` does the like with three hosts, two detectors and NATS between them, and measures what travels there. All
+//! but the first need root, and send packets in network namespaces of their own only. fail2ban takes part where it is
+//! installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`. Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer
 //! is an error.
 //!
 //! The work is done by a child of this process, so that whatever ends it (Ctrl-C too), what it started is stopped and
@@ -16,14 +17,18 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its output is what it is for")]
 
 mod bulk;
+mod cluster;
 mod corpus;
 mod fail2ban;
 mod flow;
 mod host;
+mod kernel;
 mod latency;
 mod process;
 mod replay;
+mod stream;
 mod table;
+mod wire;
 
 use std::ffi::OsString;
 use std::fs;
@@ -37,7 +42,7 @@ use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::{Pid, Uid};
 use proto::time::Clock;
 
-const USAGE: &str = "usage: bench [replay|latency|bulk|all] [--lines N] [--samples N]";
+const USAGE: &str = "usage: bench [replay|latency|bulk|cluster|all] [--lines N] [--samples N]";
 /// Set for the child: the folder for all that it writes.
 const FOLDER: &str = "PORTCULLIS_BENCH_FOLDER";
 /// Room for samples of 65,536 - 256 addresses.
@@ -61,6 +66,7 @@ struct Options {
     replay: bool,
     latency: bool,
     bulk: bool,
+    cluster: bool,
     lines: u64,
     samples: u64,
 }
@@ -78,13 +84,14 @@ impl Options {
             match arg.as_str() {
                 "--lines" => lines = count(LINES_MAX)?,
                 "--samples" => samples = count(SAMPLES_MAX)?,
-                "replay" | "latency" | "bulk" | "all" if part.is_none() => part = Some(arg),
+                "replay" | "latency" | "bulk" | "cluster" | "all" if part.is_none() => part = Some(arg),
                 _ => bail!("what is {arg}? {USAGE}"),
             }
         }
         let part = part.unwrap_or_else(|| "all".to_owned());
         let wants = |name| part == name || part == "all";
-        Ok(Self { replay: wants("replay"), latency: wants("latency"), bulk: wants("bulk"), lines, samples })
+        let [replay, latency, bulk, cluster] = ["replay", "latency", "bulk", "cluster"].map(wants);
+        Ok(Self { replay, latency, bulk, cluster, lines, samples })
     }
 }
 
@@ -97,6 +104,8 @@ fn guard() -> Result<ExitCode> {
     let mut child = Command::new(std::env::current_exe().context("could not find this program")?)
         .args(std::env::args_os().skip(1).collect::<Vec<OsString>>())
         .env(FOLDER, folder.path())
+        // Clusters make folders of their own.
+        .env("TMPDIR", folder.path())
         .process_group(0)
         .spawn()
         .context("could not start the child that does the work")?;
@@ -137,11 +146,18 @@ fn work(folder: &Path) -> Result<()> {
     tests::portcullis::binary()?;
     let mut summary = Vec::new();
     let root = Uid::effective().is_root();
-    if (options.latency || options.bulk) && !root {
-        println!("not root: without latency and bulk, which need network namespaces\n");
+    if (options.latency || options.bulk || options.cluster) && !root {
+        println!("not root: without latency, bulk and cluster, which need network namespaces\n");
     }
-    let bulk = options.bulk && root;
-    if options.replay || bulk {
+    let has_nats = std::env::var_os("NATS_SERVER").is_some() || process::is_installed("nats-server");
+    if options.cluster && root && !has_nats {
+        println!("nats-server is not installed: without cluster\n");
+    }
+    let (bulk, cluster) = (options.bulk && root, options.cluster && root && has_nats);
+    if cluster {
+        summary.extend(cluster::run(options.samples)?);
+    }
+    if options.replay || bulk || cluster {
         let now = Clock::system().now().as_nanos();
         let corpus = Corpus::write(&folder.join("corpus.log"), options.lines, now)?;
         println!(
@@ -155,6 +171,10 @@ fn work(folder: &Path) -> Result<()> {
         }
         if bulk {
             summary.extend(bulk::run(folder, &corpus)?);
+        }
+        if cluster {
+            summary.extend(wire::run()?);
+            summary.extend(stream::run(&corpus)?);
         }
     }
     if options.latency && root {

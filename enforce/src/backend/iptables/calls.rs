@@ -4,6 +4,7 @@
 //! The crate blocks and cannot end a program that hangs. Such a call may still come into effect late, when what it was
 //! planned from has changed, so nothing else is changed, and nothing planned, until it has ended.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use iptables::IPTables;
@@ -93,7 +94,8 @@ impl Calls {
         let lines: Vec<&str> = commands.iter().map(|(_, arguments)| arguments.as_str()).collect();
         let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
         let wait = format!("--wait={LOCK_WAIT_S}");
-        let ended = command::run(programs.restore.as_ref(), &["--noflush", &wait], Some(input.into_bytes())).await?;
+        let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
+        let ended = restore.finish(input.as_bytes()).await?;
         let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
         if ended.success { Ok(()) } else { Err(failed()) }
     }

@@ -294,7 +294,10 @@ impl Replica {
             self.become_whole();
         }
         self.publish_lists();
-        self.publish();
+        // A commit is put in force as one, however many pieces it comes in.
+        if !between || !self.whole {
+            self.publish();
+        }
         if self.whole && !between && odd.is_none() {
             let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
             self.applied = Applied { version: VERSION, bucket, mark };
