@@ -143,7 +143,7 @@ mod tests {
         let mut peers = Peers::default();
         let letters = |n: usize| (0..n).map(|i| "x".repeat(i + 1)).collect::<Vec<_>>();
         let loud = degraded("edge-1", &letters(1100));
-        assert_eq!(peers.look(&[loud.clone()], "a", "x", at(0)).len(), ALARMS_OF_ONE_MAX);
+        assert_eq!(peers.look(std::slice::from_ref(&loud), "a", "x", at(0)).len(), ALARMS_OF_ONE_MAX);
         assert_eq!(peers.look(&[loud], "a", "x", at(1)), []);
         let quiet = [degraded("edge-2", &letters(1)), degraded("edge-3", &letters(1))];
         assert_eq!(peers.look(&quiet, "a", "x", at(2)).len(), 2);

@@ -186,8 +186,9 @@ pub async fn ensure(connection: &Connection, config: &NatsConfig) -> Result<(), 
         let info: StreamInfo = match info(connection, &wanted.name).await {
             Ok(info) => info,
             Err(BusError::Absent { .. }) => {
+                let made = connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?;
                 tracing::info!(stream = wanted.name, replicas = wanted.num_replicas, "Stream made");
-                connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?
+                made
             }
             Err(error) => return Err(error),
         };
