@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::time::Duration;
 
 use proto::api::StatusReply;
+use proto::bus::nats::nodes::STOPPED;
 use proto::report::{BackendReport, DetectReport, NodeReport, Problem, Role, RuleReport, Severity, SourceReport};
 use proto::time::{Timestamp, render_duration};
 use serde::Serialize;
@@ -54,7 +55,10 @@ fn find_problems(reply: &StatusReply) -> Vec<Finding> {
         let said = report.problems.iter().cloned();
         findings.extend(said.map(|problem| finding(&report.node, report.role, problem)));
         let age = reply.at.since(report.at);
-        if age > REPORT_AGE_MAX {
+        if report.duty.as_deref() == Some(STOPPED) {
+            let text = format!("was stopped {} ago", render_duration(age));
+            findings.push(finding(&report.node, report.role, Problem::warning(text)));
+        } else if age > REPORT_AGE_MAX {
             let text = format!("has said nothing for {}", render_duration(age));
             findings.push(finding(&report.node, report.role, Problem::degraded(text)));
         }

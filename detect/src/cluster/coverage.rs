@@ -50,14 +50,18 @@ fn first_version(rule: &Rule, known: &Coverage, next: u64) -> u64 {
     if interest.version > 0 && has_statuses && has_headers { interest.version } else { next }
 }
 
-/// Changes with the rules and with what they do: detectors of one cluster must have the same.
+/// Changes with the rules, with what they do and with whom they spare: detectors of one cluster must have the same.
 pub(crate) fn fingerprint(config: &EngineConfig) -> String {
     let text = |rule: &Rule| {
         let Rule { name, matcher, threshold, ban_time, mode, escalation } = rule;
         format!("{name} {:?} {threshold:?} {ban_time:?} {mode:?} {escalation:?}", matcher.source())
     };
     let mut rules: Vec<String> = config.rules.iter().map(text).collect();
-    rules.push(format!("{} {:?}", config.ipv6_prefix, config.lateness_max));
+    let mut never_ban: Vec<String> = config.never_ban.iter().map(ToString::to_string).collect();
+    never_ban.sort_unstable();
+    let trusted: Vec<String> = config.trusted_proxies.nets().iter().map(ToString::to_string).collect();
+    rules.push(format!("{} {:?} {:?}", config.ipv6_prefix, config.lateness_max, config.operator_prefix_min));
+    rules.push(format!("{} {}", never_ban.join(" "), trusted.join(" ")));
     // FNV-1a.
     let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     format!("{:016x}", rules.join("\n").bytes().fold(0xcbf2_9ce4_8422_2325, fold))
@@ -114,6 +118,9 @@ mod tests {
         let mut other = a.clone();
         assert_eq!(fingerprint(&a), fingerprint(&other));
         other.rules[0].ban_time *= 2;
+        assert_ne!(fingerprint(&a), fingerprint(&other));
+        let mut other = a.clone();
+        other.never_ban.push("198.51.100.0/24".parse().unwrap());
         assert_ne!(fingerprint(&a), fingerprint(&other));
     }
 }

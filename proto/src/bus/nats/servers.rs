@@ -30,9 +30,15 @@ pub async fn resolve(
     let mut known: std::collections::BTreeMap<String, BTreeSet<IpAddr>> = Default::default();
     loop {
         let named = connection.client.server_info().connect_urls;
+        if connection.is_up() {
+            known.retain(|server, _| config.urls.contains(server) || named.contains(server));
+        }
         for server in config.urls.iter().chain(&named) {
             let Ok(parsed) = server.parse::<ServerAddr>() else { continue };
-            let looked_up = tokio::net::lookup_host((parsed.host(), parsed.port())).await;
+            let looked_up = tokio::select! {
+                looked_up = tokio::net::lookup_host((parsed.host(), parsed.port())) => looked_up,
+                () = shutdown.draining() => return Ok(()),
+            };
             if let Ok(found) = looked_up {
                 known.insert(server.clone(), found.map(|addr| canonical(addr.ip())).collect());
             }

