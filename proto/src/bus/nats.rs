@@ -126,7 +126,7 @@ pub enum BusError {
 impl BusError {
     /// Whether it may pass without anybody's doing: a leader is being elected, a detector starts.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Silent { .. } | Self::Absent { .. })
+        matches!(self, Self::Silent { .. } | Self::Absent { .. } | Self::Refused { code: UNAVAILABLE, .. })
     }
 }
 
@@ -387,6 +387,8 @@ struct ApiErrorBody {
     description: String,
 }
 
+/// JetStream's code for a stream whose leader is being elected.
+const UNAVAILABLE: u64 = 10008;
 /// JetStream's code for a stream that is not there.
 const STREAM_NOT_FOUND: u64 = 10059;
 

@@ -162,6 +162,16 @@ impl Servers {
         })
     }
 
+    /// Whether a client of this name is connected to any of them, as far as they know.
+    pub fn has_client(&self, name: &str) -> bool {
+        let knows = |index: usize| {
+            let connz = self.monitor(index, "/connz").unwrap_or_default();
+            let connections = connz["connections"].as_array().map_or(&[][..], Vec::as_slice);
+            connections.iter().any(|connection| connection["name"] == name)
+        };
+        (0..self.0.len()).any(knows)
+    }
+
     /// Asks server `index` over HTTP.
     fn monitor(&self, index: usize, path: &str) -> Result<Value> {
         let server = &self.0[index];

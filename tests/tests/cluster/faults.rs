@@ -112,14 +112,29 @@ fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
     println!("{}", trial.end());
 }
 
-/// Faults that chance might leave out, each on its own.
+/// Frozen until the servers have given it up, and everything that it had in hand is old.
 #[test]
 fn a_detect_that_was_frozen_past_its_lease_changes_nothing_when_it_goes_on() {
     let mut trial = Trial::new(2);
     for _ in 0..2 {
         let active = wait_until("a detect is active", CONVERGENCE, || trial.cluster.active_detect()).unwrap();
-        let name = trial.cluster.detects[active].name().to_owned();
-        trial.suffer(&[Fault::Freeze(name)]);
+        let frozen = trial.cluster.detects[active].name().to_owned();
+        let fault = Fault::Freeze(frozen.clone());
+        // Lines that it is just working on.
+        trial.feed(50);
+        fault.inflict(&mut trial.cluster).unwrap();
+        trial.feed(60);
+        let client = format!("portcullis detect {frozen}");
+        let gone = || (!trial.cluster.servers.has_client(&client)).then_some(());
+        wait_until("the servers give it up", CONVERGENCE, gone).unwrap();
+        let committed = || trial.cluster.head().ok().filter(|head| head.node != frozen);
+        let successor = wait_until("its successor commits", CONVERGENCE, committed).unwrap();
+        fault.heal(&mut trial.cluster).unwrap();
+        trial.write(100);
+        trial.compare();
+        trial.cluster.wait_reported().unwrap();
+        let head = trial.cluster.head().unwrap();
+        assert_eq!((head.node, head.mark.epoch), (successor.node, successor.mark.epoch), "nobody took over again");
     }
     println!("{}", trial.end());
 }
