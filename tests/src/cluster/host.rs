@@ -157,6 +157,11 @@ impl Host {
         Ok(parse_sets(&self.namespace.run("ipset", &["save"])?))
     }
 
+    /// What `enforce` keeps on disk for its next start; nothing before it has.
+    pub fn last_set(&self) -> String {
+        std::fs::read_to_string(self.folder.join("state/enforce.json")).unwrap_or_default()
+    }
+
     /// What a role has logged, in all its lives.
     pub fn log_text(&self, role: Role) -> String {
         String::from_utf8_lossy(&std::fs::read(self.log(role)).unwrap_or_default()).into_owned()
