@@ -115,6 +115,12 @@ pub enum BusError {
         /// Each difference.
         why: String,
     },
+    /// A stream that was followed lacks messages, so that it is read again.
+    #[error("stream {stream} lacks messages and is read again")]
+    Incomplete {
+        /// Its name.
+        stream: String,
+    },
     /// A stream that was followed has been deleted and made anew.
     #[error("stream {stream} was deleted and made anew")]
     Recreated {

@@ -115,11 +115,15 @@ pub async fn run(
 ) -> Result<(), std::convert::Infallible> {
     let mut replica = Replica::new(connection, copies, state_dir, state);
     loop {
-        let problem = tokio::select! {
-            error = replica.follow() => Trouble::from(&error),
+        let error = tokio::select! {
+            error = replica.follow() => error,
             () = shutdown.draining() => break,
         };
-        replica.state.set(Some(problem), 0, replica.applied.mark);
+        // What it lacks has been told, and is so until it is found.
+        if !matches!(error, BusError::Incomplete { .. }) {
+            replica.odd_since = None;
+            replica.state.set(Some(Trouble::from(&error)), 0, replica.applied.mark);
+        }
         tokio::select! {
             () = tokio::time::sleep(RETRY) => {}
             () = shutdown.draining() => break,
@@ -190,7 +194,7 @@ impl Replica {
     /// Forgets what was read, but not what was applied.
     fn begin(&mut self) {
         (self.head, self.head_at, self.seen, self.lists) = (None, 0, 0, None);
-        (self.caught_up, self.whole, self.odd_since, self.foreign, self.newer) = (false, false, None, false, None);
+        (self.caught_up, self.whole, self.foreign, self.newer) = (false, false, false, None);
         self.records.clear();
         self.changes.clear();
     }
@@ -312,7 +316,7 @@ impl Replica {
         let again = self.reread_at.is_none_or(|at| now.since(at) >= REREAD_INTERVAL);
         if lasting.is_some() && again {
             self.reread_at = Some(now);
-            return Err(BusError::Recreated { stream: "of the ban set".to_owned() });
+            return Err(BusError::Incomplete { stream: "of the ban set".to_owned() });
         }
         Ok(())
     }
