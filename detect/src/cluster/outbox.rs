@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use proto::bus::config::NatsConfig;
-use proto::bus::nats::commit::next_unpublished;
-use proto::bus::nats::events::{clear_outbox, publish_event};
+use proto::bus::nats::commit::{Unpublished, read_out};
+use proto::bus::nats::events::{clear_out, clear_outbox, publish_event};
 use proto::bus::nats::{BusError, Connection, streams};
 use proto::envelope::CloudEvent;
 use proto::report::Problem;
@@ -43,8 +43,6 @@ struct Parcel {
 pub(crate) struct Outbox {
     sender: Option<mpsc::Sender<Parcel>>,
     shared: Arc<Shared>,
-    /// Number of the event after the last that was given.
-    given: u64,
     /// Since when some have not been published.
     late_since: Option<Timestamp>,
     task: JoinHandle<()>,
@@ -54,6 +52,8 @@ pub(crate) struct Outbox {
 struct Shared {
     /// Events before this number are published.
     published: AtomicU64,
+    /// Events before this number were given.
+    given: AtomicU64,
     /// Some are in the state alone.
     missed: AtomicBool,
 }
@@ -62,10 +62,11 @@ impl Outbox {
     /// Begins with what is left in the state from number `first` on; `next` is the next to be numbered.
     pub(crate) fn spawn(connection: Connection, bus: NatsConfig, (first, next): (u64, u64)) -> Self {
         let (sender, parcels) = mpsc::channel::<Parcel>(WAITING_MAX);
-        let shared = Arc::new(Shared { published: AtomicU64::new(first), missed: AtomicBool::new(first < next) });
+        let (published, given) = (AtomicU64::new(first), AtomicU64::new(next));
+        let shared = Arc::new(Shared { published, given, missed: AtomicBool::new(first < next) });
         let postman = Postman { connection, bus, shared: shared.clone() };
         let task = tokio::spawn(postman.run(parcels));
-        Self { sender: Some(sender), shared, given: next, late_since: None, task }
+        Self { sender: Some(sender), shared, late_since: None, task }
     }
 
     /// Takes the events of a commit whose last message is `last`; the first has number `first`.
@@ -73,7 +74,7 @@ impl Outbox {
         if events.is_empty() {
             return;
         }
-        self.given = first + events.len() as u64;
+        self.shared.given.store(first + events.len() as u64, Ordering::Release);
         let sent = self.sender.as_ref().map(|sender| sender.try_send(Parcel { first, last, events }));
         if !matches!(sent, Some(Ok(()))) {
             self.shared.missed.store(true, Ordering::Release);
@@ -82,12 +83,16 @@ impl Outbox {
 
     /// Number of the first event that may not be published yet.
     pub(crate) fn first_unpublished(&self) -> u64 {
-        self.shared.published.load(Ordering::Acquire).min(self.given)
+        self.shared.published.load(Ordering::Acquire).min(self.given())
+    }
+
+    fn given(&self) -> u64 {
+        self.shared.given.load(Ordering::Acquire)
     }
 
     /// What is wrong, if events have waited for long.
     pub(crate) fn problem(&mut self, now: Timestamp) -> Option<Problem> {
-        let waiting = self.given - self.first_unpublished();
+        let waiting = self.given() - self.first_unpublished();
         if waiting == 0 {
             self.late_since = None;
             return None;
@@ -135,25 +140,33 @@ impl Postman {
 
     /// What others have left, or what did not fit into the queue.
     async fn publish_from_state(&self) {
-        let (mut from, mut wait) = (1, RETRY_FIRST);
+        let mut wait = RETRY_FIRST;
         loop {
-            let first = self.shared.published.load(Ordering::Acquire);
-            match next_unpublished(&self.connection, first, from).await {
-                Ok(Some(found)) => {
-                    (from, wait) = (found.at + 1, RETRY_FIRST);
-                    match &found.event {
-                        Some(event) => self.publish(found.number, event).await,
-                        None => tracing::error!(number = found.number, "An event cannot be read and is left out"),
+            let number = self.shared.published.load(Ordering::Acquire);
+            if number >= self.shared.given.load(Ordering::Acquire) {
+                return;
+            }
+            match read_out(&self.connection, number).await {
+                Ok(Some(Unpublished { at, event })) => {
+                    match &event {
+                        Some(event) => self.publish(number, event).await,
+                        None => tracing::error!(number, "An event cannot be read and is left out"),
                     }
-                    self.clear(found.at).await;
+                    self.note_published(number);
+                    if let Err(error) = clear_out(&self.connection, number, at).await {
+                        tracing::debug!(%error, "Outbox not cleared yet");
+                    }
                 }
-                Ok(None) => return,
+                // Published and cleared before, or of a commit that was never stored as a whole.
+                Ok(None) => self.note_published(number),
                 Err(error) => {
                     tracing::debug!(%error, "Outbox not read yet");
                     tokio::time::sleep(wait).await;
                     wait = (wait * 2).min(RETRY_MAX);
+                    continue;
                 }
             }
+            wait = RETRY_FIRST;
         }
     }
 
@@ -179,7 +192,11 @@ impl Postman {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY_MAX);
         }
-        self.shared.published.store(number + 1, Ordering::Release);
+        self.note_published(number);
+    }
+
+    fn note_published(&self, number: u64) {
+        self.shared.published.fetch_max(number + 1, Ordering::AcqRel);
     }
 
     /// What is not cleared now is cleared with the next.

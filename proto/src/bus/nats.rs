@@ -425,17 +425,10 @@ pub(crate) struct Got {
 pub(crate) struct GotMessage {
     pub(crate) seq: u64,
     #[serde(default)]
-    subject: String,
-    #[serde(default)]
     data: String,
 }
 
 impl GotMessage {
-    /// The number that its subject ends in, as in the outbox.
-    pub(crate) fn outbox_number(&self) -> Option<u64> {
-        self.subject.rsplit('.').next()?.parse().ok()
-    }
-
     /// What it holds; `None` when that is not what it should be, as with markers of what was deleted.
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Option<T> {
         let bytes = BASE64.decode(&self.data).ok()?;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use proto::report::Role;
 use proto::time::{Clock, Timestamp};
+use serde_json::json;
+use tests::access::Access;
 use tests::cluster::network::client;
 use tests::cluster::{CONVERGENCE, Cluster, Layout};
 use tests::portcullis::wait_until;
@@ -59,4 +61,31 @@ fn a_detect_that_stops_in_order_hands_over_at_once() {
         cluster.wait_reported().unwrap();
     }
     cluster.stop().unwrap();
+}
+
+/// Events are stored with their bans and published afterwards. Here they cannot be, and then the detect that stored them is
+/// gone. Its clients offend from the highest address to the lowest, while the state is in the order of addresses.
+#[test]
+fn events_that_a_killed_detect_has_left_are_published_by_its_successor() {
+    let mut cluster = Cluster::start(&layout()).unwrap();
+    let mut nats = cluster.servers.client(&cluster.network).unwrap();
+    let stream = nats.api("STREAM.INFO.PORTCULLIS_EVENTS", &json!({})).unwrap()["config"].take();
+    let mut elsewhere = stream.clone();
+    elsewhere["subjects"] = json!(["elsewhere.>"]);
+    nats.api("STREAM.UPDATE.PORTCULLIS_EVENTS", &elsewhere).unwrap();
+    let clients = [9, 8, 7].map(client);
+    let requests: Vec<Access> = clients.iter().flat_map(|client| burst(*client, 15)).collect();
+    cluster.write(0, &requests).unwrap();
+    wait_banned(&cluster, &["203.0.113.7", "203.0.113.8", "203.0.113.9"]);
+    let index = active(&cluster);
+    cluster.detects[index].kill(Role::Detect).unwrap();
+    nats.api("STREAM.UPDATE.PORTCULLIS_EVENTS", &stream).unwrap();
+    let announced = || {
+        let events = cluster.events().ok()?;
+        let bans = events.iter().filter(|event| event["type"] == "io.portcullis.ban.v1");
+        let targets: Vec<&str> = bans.filter_map(|event| event["subject"].as_str()).collect();
+        (targets == clients.map(|client| client.to_string())).then_some(())
+    };
+    wait_until("every ban is announced, in order", CONVERGENCE, announced).unwrap();
+    cluster.end().unwrap();
 }

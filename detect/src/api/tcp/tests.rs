@@ -43,6 +43,8 @@ async fn start() -> Running {
     // Stands still: nobody earns a failure back.
     let clock = Clock::manual(Timestamp::from_secs(1_767_881_955));
     let (bus, shutdown) = (Bus::new(), Shutdown::new());
+    // An empty set that is known, from which `bans` can answer.
+    bus.bans.replace([]);
     let (reload, reloads) = watch::channel(0);
     let (requests, _) = mpsc::channel(1);
     let api = router(Backing {

@@ -115,30 +115,20 @@ pub async fn read_head(connection: &Connection) -> Result<Option<(u64, Head)>, B
 /// One event that was stored and may not be published yet.
 #[derive(Clone, Debug)]
 pub struct Unpublished {
-    /// Its number in the outbox.
-    pub number: u64,
     /// Number of its message in the state.
     pub at: u64,
     /// It; `None` where this version cannot read it.
     pub event: Option<CloudEvent>,
 }
 
-/// The first event in the outbox from number `first` on and from message `from` of the state on; `None` where there is none.
+/// Event `number` of the outbox; `None` where it was cleared, or never stored. Within a commit, events need not stand in the
+/// order of their numbers.
 ///
 /// # Errors
 /// When the server does not answer.
-pub async fn next_unpublished(
-    connection: &Connection,
-    first: u64,
-    mut from: u64,
-) -> Result<Option<Unpublished>, BusError> {
+pub async fn read_out(connection: &Connection, number: u64) -> Result<Option<Unpublished>, BusError> {
     let bucket = connection.subjects().state_bucket();
-    let (stream, filter) = (bucket_stream(&bucket), bucket_key(&bucket, &format!("{KEY_OUT}>")));
-    while let Some(message) = connection.next_of(&stream, &filter, from).await? {
-        from = message.seq + 1;
-        if let Some(number) = message.outbox_number().filter(|number| *number >= first) {
-            return Ok(Some(Unpublished { number, at: message.seq, event: message.json() }));
-        }
-    }
-    Ok(None)
+    let newest =
+        connection.newest(&bucket_stream(&bucket), &bucket_key(&bucket, &format!("{KEY_OUT}{number}"))).await?;
+    Ok(newest.map(|message| Unpublished { at: message.seq, event: message.json() }))
 }

@@ -38,6 +38,16 @@ pub async fn clear_outbox(connection: &Connection, last: u64) -> Result<(), BusE
     streams::purge(connection, &bucket_stream(&bucket), Some(&filter), last + 1).await
 }
 
+/// Removes event `number`, whose message is `at`, from the outbox.
+///
+/// # Errors
+/// When the server does not answer; clearing what comes after it removes it too.
+pub async fn clear_out(connection: &Connection, number: u64, at: u64) -> Result<(), BusError> {
+    let bucket = connection.subjects().state_bucket();
+    let key = bucket_key(&bucket, &format!("{KEY_OUT}{number}"));
+    streams::purge(connection, &bucket_stream(&bucket), Some(&key), at + 1).await
+}
+
 /// Hands on events as they are published, until the shutdown: for who listens now. Who must miss none reads the stream.
 ///
 /// # Errors
