@@ -2,7 +2,7 @@
 # Everything that holds this repository together, in one command. Needs Rust; the rest it installs on Debian when missing.
 #
 #   ./tests/run.sh             every stage
-#   ./tests/run.sh STAGE...    some of: fmt clippy deny test start fuzz
+#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers packaging start fuzz
 #
 # The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
 # nothing outside of them is touched. Ends with `N passed, N failed, N skipped`; fails when anything failed, and under
@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # Pinned, so that a new version cannot turn a good tree red. Advisories change by the day all the same.
 cargo_deny_version=0.20.2
+python_packages=tests/requirements.txt
 # Long enough to find a parser's shallow mistakes; longer runs are for the desk: see ingest/fuzz.
 fuzz_seconds=15
 
@@ -20,6 +21,9 @@ export PATH="$PATH:/usr/sbin:/sbin"
 target=${CARGO_TARGET_DIR:-$PWD/target}
 export CARGO_TARGET_DIR=$target
 tools=$target/tools
+python=$tools/python/bin/python
+# What is tested outside of `cargo test`, and the servers it runs on; another nats-server may be tried.
+export PORTCULLIS=$target/debug/portcullis NATS_SERVER=${NATS_SERVER:-$tools/python/bin/nats-server}
 passed=0 failed=0 skipped=0
 
 heading() { printf '\n==> %s\n' "$*"; }
@@ -36,10 +40,12 @@ can_be_root() { [ ${#as_root[@]} -eq 0 ] || sudo -n true 2>/dev/null; }
 # What the build and the tests call, by command and package. gcc alone brings no headers.
 install_packages() {
   local entry missing=()
-  for entry in cc=gcc cc=libc6-dev c++=g++ iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
-    conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl; do
+  for entry in cc=gcc cc=libc6-dev c++=g++ git=git iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
+    conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl faketime=faketime systemd-analyze=systemd \
+    python3=python3 node=nodejs npm=npm; do
     command -v "${entry%%=*}" >/dev/null || missing+=("${entry#*=}")
   done
+  python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   [ ${#missing[@]} -gt 0 ] || return 0
   command -v apt-get >/dev/null || { echo "please install: ${missing[*]}"; return 1; }
   can_be_root || { echo "please install, as root: apt-get install ${missing[*]}"; return 1; }
@@ -54,6 +60,17 @@ install_packages() {
   rm -f "$log"
 }
 
+# nats-server, and what the tests in Python import, as pinned.
+install_python_packages() {
+  local folder=$tools/python
+  cmp -s "$python_packages" "$folder/installed" && return
+  echo "installing what $python_packages names"
+  # Only a whole one gets the list that is compared above.
+  python3 -m venv --clear "$folder" \
+    && "$python" -m pip install --quiet --disable-pip-version-check --requirement "$python_packages" \
+    && cp "$python_packages" "$folder/installed"
+}
+
 prepare() {
   command -v cargo >/dev/null || [ ! -f "$HOME/.cargo/env" ] || . "$HOME/.cargo/env"
   command -v cargo >/dev/null || { echo "Rust is missing: see https://rustup.rs"; return 1; }
@@ -62,7 +79,7 @@ prepare() {
     cargo "$component" --version >/dev/null 2>&1 \
       || { echo "cargo $component is missing: rustup component add rustfmt clippy"; return 1; }
   done
-  install_packages
+  install_packages && install_python_packages
 }
 
 stage_fmt() { check fmt cargo fmt --all --check; }
@@ -79,8 +96,7 @@ stage_deny() {
       cargo-deny --version "$cargo_deny_version" || { fail "cargo-deny could not be built"; return; }
     rm -rf "$tools/build"
   fi
-  # Wrappers that are not there yet are kept: they forbid everybody else.
-  check deny "$deny" --locked check --allow unused-wrapper --hide-inclusion-graph licenses bans sources
+  check deny "$deny" --locked check --hide-inclusion-graph licenses bans sources
   local database=${CARGO_HOME:-$HOME/.cargo}/advisory-dbs
   if [ -d "$database" ]; then
     check advisories "$deny" --locked --offline check --hide-inclusion-graph advisories
@@ -117,21 +133,45 @@ can_make_namespaces() {
   "${as_root[@]}" ip netns add "$name" 2>/dev/null && "${as_root[@]}" ip netns delete "$name"
 }
 
+# The binary that the end-to-end tests start.
+build_portcullis() {
+  cargo build --quiet --locked --package deploy || { fail "portcullis does not build"; return 1; }
+}
+
 stage_test() {
-  # The binary that the end-to-end tests start.
-  cargo build --quiet --locked --package deploy || { fail "portcullis does not build"; return; }
+  build_portcullis || return
   if ! can_be_root || ! can_make_namespaces; then
     skip "tests in network namespaces: they need root and the right to make namespaces"
-    run_tests tests cargo test --locked --workspace --no-fail-fast -- --skip netns::
+    run_tests tests cargo test --locked --workspace --exclude tests --no-fail-fast -- --skip netns::
+    run_tests "tests, end to end" cargo test --locked --package tests --no-fail-fast -- --skip netns:: --skip cluster::
     return
   fi
   if [ ${#as_root[@]} -gt 0 ]; then
     # Built as this user, run as root.
     local host
     host=$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
-    export "CARGO_TARGET_${host}_RUNNER=${as_root[*]} env PATH=$PATH CI=${CI:-} PORTCULLIS_BUILT=1"
+    export "CARGO_TARGET_${host}_RUNNER=${as_root[*]} env PATH=$PATH CI=${CI:-} NATS_SERVER=$NATS_SERVER PORTCULLIS_BUILT=1"
   fi
   run_tests tests cargo test --locked --workspace --no-fail-fast
+}
+
+# What each account of NATS may do, and every role at work under them.
+stage_nats() {
+  build_portcullis || return
+  run_tests "accounts of NATS" "$python" tests/nats/accounts.py
+  run_tests "roles under accounts of NATS" "$python" tests/nats/accounts_live.py
+}
+
+# What third parties read, and the examples that read it.
+stage_consumers() { run_tests consumers "$python" tests/consumers/test_consumers.py; }
+
+# Units and Compose. Nothing is installed or started.
+stage_packaging() {
+  build_portcullis || return
+  local units=(tests/packaging/units.sh)
+  ! can_be_root || units=("${as_root[@]}" "${units[@]}")
+  run_tests "systemd units" "${units[@]}"
+  run_tests "logins of roles" "$python" tests/packaging/logins.py
 }
 
 # The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.
@@ -182,7 +222,7 @@ stage_fuzz() {
   done
 }
 
-stages=(fmt clippy deny test start fuzz)
+stages=(fmt clippy deny test nats consumers packaging start fuzz)
 case "${1:-}" in
   -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
   "") ;;

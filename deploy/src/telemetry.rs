@@ -14,7 +14,7 @@ pub fn install(config: &TelemetryConfig) -> anyhow::Result<()> {
         .with_context(|| format!("cannot use the log level {:?}", config.log_level))?;
     // What its client says of the connection, the bus says better.
     let is_asked_for = config.log_level.contains("async_nats");
-    let quiet = "async_nats=warn".parse().context("cannot quieten the NATS client")?;
+    let quiet = "async_nats=off".parse().context("cannot quieten the NATS client")?;
     let filter = if is_asked_for { filter } else { filter.add_directive(quiet) };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let installed = match config.log_format {

@@ -23,10 +23,7 @@ fn run(words: &[&str]) -> (i32, String, String) {
 fn misuse_is_2_and_says_so_on_standard_error() {
     for (words, said) in [
         (&["ban", "nobody"][..], "expected an IP address"),
-        (&["ingest"], "cluster version"),
-        (&["detect", "--nats", "x"], "cluster version"),
-        (&["enforce"], "cluster version"),
-        (&["enforce", "--dry-run"], "cluster version"),
+        (&["detect", "--nats", "x"], "unexpected argument"),
         (&["allow", "--me"], "SSH_CONNECTION"),
     ] {
         let (code, stdout, stderr) = run(words);
@@ -39,7 +36,7 @@ fn misuse_is_2_and_says_so_on_standard_error() {
 fn a_bad_configuration_is_64_with_one_mistake_a_line() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("x.toml");
-    fs::write(&file, "nod = 1\nbus.kind = 'nats'\n\"a\\u001b[2J\" = 1\n").unwrap();
+    fs::write(&file, "nod = 1\nbus.kind = 'kafka'\n\"a\\u001b[2J\" = 1\n").unwrap();
     let file = file.to_str().unwrap();
     for words in [&["check", "-c", file][..], &["run", "-c", file], &["replay", "-c", file, "/dev/null"]] {
         let (code, stdout, stderr) = run(words);
@@ -47,13 +44,18 @@ fn a_bad_configuration_is_64_with_one_mistake_a_line() {
         let lines: Vec<&str> = stderr.lines().collect();
         assert_eq!(lines.len(), 3, "{stderr}");
         assert_eq!(lines[0], "a\\u{1b}[2J: unknown key");
-        assert!(lines[1].starts_with("bus.kind: not available"), "{stderr}");
+        assert!(lines[1].starts_with("bus.kind: expected"), "{stderr}");
         assert_eq!(lines[2], "nod: unknown key; did you mean `node`?");
     }
     fs::write(file, "").unwrap();
     let (code, _, stderr) = run(&["run", "-c", file]);
     assert_eq!(code, 64);
     assert!(stderr.starts_with("ingest.sources: no log to read"), "{stderr}");
+    for role in ["ingest", "detect", "enforce"] {
+        let (code, _, stderr) = run(&[role, "-c", file]);
+        assert_eq!(code, 64);
+        assert!(stderr.starts_with(&format!("bus.kind: `portcullis {role}` works over NATS")), "{stderr}");
+    }
 }
 
 #[test]

@@ -194,8 +194,12 @@ async fn resume(State(backing): State<Backing>) -> Answer<PauseReply> {
     }
 }
 
-async fn bans(State(backing): State<Backing>) -> Json<BansReply> {
-    Json(BansReply { bans: backing.bans.all() })
+async fn bans(State(backing): State<Backing>) -> Answer<BansReply> {
+    if *backing.bans.watch().borrow() == 0 {
+        let text = "this detector has not read the ban set yet: try again in a moment";
+        return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, text.to_owned()));
+    }
+    Ok(Json(BansReply { bans: backing.bans.all() }))
 }
 
 async fn status(State(backing): State<Backing>) -> Json<StatusReply> {
@@ -307,6 +311,7 @@ mod tests {
             ("POST /v1/ban", r#"{"target":"192.0.2.1","secnds":1}"#, 400, "unknown field"),
             ("POST /v1/unban", "{}", 400, "name targets"),
             ("GET /v1/explain?address=host", "", 400, "address"),
+            ("GET /v1/bans", "", 503, "not read the ban set yet"),
             ("GET /v1/ban", "", 404, "no such method"),
             ("GET /v2", "", 404, "no such path"),
         ] {

@@ -84,7 +84,7 @@ pub async fn run(parts: Parts, requests: mpsc::Receiver<Request>, shutdown: Shut
         names: parts.outlets.names.clone(),
         started_at: clock.now(),
     };
-    let mut role = Role { parts, identity, me, requests, shutdown, trouble: None, mark: Default::default() };
+    let mut role = Role { parts, identity, me, requests, shutdown, trouble: None, known: Default::default() };
     tracing::info!("Detection started");
     while !role.shutdown.is_draining() {
         match role.life().await {
@@ -104,6 +104,15 @@ pub(crate) enum Ended {
     /// Somebody else has written.
     #[error("another detector has taken over")]
     Deposed,
+    /// The lease is another's, or gone.
+    #[error("the lease is held by another detector")]
+    LeaseLost,
+    /// The lease is ours and leads to nothing.
+    #[error("this detector holds the lease and cannot take over: another one shall try")]
+    CannotLead,
+    /// What was read of the state is older than what was seen before.
+    #[error("the copy of the state that answers is behind")]
+    Outdated,
     /// A standby has new rules.
     #[error("the configuration has changed")]
     Reloaded,
@@ -121,8 +130,8 @@ pub(crate) struct Role {
     shutdown: Shutdown,
     /// Why the last try ended.
     trouble: Option<String>,
-    /// The newest commit that this process has seen.
-    mark: proto::head::Mark,
+    /// The newest commit that this process has seen, and in which bucket.
+    known: (String, proto::head::Mark),
 }
 
 impl Role {
@@ -173,16 +182,26 @@ impl Role {
                 tracing::warn!("Another detector has taken over, what was not stored is decided there");
                 self.trouble = None;
             }
-            Ended::Bus(_) | Ended::Unreadable(_) => {
+            Ended::LeaseLost => {
+                tracing::warn!("Lease lost, what was not stored is decided by whoever holds it");
+                self.trouble = None;
+            }
+            Ended::Bus(_) | Ended::Unreadable(_) | Ended::CannotLead | Ended::Outdated => {
                 let text = ended.to_string();
                 if self.trouble.as_ref() != Some(&text) {
-                    tracing::error!(reason = text, "Detection begins anew");
+                    match &ended {
+                        Ended::Bus(error) if error.is_passing() => {
+                            tracing::warn!(reason = text, "Detection begins anew");
+                        }
+                        _ => tracing::error!(reason = text, "Detection begins anew"),
+                    }
                 }
                 self.trouble = Some(text);
             }
         }
         self.report_waiting("begins anew");
-        let pause = tokio::time::sleep(RETRY);
+        // Whoever could not lead lets others see that the lease is free.
+        let pause = tokio::time::sleep(if matches!(ended, Ended::CannotLead) { RETRY * 5 } else { RETRY });
         tokio::pin!(pause);
         loop {
             tokio::select! {

@@ -87,10 +87,14 @@ impl Desired {
         for change in &update.changes {
             let target = change.target();
             touched.insert(target);
+            let former = self.entries.get(&target).cloned();
             self.remove(&target);
-            if let BanChange::Put(record) = change
-                && let Some(entry) = Entry::of(record, now)
-            {
+            let BanChange::Put(record) = change else { continue };
+            let fresh = Entry::of(record, now);
+            // A set that is not known to be whole shortens no ban.
+            let kept = former.filter(|_| !self.whole).filter(|former| former.end() > now);
+            let longest = fresh.into_iter().chain(kept).max_by_key(Entry::end);
+            if let Some(entry) = longest {
                 self.put(target, entry, guard);
             }
         }

@@ -16,6 +16,8 @@ pub struct GuardFacts {
     pub own: Vec<IpAddr>,
     /// Next hops of the host's routes.
     pub gateways: Vec<IpAddr>,
+    /// Servers that connect the cluster, and where hosts learn whom not to ban.
+    pub bus_servers: Vec<IpAddr>,
     /// Proxies whose word on the client's address is taken.
     pub trusted_proxies: NetSet,
     /// As detect published it.
@@ -35,6 +37,8 @@ pub enum Refusal {
     Own,
     /// A next hop of this host.
     Gateway,
+    /// A server that connects the cluster.
+    BusServer,
     /// A trusted proxy.
     TrustedProxy,
     /// Listed in `never_ban` or allowed by an operator.
@@ -51,6 +55,7 @@ impl fmt::Display for Refusal {
             Self::Loopback => "loopback",
             Self::Own => "an address of this host",
             Self::Gateway => "a gateway of this host",
+            Self::BusServer => "a NATS server of this cluster",
             Self::TrustedProxy => "a trusted proxy",
             Self::NeverBan => "in never_ban",
             Self::Guarded => "made of guarded addresses",
@@ -80,6 +85,7 @@ impl Guard {
             (Refusal::Loopback, NetSet::new(loopback)),
             (Refusal::Own, hosts(&facts.own)),
             (Refusal::Gateway, hosts(&facts.gateways)),
+            (Refusal::BusServer, hosts(&facts.bus_servers)),
             (Refusal::TrustedProxy, facts.trusted_proxies.clone()),
             (Refusal::NeverBan, NetSet::new(facts.never_ban.iter().copied())),
         ];
@@ -118,6 +124,7 @@ mod tests {
         GuardFacts {
             own: vec!["192.0.2.10".parse().unwrap(), "2001:db8::10".parse().unwrap()],
             gateways: vec!["192.0.2.1".parse().unwrap()],
+            bus_servers: vec!["192.0.2.5".parse().unwrap()],
             trusted_proxies: NetSet::new(["198.51.100.0/24".parse().unwrap()]),
             never_ban: vec!["203.0.113.0/25".parse().unwrap(), "203.0.113.128/26".parse().unwrap()],
             prefix_min_v4: 16,
@@ -134,6 +141,7 @@ mod tests {
             ("192.0.2.10", Some(Refusal::Own)),
             ("2001:db8::10", Some(Refusal::Own)),
             ("192.0.2.1", Some(Refusal::Gateway)),
+            ("192.0.2.5", Some(Refusal::BusServer)),
             ("198.51.100.0/24", Some(Refusal::TrustedProxy)),
             ("203.0.113.129", Some(Refusal::NeverBan)),
             ("203.0.0.0/15", Some(Refusal::TooWide)),

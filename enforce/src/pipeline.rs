@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::future::pending;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ban::Lists;
 use proto::bus::memory::{BanBucket, Nodes, Question};
-use proto::net::NetSet;
+use proto::net::{NetSet, Target};
 use proto::report::{BackendReport, NodeReport, Problem, Role};
 use proto::shutdown::Shutdown;
 use proto::time::{Clock, Timestamp};
@@ -27,6 +28,8 @@ use crate::reconcile::{Observed, Reconciler, chain_of};
 
 /// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
 const TICK: Duration = Duration::from_secs(1);
+/// A change of the clock's skew, in milliseconds, that the kernel's timers must follow.
+const SKEW_STEP_MS: u64 = 2000;
 /// Keeping the last set may take one part in so many of the time: large sets are kept less often.
 const STORE_SHARE: u32 = 20;
 
@@ -37,6 +40,8 @@ pub struct Inputs {
     pub node: Arc<str>,
     /// The ban set.
     pub bans: BanBucket,
+    /// Told how many bans are kept from former times that the ban set, which is not known to be whole, lacks.
+    pub kept: watch::Sender<u64>,
     /// What detect publishes beside bans. Detect sets it before it publishes its first ban set.
     pub lists: watch::Receiver<Arc<Lists>>,
     /// Questions of `explain`.
@@ -45,6 +50,8 @@ pub struct Inputs {
     pub nodes: Nodes,
     /// Never banned.
     pub trusted_proxies: NetSet,
+    /// Servers that connect the cluster, never banned; none on one host.
+    pub bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Where the last set is kept; `None` = nowhere.
     pub state_dir: Option<PathBuf>,
     /// Change nothing, neither the firewall nor `state_dir`.
@@ -89,6 +96,8 @@ struct Enforcer {
     unstored: bool,
     store_problem: Option<Problem>,
     started_at: Timestamp,
+    /// Of the clock, when the kernel's timers were last compared.
+    skew_ms: i64,
 }
 
 impl Enforcer {
@@ -98,7 +107,7 @@ impl Enforcer {
         let reconciler =
             Reconciler::new(firewall.clone(), trusted_proxies.clone(), *dry_run, clock.clone(), metrics.clone());
         let rules = Iptables::new(firewall, *dry_run, clock.clone());
-        let now = clock.now();
+        let (now, raw) = (clock.now(), clock.raw());
         Self {
             config,
             reconciler,
@@ -110,12 +119,13 @@ impl Enforcer {
             outcome: RulesOutcome::default(),
             rules_repairs: 0,
             dropped: (0, 0),
-            observed_at: now,
-            stored_at: now,
+            observed_at: raw,
+            stored_at: raw,
             store_took: Duration::ZERO,
             unstored: false,
             store_problem: None,
             started_at: now,
+            skew_ms: 0,
             inputs,
         }
     }
@@ -138,6 +148,7 @@ impl Enforcer {
             bans,
             "Enforcing"
         );
+        self.tell_kept();
         self.report();
         Ok(())
     }
@@ -149,7 +160,7 @@ impl Enforcer {
         let mut resync = ticks(self.config.firewall.resync_interval);
         // What was published before we followed.
         revision.mark_changed();
-        let (mut lists_open, mut questions_open) = (true, true);
+        let (mut lists_open, mut questions_open, mut servers_open) = (true, true, true);
         loop {
             tokio::select! {
                 biased;
@@ -158,6 +169,10 @@ impl Enforcer {
                 changed = self.inputs.lists.changed(), if lists_open => match changed {
                     Ok(()) => self.take_lists().await,
                     Err(_) => lists_open = false,
+                },
+                changed = self.inputs.bus_servers.changed(), if servers_open => match changed {
+                    Ok(()) => self.look_at_host().await,
+                    Err(_) => servers_open = false,
                 },
                 question = self.inputs.questions.recv(), if questions_open => match question {
                     Some(question) => self.answer(question),
@@ -238,17 +253,41 @@ impl Enforcer {
         self.unstored = true;
     }
 
+    fn tell_kept(&self) {
+        let desired = &self.reconciler.desired;
+        let lacks = |target: &Target| !self.inputs.bans.contains(target);
+        let kept =
+            if desired.is_whole() { 0 } else { desired.all().filter(|(target, _)| lacks(target)).count() as u64 };
+        self.inputs.kept.send_if_modified(|known| std::mem::replace(known, kept) != kept);
+    }
+
+    /// The cluster's clock has moved: the kernel's own timers were set by the wrong one.
+    fn handle_clock(&mut self) {
+        let skew = self.inputs.clock.skew_ms().unwrap_or_default();
+        if skew.abs_diff(self.skew_ms) >= SKEW_STEP_MS {
+            self.skew_ms = skew;
+            self.begin_observation(true);
+        }
+    }
+
     async fn handle_tick(&mut self) {
         self.reconciler.handle_time().await;
+        self.handle_clock();
+        self.tell_kept();
         self.store();
         self.report();
     }
 
+    async fn look_at_host(&mut self) {
+        let bus_servers = self.inputs.bus_servers.borrow_and_update().clone();
+        self.reconciler.handle_host(&bus_servers).await;
+    }
+
     async fn handle_resync(&mut self) {
-        self.reconciler.handle_host().await;
+        self.look_at_host().await;
         self.begin_rules();
         if self.observe_job.is_none() {
-            let now = self.inputs.clock.now();
+            let now = self.inputs.clock.raw();
             let all = now.since(self.observed_at) >= self.config.firewall.full_check_interval;
             if all {
                 self.observed_at = now;
@@ -316,7 +355,7 @@ impl Enforcer {
     }
 
     fn store(&mut self) {
-        let now = self.inputs.clock.now();
+        let now = self.inputs.clock.raw();
         let rested = now.since(self.stored_at) >= self.store_took * STORE_SHARE;
         let Some(state_dir) = self.state_dir().filter(|_| self.unstored && rested && self.store_job.is_none()) else {
             return;
@@ -333,7 +372,7 @@ impl Enforcer {
 
     fn take_stored(&mut self, done: Result<Result<(), LastSetError>, JoinError>) -> Result<(), EnforceError> {
         let stored = done.map_err(|source| EnforceError::Job { job: "keeps the last ban set", source })?;
-        self.store_took = self.inputs.clock.now().since(self.stored_at);
+        self.store_took = self.inputs.clock.raw().since(self.stored_at);
         self.store_problem = stored.err().map(|error| {
             self.unstored = true;
             tracing::error!(error = %chain_of(&error), "Last ban set not kept");

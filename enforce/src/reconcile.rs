@@ -103,6 +103,7 @@ impl Reconciler {
         let mut facts = GuardFacts {
             own: Vec::new(),
             gateways: Vec::new(),
+            bus_servers: Vec::new(),
             trusted_proxies,
             never_ban: Vec::new(),
             prefix_min_v4: config.prefix_min_v4,
@@ -224,10 +225,11 @@ impl Reconciler {
         }
     }
 
-    /// Looks at the host anew.
-    pub(crate) async fn handle_host(&mut self) {
+    /// Looks at the host anew, and takes the servers that connect it to others.
+    pub(crate) async fn handle_host(&mut self, bus_servers: &[IpAddr]) {
         self.open();
         let mut facts = self.facts.clone();
+        bus_servers.clone_into(&mut facts.bus_servers);
         self.blind = read_host(&mut facts, host::own_addresses(), host::gateways());
         let families = host::families();
         let family_came = families != self.frame.families;

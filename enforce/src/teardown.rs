@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use proto::bus::nats::replica;
 use proto::time::Clock;
 
 use crate::backend::ipset::Ipset;
@@ -71,14 +72,17 @@ pub async fn teardown(
         }
     }
     if let Some(state_dir) = state_dir {
-        report.last_set = if dry_run { state_dir.join(last_set::FILE).exists() } else { remove_last_set(state_dir)? };
+        // What was applied of the bus goes with it: the next start takes whatever set it finds there.
+        for file in [last_set::FILE, replica::FILE_NAME] {
+            let path = state_dir.join(file);
+            report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
+        }
     }
     first_error.map_or(Ok(report), Err)
 }
 
-fn remove_last_set(state_dir: &Path) -> Result<bool, EnforceError> {
-    let path = state_dir.join(last_set::FILE);
-    match fs::remove_file(&path) {
+fn remove(path: &Path) -> Result<bool, EnforceError> {
+    match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(source) => Err(EnforceError::Remove { what: path.display().to_string(), source: source.into() }),

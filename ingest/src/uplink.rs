@@ -7,6 +7,7 @@
 mod outbox;
 
 use std::future::{self, Future};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -104,7 +105,7 @@ where
             stored = finished(&mut uplink.storing) => uplink.note_stored(stored),
             Some((number, answer)) = uplink.attempts.next() => uplink.note_answer(number, answer),
             batch = batches.recv(), if open && uplink.outbox.has_room() => match batch {
-                Some(batch) => uplink.outbox.push(batch, uplink.clock.now()),
+                Some(batch) => uplink.outbox.push(batch, uplink.clock.raw()),
                 None => {
                     open = false;
                     uplink.outbox.close();
@@ -116,6 +117,13 @@ where
     // Sources that still wait for room are let go.
     drop(batches);
     uplink.finish().await
+}
+
+/// A name for this run of `node` that nobody can guess.
+fn run_id(node: &str) -> String {
+    // The standard library's keys come from the system's random numbers.
+    let random = || RandomState::new().build_hasher().finish();
+    format!("{node}-{:016x}{:016x}", random(), random())
 }
 
 /// Returns when nothing is waited for any longer.
@@ -166,7 +174,7 @@ impl<P: Publish + Clone + Send + Sync + 'static> Uplink<P> {
         });
         Self {
             stored_changes: progress.changes(),
-            outbox: Outbox::new(&config.node, clock.now(), config.payload_bytes_max, progress),
+            outbox: Outbox::new(&run_id(&config.node), config.payload_bytes_max, progress),
             publisher,
             attempts: FuturesUnordered::new(),
             state_dir,
@@ -182,7 +190,7 @@ impl<P: Publish + Clone + Send + Sync + 'static> Uplink<P> {
 
     /// Begins to send whatever is due. Returns how long nothing else is.
     fn send_due(&mut self) -> Option<Duration> {
-        let now = self.clock.now();
+        let now = self.clock.raw();
         while let Some(Sending { number, id, payload }) = self.outbox.poll_sending(now) {
             let publisher = self.publisher.clone();
             self.attempts.push(Box::pin(async move { (number, publisher.publish(&id, payload).await) }));
@@ -197,7 +205,7 @@ impl<P: Publish + Clone + Send + Sync + 'static> Uplink<P> {
         if answer.is_err() {
             metrics.retries.inc();
         }
-        if let Some(delivered) = self.outbox.handle_answer(number, answer, self.clock.now()) {
+        if let Some(delivered) = self.outbox.handle_answer(number, answer, self.clock.raw()) {
             metrics.batches.inc();
             metrics.events.inc_by(delivered.events);
             metrics.bytes.inc_by(delivered.bytes);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ban::Pause;
+use crate::head::Mark;
 use crate::net::Target;
 use crate::time::Timestamp;
 
@@ -193,6 +194,9 @@ pub struct NodeReport {
     /// By how much the host's clock is ahead of the bus's, in milliseconds.
     #[serde(default)]
     pub skew_ms: Option<i64>,
+    /// The newest commit of the shared state that is in force here, or was made here.
+    #[serde(default)]
+    pub applied: Option<Mark>,
     /// `active` or `standby`, where several could do the same work.
     #[serde(default)]
     pub duty: Option<String>,
@@ -222,6 +226,7 @@ impl NodeReport {
             problems: Vec::new(),
             instance: String::new(),
             skew_ms: None,
+            applied: None,
             duty: None,
             lag: 0,
             sources: Vec::new(),

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -138,10 +138,22 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     System,
-    /// The machine's clock, and how many nanoseconds another is ahead of it.
-    Steered(Arc<AtomicI64>),
+    /// The machine's clock until another is known, then a clock of our own, which follows that one.
+    Steered(Arc<Steered>),
     Manual(Arc<AtomicI64>),
 }
+
+/// Time since a moment, by a clock that no one sets, and by how much another is ahead of that.
+#[derive(Debug)]
+struct Steered {
+    start: Timestamp,
+    since: Instant,
+    /// Nanoseconds; [`UNKNOWN`] until the first measurement.
+    offset: AtomicI64,
+}
+
+/// No measurement yet.
+const UNKNOWN: i64 = i64::MIN;
 
 /// A steered clock leaves smaller differences alone: they are what a measurement over a network is uncertain by.
 const STEER_MIN: Duration = Duration::from_millis(20);
@@ -157,26 +169,41 @@ impl Clock {
         Self(Source::Manual(Arc::new(AtomicI64::new(start.0))))
     }
 
-    /// The machine's wall clock, put right by what [`Clock::steer`] says: the time of a whole cluster.
+    /// The machine's wall clock until [`Clock::steer`] tells another: the time of a whole cluster. From then on nobody who
+    /// sets the machine's clock moves it.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
     pub fn steered() -> Self {
-        Self(Source::Steered(Arc::default()))
+        let steered = Steered { start: system_now(), since: Instant::now(), offset: AtomicI64::new(UNKNOWN) };
+        Self(Source::Steered(Arc::new(steered)))
     }
 
-    /// Takes the time of another clock, measured at our `local` moment (by this clock). Other clocks stay as they are.
-    pub fn steer(&self, local: Timestamp, other: Timestamp) {
-        if let Source::Steered(offset) = &self.0 {
-            let difference = other.0.saturating_sub(local.0);
-            if difference.unsigned_abs() >= STEER_MIN.as_nanos() as u64 {
-                offset.fetch_add(difference, Ordering::Relaxed);
+    /// Takes the time of another clock, which showed `other` when [`Clock::raw`] was `raw`. Other clocks stay as they are.
+    pub fn steer(&self, raw: Timestamp, other: Timestamp) {
+        if let Source::Steered(steered) = &self.0 {
+            let fresh = other.0.saturating_sub(raw.0);
+            let known = steered.offset.load(Ordering::Relaxed);
+            if known == UNKNOWN || fresh.abs_diff(known) >= STEER_MIN.as_nanos() as u64 {
+                steered.offset.store(fresh, Ordering::Relaxed);
             }
         }
     }
 
-    /// By how much the machine's clock is ahead of the one it is steered by, in milliseconds.
+    /// By how much the machine's clock is ahead of the one it is steered by, in milliseconds; `None` until that is known.
     pub fn skew_ms(&self) -> Option<i64> {
         match &self.0 {
-            Source::Steered(offset) => Some(-offset.load(Ordering::Relaxed) / 1_000_000),
+            Source::Steered(steered) => {
+                let is_known = steered.offset.load(Ordering::Relaxed) != UNKNOWN;
+                is_known.then(|| system_now().0.saturating_sub(self.now().0) / 1_000_000)
+            }
             Source::System | Source::Manual(_) => None,
+        }
+    }
+
+    /// A moment that is only good for the time between two of them: steering does not move it.
+    pub fn raw(&self) -> Timestamp {
+        match &self.0 {
+            Source::Steered(steered) => steered.raw(),
+            Source::System | Source::Manual(_) => self.now(),
         }
     }
 
@@ -184,7 +211,10 @@ impl Clock {
     pub fn now(&self) -> Timestamp {
         match &self.0 {
             Source::System => system_now(),
-            Source::Steered(offset) => Timestamp(system_now().0.saturating_add(offset.load(Ordering::Relaxed))),
+            Source::Steered(steered) => match steered.offset.load(Ordering::Relaxed) {
+                UNKNOWN => system_now(),
+                offset => Timestamp(steered.raw().0.saturating_add(offset)),
+            },
             Source::Manual(nanos) => Timestamp(nanos.load(Ordering::Relaxed)),
         }
     }
@@ -194,6 +224,12 @@ impl Clock {
         if let Source::Manual(nanos) = &self.0 {
             nanos.store(now.0, Ordering::Relaxed);
         }
+    }
+}
+
+impl Steered {
+    fn raw(&self) -> Timestamp {
+        self.start.saturating_add(self.since.elapsed())
     }
 }
 
@@ -222,17 +258,24 @@ mod tests {
     }
 
     #[test]
-    fn a_steered_clock_follows_the_other_and_tells_the_skew() {
+    fn a_steered_clock_follows_the_other_however_often_it_is_told() {
         let clock = Clock::steered();
-        let local = clock.now();
-        clock.steer(local, local.saturating_add(Duration::from_millis(3)));
-        assert_eq!(clock.skew_ms(), Some(0), "within the error of a measurement");
-        clock.steer(local, local.saturating_add(Duration::from_secs(300)));
-        assert_eq!(clock.skew_ms(), Some(-300_000));
-        assert!(clock.now() >= local.saturating_add(Duration::from_secs(300)));
-        let local = clock.now();
-        clock.steer(local, local.saturating_sub(Duration::from_secs(100)));
-        assert_eq!(clock.skew_ms(), Some(-200_000));
+        assert_eq!(clock.skew_ms(), None);
+        let raw = clock.raw();
+        let hour = Duration::from_secs(3600);
+        // As often as there are roles in a process: each measures the same.
+        for _ in 0..3 {
+            clock.steer(raw, raw.saturating_add(hour));
+        }
+        let ahead = clock.now().since(raw);
+        assert!(ahead >= hour && ahead < hour + Duration::from_secs(60), "{ahead:?}");
+        let skew = clock.skew_ms().unwrap();
+        assert!((-3_600_100..=-3_599_900).contains(&skew), "{skew}");
+        let former = clock.now();
+        clock.steer(raw, raw.saturating_add(hour + Duration::from_millis(3)));
+        assert!(clock.now().since(former) < Duration::from_secs(60), "within the error of a measurement");
+        clock.steer(raw, raw.saturating_sub(hour));
+        assert!(clock.now() < raw);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 """What third parties read and how: the committed schemas hold for real events, and the worked examples in
 deploy/consumers miss nothing and tell nothing twice, through restarts of the server and their own.
 
-Needs the packages in requirements.txt, a nats-server (NATS_SERVER or PATH), and npm for the Node example. Prints
+Needs the packages in tests/requirements.txt, a nats-server (NATS_SERVER or PATH), and npm for the Node example. Prints
 `test consumers::NAME ... ok` or `FAILED` for each test and ends with 1 when one failed.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Holds deploy/nats against a real nats-server: every role has all of its rights, and nothing beside them.
 
-    tests/nats/accounts.py      needs nats-server 2.12 or newer (NATS_SERVER, else PATH) and the package nats-py
+    tests/nats/accounts.py      needs nats-server 2.12.1 or newer (NATS_SERVER, else PATH) and the package nats-py
 
 A refusal counts only when the server said no and no stream changed. That such a change would be seen is shown first, on a
 server with permissions and no accounts, where the same tricks do write.
@@ -25,53 +25,50 @@ import nats
 
 CONFIG = Path(__file__).resolve().parents[2] / "deploy" / "nats"
 SERVER = os.environ.get("NATS_SERVER") or shutil.which("nats-server") or "nats-server"
-ANSWER_S = 10
+ANSWER_S = 30
 """How long an answer may take before a test fails. No test waits for it to pass."""
 
 BANS = "$KV.portcullis_bans"
 NODES = "$KV.portcullis_nodes"
 LEASE = "$KV.portcullis_lease"
+SECOND = 10**9
+
+
+def stream(name, subject, **more):
+    """A stream as proto/src/bus/nats/streams.rs makes it."""
+    return {"name": name, "subjects": [subject], "storage": "file", "retention": "limits", "discard": "old",
+            "max_bytes": -1, "max_msgs_per_subject": -1, "duplicate_window": 120 * SECOND, "allow_direct": True, **more}
 
 
 def bucket(name, **more):
     """A key-value bucket with a history of 1. No rollup: one header would let a heartbeat empty the whole bucket."""
-    return {"name": f"KV_{name}", "subjects": [f"$KV.{name}.>"], "max_msgs_per_subject": 1, "discard": "new",
-            "deny_delete": True, "allow_msg_ttl": True, **more}
+    return stream(f"KV_{name}", f"$KV.{name}.>", **{"discard": "new", "max_msgs_per_subject": 1, "deny_delete": True,
+                                                    "allow_msg_ttl": True, **more})
 
 
 STREAMS = [
-    bucket("portcullis_bans", allow_direct=True, allow_rollup_hdrs=True, allow_atomic=True,
-           republish={"src": f"{BANS}.>", "dest": "portcullis.state.v1.>"}),
-    bucket("portcullis_nodes"),
-    bucket("portcullis_lease"),
-    {"name": "PORTCULLIS_ACCESS", "subjects": ["portcullis.access.v1.*"], "discard": "new", "max_bytes": 64 << 20},
-    {"name": "PORTCULLIS_EVENTS", "subjects": ["portcullis.events.v1.>"], "max_age": 30 * 86_400 * 10**9,
-     "allow_direct": True},
+    stream("PORTCULLIS_ACCESS", "portcullis.access.v1.*", discard="new", max_bytes=64 << 20,
+           republish={"src": "portcullis.access.v1.>", "dest": "portcullis.log.v1.>"}),
+    stream("PORTCULLIS_EVENTS", "portcullis.events.v1.>", max_age=30 * 86_400 * SECOND),
+    bucket("portcullis_bans", allow_atomic=True, republish={"src": f"{BANS}.>", "dest": "portcullis.state.v1.>"}),
+    bucket("portcullis_nodes", max_age=86_400 * SECOND),
+    bucket("portcullis_lease", allow_direct=False),
 ]
 NAMES = [stream["name"] for stream in STREAMS]
 
+READ_BANS, READ_NODES = "$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.KV_portcullis_nodes"
+READ_EVENTS = "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS"
 # What each user may publish. Of everything else in `everything()` it must be refused.
 RIGHTS = {
-    "ingest-edge-1": ["portcullis.access.v1.edge-1", f"{NODES}.ingest.edge-1", "$JS.API.DIRECT.GET.KV_portcullis_bans",
-                      "$JS.API.STREAM.INFO.PORTCULLIS_ACCESS", "$JS.API.STREAM.INFO.KV_portcullis_bans",
-                      "$JS.API.STREAM.INFO.KV_portcullis_nodes"],
-    "enforce-edge-1": [f"{NODES}.enforce.edge-1", f"{LEASE}.enforce.cloudflare",
-                       "$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS",
-                       "$JS.API.STREAM.MSG.GET.KV_portcullis_lease", "$JS.API.STREAM.INFO.PORTCULLIS_EVENTS",
-                       "$JS.API.STREAM.INFO.KV_portcullis_bans", "$JS.API.STREAM.INFO.KV_portcullis_nodes",
-                       "$JS.API.STREAM.INFO.KV_portcullis_lease"],
-    "reader-1": ["$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS",
-                 "$JS.API.STREAM.INFO.KV_portcullis_bans", "$JS.API.STREAM.INFO.PORTCULLIS_EVENTS"],
-    "shipper-1": ["portcullis.raw.v1.web"],
+    "ingest-edge-1": ["portcullis.access.v1.edge-1", f"{NODES}.ingest.edge-1", READ_BANS, READ_NODES],
+    "enforce-edge-1": [f"{NODES}.enforce.edge-1", READ_BANS, READ_NODES],
+    "reader-1": [READ_BANS, READ_EVENTS],
 }
 # What each user may subscribe to, its inbox aside.
 SUBSCRIPTIONS = {
-    "ingest-edge-1": ["portcullis.state.v1.ban.>", "portcullis.state.v1.detect", "portcullis.state.v1.predicate",
-                      "portcullis.raw.v1.>"],
-    "enforce-edge-1": ["portcullis.state.v1.ban.>", "portcullis.state.v1.detect", "portcullis.state.v1.lists",
-                       "portcullis.events.v1.>", "portcullis.explain.v1.edge-1"],
+    "ingest-edge-1": ["portcullis.state.v1.>"],
+    "enforce-edge-1": ["portcullis.state.v1.>", "portcullis.explain.v1.edge-1"],
     "reader-1": ["portcullis.state.v1.ban.>", "portcullis.events.v1.>"],
-    "shipper-1": [],
 }
 
 
@@ -82,10 +79,10 @@ def data_subjects():
         *(f"{BANS}.{key}" for key in keys),
         *(f"portcullis.state.v1.{key}" for key in keys),
         *(f"{NODES}.{role}.{node}" for role in ("ingest", "enforce", "detect") for node in ("edge-1", "edge-2")),
-        f"{LEASE}.detect", f"{LEASE}.enforce.cloudflare",
-        "portcullis.access.v1.edge-1", "portcullis.access.v1.edge-2",
+        f"{LEASE}.detect", f"{LEASE}.other",
+        "portcullis.access.v1.edge-1", "portcullis.access.v1.edge-2", "portcullis.log.v1.edge-1",
         "portcullis.events.v1.ban.forceful-browsing", "portcullis.events.v1.alarm.system",
-        "portcullis.raw.v1.web", "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2",
+        "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2",
     ]
 
 
@@ -124,7 +121,7 @@ def everything():
     """Every subject worth trying, with a body."""
     acks = ["$JS.ACK.PORTCULLIS_ACCESS.worker.1.1.1.1.0", "$JS.ACK._.x.PORTCULLIS_ACCESS.worker.1.1.1.1.0.x",
             "$JS.FC.PORTCULLIS_ACCESS.worker.x", "$JS.EVENT.ADVISORY.API", "$JSC.CI.x.PORTCULLIS_ACCESS.worker"]
-    outside = ["_INBOX.detect-1.x", "_INBOX.edge-2.x", "_R_.x", "$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE",
+    outside = ["_INBOX.edge-3.x", "_INBOX.edge-2.x", "_R_.x", "$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE",
                "$SYS.REQ.ACCOUNT.DETECT.CONNZ", "$O.bucket.M.x", "$MQTT.msgs.x", "anything.else"]
     detect_api = [subject.replace("$JS.API", "$JS.portcullis.API", 1) for subject in api_requests()]
     return dict.fromkeys([*data_subjects(), *acks, *outside], "forged") | api_requests() | dict.fromkeys(detect_api, "")
@@ -142,7 +139,7 @@ class Server:
         config = self.scratch / "server.conf"
         store = self.scratch / "jetstream"
         config.write_text(f'{self.text}\nlisten: "127.0.0.1:-1"\nhttp: "127.0.0.1:-1"\n'
-                          f'jetstream {{ store_dir: "{store}", max_file_store: 1GB }}\n')
+                          f'jetstream {{ store_dir: "{store}", max_file_store: 8GB }}\n')
         self.process = subprocess.Popen([SERVER, "-c", config], stderr=subprocess.PIPE, text=True)
         said = []
         for line in self.process.stderr:
@@ -156,7 +153,7 @@ class Server:
         raise RuntimeError("nats-server did not start:\n" + "".join(said))
 
     def __exit__(self, *_):
-        self.process.terminate()
+        self.process.kill()
         self.process.wait()
 
     @asynccontextmanager
@@ -167,7 +164,7 @@ class Server:
         async def keep(error):
             errors.append(str(error))
 
-        node = re.sub("^(ingest|enforce)-", "", user)
+        node = re.sub("^(ingest|detect|enforce)-", "", user)
         connection = await nats.connect(self.url, user=user, password=password or user, inbox_prefix=f"_INBOX.{node}",
                                         error_cb=keep, allow_reconnect=False, connect_timeout=ANSWER_S)
         connection.errors = errors
@@ -243,10 +240,10 @@ def changes(before, after):
 async def is_refused(connection, answers, subject, body):
     """Publishes, and tells whether the server refused it: by permission, or for want of anybody who listens."""
     connection.errors.clear()
-    await connection.publish(subject, body.encode(), reply=answers.subject if answers else "")
+    await connection.publish(subject, body.encode(), reply=answers.subject)
     await settle(connection)
-    if connection.errors or answers is None:
-        return bool(connection.errors)
+    if connection.errors:
+        return True
     heard = [await answers.next_msg() for _ in range(answers.pending_msgs)]
     return [(message.headers or {}).get("Status") for message in heard] == ["503"]
 
@@ -324,7 +321,7 @@ async def detect_consumes_purges_and_forwards_requests_between_detectors(server,
     assert message.data == b"lines", message.data
     assert "error" not in await ask(detect, f"$JS.API.CONSUMER.DELETE.PORTCULLIS_ACCESS.{pull['name']}")
     assert (await ask(detect, "$JS.API.STREAM.PURGE.PORTCULLIS_ACCESS", {"seq": 2}))["success"]
-    async with server.connect("detect-2") as other:
+    async with server.connect("detect-edge-2") as other:
         served = await other.subscribe("portcullis.api.v1")
         await settle(other)
         asked = asyncio.create_task(detect.request("portcullis.api.v1", b"bans", timeout=ANSWER_S))
@@ -332,36 +329,21 @@ async def detect_consumes_purges_and_forwards_requests_between_detectors(server,
         assert (await asked).data == b"none"
 
 
-async def ingest_delivers_batches_and_heartbeats_with_acknowledgement(server, detect):
+async def ingest_delivers_batches_with_acknowledgement(server, detect):
     async with server.connect("ingest-edge-1") as ingest:
-        await store(ingest, "portcullis.access.v1.edge-1")
-        await store(ingest, f"{NODES}.ingest.edge-1", b"alive", {"Nats-TTL": "60s"})
-        await store(ingest, f"{NODES}.ingest.edge-1", b"", {"KV-Operation": "DEL"})
+        await store(ingest, "portcullis.access.v1.edge-1", b"lines", {"Nats-Msg-Id": "one"})
 
 
-async def enforce_delivers_heartbeats_with_acknowledgement(server, detect):
-    async with server.connect("enforce-edge-1") as enforce:
-        await store(enforce, f"{NODES}.enforce.edge-1", b"alive", {"Nats-TTL": "60s"})
-
-
-async def enforce_takes_a_lease_once_renews_it_and_it_ends_by_itself(server, detect):
-    key, since = f"{LEASE}.enforce.telegram", "Nats-Expected-Last-Subject-Sequence"
-    async with server.connect("enforce-edge-1") as one, server.connect("enforce-edge-2") as two:
-        taken = await store(one, key, b"edge-1", {since: "0", "Nats-TTL": "60s"})
-        refused = await ask(two, key, b"edge-2", {since: "0", "Nats-TTL": "60s"})
-        assert refused["error"]["err_code"] == 10071, refused
-        await store(one, key, b"edge-1", {since: str(taken), "Nats-TTL": "1s"})
-        read = "$JS.API.STREAM.MSG.GET.KV_portcullis_lease"
-        await until(lambda: ask(two, read, {"last_by_subj": key}), lambda answer: "error" in answer)
-        await store(two, key, b"edge-2", {since: "0"})
-
-
-async def every_reader_sees_what_it_may_know_about_streams(server, detect):
-    for user, rights in RIGHTS.items():
-        async with server.connect(user) as reader:
-            for subject in rights:
-                if ".STREAM.INFO." in subject:
-                    assert (await ask(reader, subject))["config"]["name"] == subject.rsplit(".", 1)[1]
+async def each_role_delivers_heartbeats_and_learns_when_they_were_stored(server, detect):
+    for user in ("ingest-edge-1", "enforce-edge-1"):
+        role, node = user.split("-", 1)
+        subject = f"{NODES}.{role}.{node}"
+        async with server.connect(user) as connection:
+            sequence = await store(connection, subject, b"alive")
+            request = {"seq": 1, "batch": 1, "next_by_subj": subject}
+            message = await connection.request(READ_NODES, json.dumps(request).encode(), timeout=ANSWER_S)
+            assert message.headers["Nats-Sequence"] == str(sequence), message.headers
+            assert message.headers["Nats-Time-Stamp"], message.headers
 
 
 async def snapshots_of_more_than_a_batch_are_complete_in_every_account(server, detect):
@@ -373,7 +355,7 @@ async def snapshots_of_more_than_a_batch_are_complete_in_every_account(server, d
         async with server.connect(user) as reader:
             found = await snapshot(reader, "KV_portcullis_bans", f"{BANS}.ban.10.0.>")
             assert found.keys() == wanted, f"{user}: {len(found)} of {len(wanted)}"
-            if user != "ingest-edge-1":
+            if user == "reader-1":
                 events = await snapshot(reader, "PORTCULLIS_EVENTS", "portcullis.events.v1.>")
                 assert "portcullis.events.v1.ban.forceful-browsing" in events, events
 
@@ -384,7 +366,7 @@ async def changes_arrive_live_in_every_account(server, detect):
             for subject in (s for s in subjects if ".state." in s or ".events." in s):
                 live = await reader.subscribe(subject)
                 await settle(reader)
-                concrete = subject.replace(">", "192.0.2.9" if ".ban." in subject else "ban.rule")
+                concrete = subject.replace(">", "192.0.2.9" if ".ban." in subject else "ban.192.0.2.9")
                 sent = concrete.replace("portcullis.state.v1", BANS)
                 seq = await store(detect, sent, b"new")
                 message = await live.next_msg(ANSWER_S)
@@ -407,14 +389,6 @@ async def enforce_answers_what_detect_asks(server, detect):
         assert enforce.errors, "may answer more than once"
 
 
-async def raw_lines_of_a_shipper_reach_ingest(server, detect):
-    async with server.connect("ingest-edge-1") as ingest, server.connect("shipper-1") as shipper:
-        lines = await ingest.subscribe("portcullis.raw.v1.>", queue="ingest")
-        await settle(ingest)
-        await shipper.publish("portcullis.raw.v1.web", b"line")
-        assert (await lines.next_msg(ANSWER_S)).data == b"line"
-
-
 async def every_role_is_refused_all_that_is_not_its_own(server, detect):
     tried = everything()
     assert len(tried) > 250, len(tried)
@@ -422,8 +396,7 @@ async def every_role_is_refused_all_that_is_not_its_own(server, detect):
         rights = {*rights, *(right.replace("$JS.API", "$JS.portcullis.API", 1) for right in rights)}
         before = await state(detect)
         async with server.connect(user) as connection:
-            # The shipper has no inbox; its permissions alone must refuse.
-            answers = await connection.subscribe(connection.new_inbox()) if user != "shipper-1" else None
+            answers = await connection.subscribe(connection.new_inbox())
             passed = [subject for subject, body in tried.items()
                       if subject not in rights and not await is_refused(connection, answers, subject, body)]
         assert not passed, f"{user} is not refused: {passed}"
@@ -433,8 +406,9 @@ async def every_role_is_refused_all_that_is_not_its_own(server, detect):
 
 async def nobody_listens_to_what_is_not_its_own(server, detect):
     foreign = [*(subject for subject in data_subjects()), ">", "*", "*.>", "_INBOX.>", "_INBOX.*.*", "_INBOX.*.*.*",
-               "_INBOX.edge-2.>", "_INBOX.detect-1.>", "_R_.>", "$JS.API.>", "$JS.>", "$SYS.>", "$KV.>",
-               "portcullis.>", "portcullis.state.v1.>", "portcullis.explain.v1.>", "portcullis.access.v1.*"]
+               "_INBOX.edge-2.>", "_INBOX.edge-3.>", "_R_.>", "$JS.API.>", "$JS.>", "$SYS.>", "$KV.>",
+               "portcullis.>", "portcullis.state.v1.>", "portcullis.explain.v1.>", "portcullis.access.v1.*",
+               "portcullis.log.v1.>"]
     for user, allowed in SUBSCRIPTIONS.items():
         own = {subject for subject in foreign for right in allowed
                if subject == right or (right.endswith(">") and subject.startswith(right[:-1]))}
@@ -447,7 +421,7 @@ async def nobody_listens_to_what_is_not_its_own(server, detect):
 
 
 async def no_answer_can_be_aimed_at_what_is_not_its_own(server, detect):
-    replies = [*data_subjects(), *(subject for subject in api_requests()), "_INBOX.edge-2.x", "_INBOX.detect-1.x"]
+    replies = [*data_subjects(), *(subject for subject in api_requests()), "_INBOX.edge-2.x", "_INBOX.edge-3.x"]
     for user in ("ingest-edge-1", "enforce-edge-1", "reader-1"):
         async with server.connect(user) as connection:
             for subject in RIGHTS[user]:
@@ -456,11 +430,11 @@ async def no_answer_can_be_aimed_at_what_is_not_its_own(server, detect):
                 assert not changed, f"{user} with {subject}: {changed}"
 
 
-async def a_header_cannot_make_a_heartbeat_or_a_lease_empty_its_bucket(server, detect):
+async def a_header_cannot_make_a_heartbeat_empty_its_bucket(server, detect):
     async with server.connect("ingest-edge-1") as ingest, server.connect("enforce-edge-1") as enforce:
         before = await state(detect)
         rights = ((ingest, "portcullis.access.v1.edge-1"), (ingest, f"{NODES}.ingest.edge-1"),
-                  (enforce, f"{NODES}.enforce.edge-1"), (enforce, f"{LEASE}.enforce.cloudflare"))
+                  (enforce, f"{NODES}.enforce.edge-1"))
         for connection, subject in rights:
             for header in ({"Nats-Rollup": "all"}, {"Nats-Rollup": "sub"}, {"Nats-Schedule": "@every 1s"},
                            {"Nats-Batch-Id": "x", "Nats-Batch-Sequence": "1", "Nats-Batch-Commit": "1"}):
@@ -471,7 +445,7 @@ async def a_header_cannot_make_a_heartbeat_or_a_lease_empty_its_bucket(server, d
 
 async def accounts_hold_even_for_users_without_permissions(server, detect):
     within = {"INGEST": ("portcullis.access", f"{NODES}.ingest"),
-              "ENFORCE": (f"{NODES}.enforce", f"{LEASE}.enforce", "portcullis.explain"), "THIRD_PARTIES": ()}
+              "ENFORCE": (f"{NODES}.enforce", "portcullis.explain"), "THIRD_PARTIES": ()}
     roles = {"INGEST": "ingest-edge-1", "ENFORCE": "enforce-edge-1", "THIRD_PARTIES": "reader-1"}
     for account, prefixes in within.items():
         own = [subject for subject in data_subjects() if subject.startswith(tuple(prefixes) or "-")]
@@ -483,7 +457,7 @@ async def accounts_hold_even_for_users_without_permissions(server, detect):
                 if subject not in rights:
                     await careless.publish(subject, body.encode(), reply="_INBOX.careless.x")
             await settle(careless)
-            await ask(careless, "$JS.API.STREAM.INFO.KV_portcullis_bans")
+            await careless.request(READ_BANS, b'{"seq":1}', timeout=ANSWER_S)
             changed = changes(before, await state(detect))
             assert not changed, f"{account}: {changed}"
 
@@ -500,11 +474,12 @@ async def a_host_is_added_by_a_reload_without_disturbing_the_others(server, dete
         async def connect():
             try:
                 async with server.connect("ingest-edge-9") as added:
-                    return await store(added, "portcullis.access.v1.edge-9")
+                    # What is asked in the middle of a reload may get no answer.
+                    return (await added.request("portcullis.access.v1.edge-9", b"x", timeout=1)).data
             except (nats.errors.Error, OSError):  # The second when the server hangs up first.
                 return None
 
-        await until(connect, lambda sequence: sequence is not None)
+        await until(connect, lambda answer: answer is not None and b"error" not in answer)
         await store(other, "portcullis.access.v1.edge-2")
 
 
@@ -512,7 +487,7 @@ async def a_host_is_added_by_a_reload_without_disturbing_the_others(server, dete
 
 PERMISSIONS_ALONE = """
 authorization { users: [
-  { user: detect-1, password: detect-1 }
+  { user: detect-edge-1, password: detect-edge-1 }
   { user: ingest-edge-1, password: ingest-edge-1, permissions {
     publish: ["portcullis.access.v1.edge-1", "$JS.API.CONSUMER.CREATE.PORTCULLIS_ACCESS"]
     subscribe: ["_INBOX.>", "$KV.portcullis_bans.>"] } }
@@ -543,17 +518,14 @@ CONTROLS = [permissions_alone_let_an_acknowledgement_write_a_ban, permissions_al
 TESTS = [
     detect_commits_a_batch_and_a_deposed_one_is_refused_whole,
     detect_consumes_purges_and_forwards_requests_between_detectors,
-    ingest_delivers_batches_and_heartbeats_with_acknowledgement,
-    enforce_delivers_heartbeats_with_acknowledgement,
-    enforce_takes_a_lease_once_renews_it_and_it_ends_by_itself,
-    every_reader_sees_what_it_may_know_about_streams,
+    ingest_delivers_batches_with_acknowledgement,
+    each_role_delivers_heartbeats_and_learns_when_they_were_stored,
     changes_arrive_live_in_every_account,
     enforce_answers_what_detect_asks,
-    raw_lines_of_a_shipper_reach_ingest,
     every_role_is_refused_all_that_is_not_its_own,
     nobody_listens_to_what_is_not_its_own,
     no_answer_can_be_aimed_at_what_is_not_its_own,
-    a_header_cannot_make_a_heartbeat_or_a_lease_empty_its_bucket,
+    a_header_cannot_make_a_heartbeat_empty_its_bucket,
     snapshots_of_more_than_a_batch_are_complete_in_every_account,
 ]
 EDITED = [accounts_hold_even_for_users_without_permissions,
@@ -589,7 +561,7 @@ def report(name, error=None):
 
 async def run(server, tests):
     passed = True
-    async with server.connect("detect-1") as detect:
+    async with server.connect("detect-edge-1") as detect:
         await create_streams(detect)
         await seed(detect)
         for test in tests:

@@ -18,7 +18,8 @@ use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use proto::head::Head;
 use proto::report::{NodeReport, Role};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -116,7 +117,7 @@ impl Cluster {
         self.wait_reported()
     }
 
-    /// Waits until every role on every host is known to the cluster.
+    /// Waits until every role on every host is known to the cluster, and every detect has read the state.
     pub fn wait_reported(&mut self) -> Result<()> {
         let expected = self.roles();
         let mut known = BTreeSet::new();
@@ -125,9 +126,10 @@ impl Cluster {
                 return Some(Err(error));
             }
             known = self.status().unwrap_or_default().into_iter().map(|report| (report.role, report.node)).collect();
-            known.is_superset(&expected).then_some(Ok(()))
+            let follow = |detect: &Host| detect.verb(&["bans", "--json"]).is_ok_and(|answer| answer.code == 0);
+            (known.is_superset(&expected) && self.detects.iter().all(follow)).then_some(Ok(()))
         });
-        all.with_context(|| format!("reported: {known:?}"))?
+        all.with_context(|| format!("reported: {known:?}\n{}", self.logs()))?
     }
 
     /// Every role that should run, with its host.
@@ -178,13 +180,17 @@ impl Cluster {
     /// Index of the detect that holds the lease; `None` while nobody does.
     pub fn active_detect(&self) -> Option<usize> {
         let mut client = self.servers.client(&self.network).ok()?;
-        let lease = client.last("KV_portcullis_lease", "$KV.portcullis_lease.detect").ok()??;
-        if lease.is_deletion() {
-            return None;
-        }
-        // Whatever else a lease says, it names its holder.
-        let text = String::from_utf8_lossy(&lease.payload).into_owned();
+        let lease = client.newest("KV_portcullis_lease", "$KV.portcullis_lease.detect").ok()?;
+        // Whatever else a lease says, it names its holder; one that has ended says nothing.
+        let text = String::from_utf8_lossy(&lease).into_owned();
         self.detects.iter().position(|detect| text.contains(detect.name()))
+    }
+
+    /// The first entry of the newest commit.
+    pub fn head(&self) -> Result<Head> {
+        let mut client = self.servers.client(&self.network)?;
+        let head = client.newest("KV_portcullis_bans", "$KV.portcullis_bans.detect")?;
+        serde_json::from_slice(&head).context("no head")
     }
 
     /// Appends `access` to the log of edge `node`.
@@ -223,14 +229,23 @@ impl Cluster {
         client.messages("PORTCULLIS_EVENTS", "portcullis.events.v1.>")?.iter().map(nats::Message::json).collect()
     }
 
-    /// Fails when a role has logged an error. Call it at the end of every test.
-    pub fn no_errors(&self) -> Result<()> {
-        self.edges.iter().chain(&self.detects).try_for_each(Host::no_errors)
+    /// Every error that a role has logged, with the role. A panic fails at once.
+    pub fn errors(&self) -> Result<Vec<String>> {
+        let hosts = self.edges.iter().chain(&self.detects);
+        Ok(hosts.map(Host::errors).collect::<Result<Vec<_>>>()?.concat())
     }
 
-    /// Ends every role in order, and fails when one has logged an error.
-    pub fn stop(mut self) -> Result<()> {
-        self.no_errors()?;
+    /// Ends every role in order, and fails when one has logged an error in all that time.
+    pub fn stop(self) -> Result<()> {
+        let errors = self.errors()?;
+        ensure!(errors.is_empty(), "{}", errors.join("\n"));
+        self.end()
+    }
+
+    /// Ends every role in order, and fails when one does not end in order or has panicked. For tests in which errors are
+    /// what an operator must be told.
+    pub fn end(mut self) -> Result<()> {
+        self.errors()?;
         for edge in &mut self.edges {
             edge.stop(Role::Ingest)?;
         }

@@ -46,10 +46,22 @@ impl Process {
 
     /// Fails when it has logged an error. Call it at the end of every test.
     pub fn no_errors(&self) -> Result<()> {
-        let log = self.log_text();
-        let errors: Vec<&str> = log.lines().filter(|line| is_error(line)).collect();
+        let errors = self.errors();
         ensure!(errors.is_empty(), "{} logged errors:\n{}", self.name, errors.join("\n"));
         Ok(())
+    }
+
+    /// Fails when it has panicked.
+    pub fn no_panics(&self) -> Result<()> {
+        let log = self.log_text();
+        ensure!(!log.contains("panicked at"), "{} panicked:\n{log}", self.name);
+        Ok(())
+    }
+
+    /// Every error that it has logged, with its name.
+    pub fn errors(&self) -> Vec<String> {
+        let log = self.log_text();
+        log.lines().filter(|line| is_error(line)).map(|line| format!("{}: {line}", self.name)).collect()
     }
 
     /// SIGKILL: nothing is tidied up.

@@ -14,21 +14,27 @@ const EDGES: [(&str, &[&str]); 6] = [
 ];
 
 /// Modules that compute and do nothing else: `name.rs` and all of `name/`.
-pub const PURE: [&str; 21] = [
+pub const PURE: [&str; 27] = [
     "proto/src/api",
     "proto/src/ban",
     "proto/src/client_ip",
     "proto/src/envelope",
     "proto/src/event",
+    "proto/src/head",
     "proto/src/net",
     "proto/src/report",
     "proto/src/schema",
     "proto/src/settings",
     "proto/src/subject",
     "proto/src/time",
+    "proto/src/wire",
     "ingest/src/frame",
     "ingest/src/parse",
     "ingest/src/source/tail",
+    "ingest/src/uplink/outbox",
+    "detect/src/cluster/coverage",
+    "detect/src/cluster/peers",
+    "detect/src/cluster/seal",
     "detect/src/engine",
     "detect/src/state",
     "enforce/src/desired",

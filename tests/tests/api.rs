@@ -209,16 +209,26 @@ mod netns {
     }
 
     #[test]
-    fn a_certificate_of_another_authority_is_not_trusted() {
+    fn a_certificate_is_trusted_by_its_authority_alone_or_by_itself() {
         let bench = Bench::start().unwrap();
-        openssl(
-            bench.folder.path(),
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout x.key -out other.crt -subj /CN=x",
-        )
-        .unwrap();
         let writer = bench.tokens[1].clone();
-        let answer = bench.verb_at(ADDRESS, "other.crt", &writer, &["bans"]).unwrap().expect(1).unwrap();
+        // As the README makes it.
+        let itself = format!(
+            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -keyout new.key -out new.crt \
+             -subj /CN=portcullis -addext subjectAltName=IP:{ADDRESS} -addext basicConstraints=critical,CA:FALSE"
+        );
+        openssl(bench.folder.path(), &itself).unwrap();
+        let answer = bench.verb_at(ADDRESS, "new.crt", &writer, &["bans"]).unwrap().expect(1).unwrap();
         assert!(answer.stderr.contains("is not trusted") && answer.stderr.contains("--ca-file"), "{answer:?}");
+        for name in ["crt", "key"] {
+            let path = |stem: &str| bench.folder.path().join(format!("{stem}.{name}"));
+            std::fs::rename(path("new"), path("api")).unwrap();
+        }
+        bench.service().signal("HUP").unwrap();
+        wait_for("the new certificate", || {
+            bench.verb_at(ADDRESS, "api.crt", &writer, &["bans"]).is_ok_and(|answer| answer.code == 0).then_some(())
+        })
+        .unwrap();
         bench.stop().unwrap();
     }
 

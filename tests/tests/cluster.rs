@@ -16,6 +16,7 @@ use tests::portcullis::wait_until;
 mod bench;
 mod faults;
 mod operator;
+mod takeover;
 mod trouble;
 
 /// Requests of `client` that ended up to now, a second apart, the last one `seconds_ago`.
@@ -25,6 +26,17 @@ fn probes(client: Ipv4Addr, count: i64, seconds_ago: i64) -> Vec<Access> {
         let start = now - (seconds_ago + count - 1 - i) * SECOND - SECOND / 10;
         let mut access = Access::new(start, client.into(), 404, format!("/.env?{i}"));
         access.count = u64::try_from(start / 1_000_000 % 1_000_000).unwrap();
+        access
+    };
+    (0..count).map(request).collect()
+}
+
+/// So many requests of `client` that end about now, all at once.
+fn burst(client: Ipv4Addr, count: i64) -> Vec<Access> {
+    let now = Clock::system().now().as_nanos();
+    let request = |i: i64| {
+        let mut access = Access::new(now + i, client.into(), 404, "/.git/config");
+        access.count = u64::try_from((now + i) % 1_000_000).unwrap();
         access
     };
     (0..count).map(request).collect()

@@ -216,6 +216,7 @@ fn explain_certificate(reason: &CertificateError) -> String {
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             "it has not begun; is the clock right?".to_owned()
         }
+        CertificateError::Other(cause) => cause.0.to_string(),
         other => other.to_string(),
     }
 }

@@ -22,7 +22,7 @@ use proto::bus::config::NatsConfig;
 use proto::bus::memory::Bus;
 use proto::bus::nats::access::AccessPublisher;
 use proto::bus::nats::replica::{Copies, ReplicaState};
-use proto::bus::nats::{Connection, ask, events, nodes, replica};
+use proto::bus::nats::{Connection, ask, events, nodes, replica, servers};
 use proto::report::{NodeReport, Role};
 use proto::shutdown::{Shutdown, Supervisor};
 use proto::time::Clock;
@@ -121,7 +121,7 @@ impl Host {
         let state_dir = self.state_dir.clone().context("reading logs needs a writable state_dir")?;
         let checkpoint = Checkpoint::open(&state_dir)?;
         let metrics = ingest::metrics::Metrics::register(self.registry.sub_registry_with_prefix("portcullis"));
-        let (status, banned, replica) = (uplink::Status::default(), Banned::new(), ReplicaState::default());
+        let (status, banned) = (uplink::Status::default(), Banned::new());
         let inputs = ingest::pipeline::Inputs {
             node: self.node.clone(),
             positions: checkpoint.positions(),
@@ -136,7 +136,9 @@ impl Host {
             shutdown: self.shutdown.clone(),
         };
         let copies = Copies { interest: Some(bus.interest), banned: Some(banned), ..Copies::default() };
-        let following = replica::run(self.connection.clone(), copies, None, replica.clone(), self.shutdown.clone());
+        // Without the ban set all lines go, which is no trouble of ingest's.
+        let state = ReplicaState::default();
+        let following = replica::run(self.connection.clone(), copies, None, state, self.shutdown.clone());
         self.tasks.spawn("ban set for ingest", following);
         self.tasks.spawn("ingest", ingest::pipeline::run(self.config.ingest.clone(), inputs));
         let config =
@@ -151,7 +153,6 @@ impl Host {
         };
         let publisher = AccessPublisher::new(&self.connection, &self.node);
         self.tasks.spawn("uplink", uplink::run(config, inputs, publisher));
-        // Without the ban set all lines go, which is no trouble of ingest's.
         self.beat(Role::Ingest, |_| {});
         Ok(())
     }
@@ -223,6 +224,11 @@ impl Host {
         let bus = Bus::new();
         let (shutdown, connection) = (self.shutdown.clone(), self.connection.clone());
         let replica = ReplicaState::default();
+        let (servers, bus_servers) = watch::channel(Vec::new());
+        self.tasks
+            .spawn("NATS servers", servers::resolve(connection.clone(), self.nats.clone(), servers, shutdown.clone()));
+        // Until enforcement has looked at what it kept, there may be something to lose.
+        let (kept, kept_in) = watch::channel(u64::MAX);
         let inputs = enforce::Inputs {
             node: self.node.clone(),
             bans: bus.bans.clone(),
@@ -230,6 +236,8 @@ impl Host {
             questions: bus.questions_in,
             nodes: self.reports.clone(),
             trusted_proxies: self.config.ingest.client_ip.proxies(),
+            bus_servers,
+            kept,
             state_dir: self.state_dir.clone(),
             dry_run: self.dry_run,
             clock: self.clock.clone(),
@@ -237,16 +245,16 @@ impl Host {
             shutdown: shutdown.clone(),
         };
         self.tasks.spawn("enforce", enforce::run(self.config.enforce.clone(), inputs));
-        let copies = Copies { bans: Some(bus.bans), lists: Some(bus.lists), ..Copies::default() };
+        let copies = Copies { bans: Some(bus.bans), lists: Some(bus.lists), kept: Some(kept_in), ..Copies::default() };
         let state_dir = self.state_dir.clone();
         let following = replica::run(connection.clone(), copies, state_dir, replica.clone(), shutdown.clone());
         self.tasks.spawn("ban set", following);
         let node = self.node.to_string();
         self.tasks.spawn("explain for enforce", ask::serve_explain(connection, node, bus.questions, shutdown));
         self.beat(Role::Enforce, move |report| {
-            let (problem, lag, _) = replica.get();
+            let (problem, lag, applied) = replica.get();
             report.problems.extend(problem);
-            report.lag = lag;
+            (report.lag, report.applied) = (lag, Some(applied));
         });
     }
 

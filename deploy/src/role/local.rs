@@ -65,6 +65,8 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         questions: bus.questions_in,
         nodes: bus.nodes.clone(),
         trusted_proxies: config.ingest.client_ip.proxies(),
+        kept: watch::Sender::new(0),
+        bus_servers: watch::channel(Vec::new()).1,
         state_dir: state_dir.clone(),
         dry_run,
         clock: clock.clone(),

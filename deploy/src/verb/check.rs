@@ -3,6 +3,7 @@
 use detect::engine::rule::{Mode, Rule, Threshold};
 use enforce::config::{BackendKind, Chains, FirewallConfig};
 use ingest::config::{SourceConfig, SourceKind};
+use proto::bus::config::{BusConfig, Login};
 use proto::time::render_duration;
 
 use super::Exit;
@@ -20,6 +21,7 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
     let mut say = |what: &str, text: &str| out.line(&format!("{what:<10} {text}"));
     say("node", &config.node)?;
     say("state", &config.state_dir.display().to_string())?;
+    say("bus", &describe_bus(&config.bus))?;
     say("api", &config.api.socket.display().to_string())?;
     if let Some(tcp) = &config.api.tcp {
         let scheme = if tcp.tls.is_some() { "https" } else { "http" };
@@ -45,6 +47,20 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
         &format!("{} networks, {} names", config.detect.engine.never_ban.len(), config.detect.names.len()),
     )?;
     say("firewall", &describe_firewall(&config.enforce.firewall))
+}
+
+fn describe_bus(bus: &BusConfig) -> String {
+    match bus {
+        BusConfig::Local => "local: all roles in one process (`portcullis run`)".to_owned(),
+        BusConfig::Nats(nats) => {
+            let login = match &nats.login {
+                Login::Anonymous => "nobody".to_owned(),
+                Login::Credentials(path) | Login::Nkey(path) | Login::Token(path) => path.display().to_string(),
+                Login::Password(user, _) => format!("user {user}"),
+            };
+            format!("{} as {login}, names begin with {}", nats.urls.join(" "), nats.prefix)
+        }
+    }
 }
 
 fn describe_source(source: &SourceConfig) -> String {

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::time::Duration;
 
 use proto::api::StatusReply;
+use proto::bus::nats::nodes::STOPPED;
 use proto::report::{BackendReport, DetectReport, NodeReport, Problem, Role, RuleReport, Severity, SourceReport};
 use proto::time::{Timestamp, render_duration};
 use serde::Serialize;
@@ -54,7 +55,10 @@ fn find_problems(reply: &StatusReply) -> Vec<Finding> {
         let said = report.problems.iter().cloned();
         findings.extend(said.map(|problem| finding(&report.node, report.role, problem)));
         let age = reply.at.since(report.at);
-        if age > REPORT_AGE_MAX {
+        if report.duty.as_deref() == Some(STOPPED) {
+            let text = format!("was stopped {} ago", render_duration(age));
+            findings.push(finding(&report.node, report.role, Problem::warning(text)));
+        } else if age > REPORT_AGE_MAX {
             let text = format!("has said nothing for {}", render_duration(age));
             findings.push(finding(&report.node, report.role, Problem::degraded(text)));
         }
@@ -83,12 +87,12 @@ fn show(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
         out.line(&format!("  {severity}: {} on {node}: {}", role.as_str(), problem.text))?;
     }
     out.line("")?;
-    let roles = health.nodes.iter().map(|report| role_row(report, health.at));
-    out.table(["role", "node", "version", "up", "reported"], roles)?;
+    show_roles(health, out)?;
     let sources: Vec<_> = of_nodes(health, |report| &report.sources).collect();
     show_sources(&sources, health.at, out)?;
     for report in health.nodes {
-        if let Some(detect) = &report.detect {
+        // A standby has nothing to say of its own.
+        if let Some(detect) = report.detect.as_ref().filter(|_| report.duty.as_deref() != Some("standby")) {
             show_detect(detect, health.at, out)?;
         }
     }
@@ -102,6 +106,25 @@ fn of_nodes<'a, T: 'a>(
     parts: impl Fn(&'a NodeReport) -> &'a Vec<T>,
 ) -> impl Iterator<Item = (&'a str, &'a T)> {
     health.nodes.iter().flat_map(move |report| parts(report).iter().map(move |part| (report.node.as_str(), part)))
+}
+
+/// A cluster's roles say more: whether they are active, which commit they have applied, what waits, and how far the host's
+/// clock is ahead.
+fn show_roles(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
+    let is_cluster = health.nodes.iter().any(|report| !report.instance.is_empty());
+    if !is_cluster {
+        let roles = health.nodes.iter().map(|report| role_row(report, health.at));
+        return out.table(["role", "node", "version", "up", "reported"], roles);
+    }
+    let roles = health.nodes.iter().map(|report| {
+        let [role, node, version, up, reported] = role_row(report, health.at);
+        let applied = report.applied.map(|mark| format!("{}.{}", mark.epoch, mark.commit));
+        let skew = report.skew_ms.map(|skew| format!("{skew} ms"));
+        let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let duty = or_none(report.duty.clone());
+        [role, node, duty, version, up, reported, or_none(applied), report.lag.to_string(), or_none(skew)]
+    });
+    out.table(["role", "node", "duty", "version", "up", "reported", "applied", "lag", "clock ahead"], roles)
 }
 
 fn role_row(report: &NodeReport, at: Timestamp) -> [String; 5] {

@@ -19,7 +19,7 @@ use proto::time::{Clock, Timestamp};
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 
-use super::{Exit, Misuse, execute};
+use super::{Exit, execute};
 use crate::args::{Cli, ClientArgs};
 use crate::client::{Client, Way};
 use crate::output::Output;
@@ -454,16 +454,6 @@ fn a_server_that_says_nothing_is_given_up() {
     });
     assert_eq!(error.to_string(), format!("no answer from {} within 10s", socket.display()));
     drop(listener);
-}
-
-#[test]
-fn roles_of_a_cluster_are_a_misuse() {
-    for words in [&["ingest", "-c", "x"][..], &["detect"], &["enforce"], &["enforce", "--dry-run"]] {
-        let cli = Cli::try_parse_from(["portcullis"].iter().chain(words)).unwrap();
-        let mut bytes = Vec::new();
-        let error = execute(cli.verb, &mut Output::new(&mut bytes, false, Clock::manual(NOW))).unwrap_err();
-        assert!(error.is::<Misuse>() && error.to_string().contains("cluster version"), "{words:?}: {error}");
-    }
 }
 
 #[test]

@@ -50,14 +50,18 @@ fn first_version(rule: &Rule, known: &Coverage, next: u64) -> u64 {
     if interest.version > 0 && has_statuses && has_headers { interest.version } else { next }
 }
 
-/// Changes with the rules and with what they do: detectors of one cluster must have the same.
+/// Changes with the rules, with what they do and with whom they spare: detectors of one cluster must have the same.
 pub(crate) fn fingerprint(config: &EngineConfig) -> String {
     let text = |rule: &Rule| {
         let Rule { name, matcher, threshold, ban_time, mode, escalation } = rule;
         format!("{name} {:?} {threshold:?} {ban_time:?} {mode:?} {escalation:?}", matcher.source())
     };
     let mut rules: Vec<String> = config.rules.iter().map(text).collect();
-    rules.push(format!("{} {:?}", config.ipv6_prefix, config.lateness_max));
+    let mut never_ban: Vec<String> = config.never_ban.iter().map(ToString::to_string).collect();
+    never_ban.sort_unstable();
+    let trusted: Vec<String> = config.trusted_proxies.nets().iter().map(ToString::to_string).collect();
+    rules.push(format!("{} {:?} {:?}", config.ipv6_prefix, config.lateness_max, config.operator_prefix_min));
+    rules.push(format!("{} {}", never_ban.join(" "), trusted.join(" ")));
     // FNV-1a.
     let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     format!("{:016x}", rules.join("\n").bytes().fold(0xcbf2_9ce4_8422_2325, fold))
@@ -70,7 +74,7 @@ mod tests {
     use super::*;
     use crate::config::RawDetect;
 
-    fn config(rules: Value) -> EngineConfig {
+    fn config(rules: &Value) -> EngineConfig {
         let raw: RawDetect = serde_json::from_value(json!({ "rules": rules })).unwrap();
         let mut mistakes = proto::settings::Mistakes::new();
         let config = raw.check(&mut mistakes);
@@ -84,35 +88,39 @@ mod tests {
 
     #[test]
     fn only_what_rules_can_match_is_wanted() {
-        let first = cover(&config(json!({"a": rule("Status(`404`) && Path(`/x`)")})), &Coverage::default());
+        let first = cover(&config(&json!({"a": rule("Status(`404`) && Path(`/x`)")})), &Coverage::default());
         assert_eq!((first.interest.version, first.rules["a"].since), (1, 1));
         assert!(first.interest.may_match(404) && !first.interest.may_match(200));
-        let any = cover(&config(json!({"a": rule("UserAgentRegexp(`x`)")})), &Coverage::default());
+        let any = cover(&config(&json!({"a": rule("UserAgentRegexp(`x`)")})), &Coverage::default());
         assert_eq!(any.interest.statuses, None, "a rule that looks at no status can match any");
     }
 
     #[test]
     fn a_new_rule_counts_from_the_version_that_covers_it() {
-        let a = config(json!({"a": rule("Status(`400-499`)")}));
+        let a = config(&json!({"a": rule("Status(`400-499`)")}));
         let first = cover(&a, &Coverage::default());
         assert_eq!(cover(&a, &first), first, "nothing differs");
-        let b = config(json!({"a": rule("Status(`400-499`)"), "b": rule("Status(`404`)"), "c": rule("Status(`500`)")}));
+        let b =
+            config(&json!({"a": rule("Status(`400-499`)"), "b": rule("Status(`404`)"), "c": rule("Status(`500`)")}));
         let second = cover(&b, &first);
         let since = |name: &str| second.rules[name].since;
         assert_eq!(second.interest.version, 2);
         assert_eq!((since("a"), since("b"), since("c")), (1, 1, 2), "b is covered by what a needed");
         assert_eq!(covered_from(&b, &first), [1, u64::MAX, u64::MAX], "a standby waits for the active detector");
-        let changed = cover(&config(json!({"a": rule("Header(`X-A`, `1`)")})), &second);
+        let changed = cover(&config(&json!({"a": rule("Header(`X-A`, `1`)")})), &second);
         assert_eq!((changed.interest.version, changed.rules["a"].since), (3, 3));
         assert_eq!(changed.interest.headers, ["x-a"]);
     }
 
     #[test]
     fn the_fingerprint_changes_with_anything_that_rules_do() {
-        let a = config(json!({"a": rule("Status(`404`)")}));
+        let a = config(&json!({"a": rule("Status(`404`)")}));
         let mut other = a.clone();
         assert_eq!(fingerprint(&a), fingerprint(&other));
         other.rules[0].ban_time *= 2;
+        assert_ne!(fingerprint(&a), fingerprint(&other));
+        let mut other = a.clone();
+        other.never_ban.push("198.51.100.0/24".parse().unwrap());
         assert_ne!(fingerprint(&a), fingerprint(&other));
     }
 }

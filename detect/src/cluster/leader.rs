@@ -3,19 +3,21 @@
 //! One commit is under way at a time; what is decided meanwhile goes into the next. Nothing is told, neither to hosts nor
 //! to an operator who waits for an answer, before it is stored.
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::time::Duration;
 
 use proto::bus::nats::ask::serve_api;
-use proto::bus::nats::commit::{Change, ENTRIES_MAX, Value, read_outbox};
+use proto::bus::nats::commit::{Change, ENTRIES_MAX, Value};
+use proto::bus::nats::follow::first_since;
 use proto::bus::nats::lease::Keeper;
-use proto::bus::nats::streams;
+use proto::bus::nats::streams::{self, StreamState};
+use proto::bus::nats::{BusError, Connection};
 use proto::envelope::CloudEvent;
 use proto::head::{Coverage, Head};
+use proto::report::Problem;
 use proto::shutdown::Shutdown;
 use proto::subject::{KEY_CONTROL, KEY_LISTS, KEY_PREDICATE};
-use proto::time::Timestamp;
+use proto::time::{Timestamp, render_duration};
 use tokio::sync::oneshot;
 
 use super::coverage::{cover, covered_from, fingerprint};
@@ -24,11 +26,12 @@ use super::peers::Peers;
 use super::seal::{Banned, seal};
 use super::standby::IDLE_LAG;
 use super::view::View;
-use super::writer::{Fenced, Written, write};
+use super::writer::{Fenced, Trouble, Writer, Written, write};
 use super::{Ended, Logged, Role, open_batch};
 use crate::config::DetectConfig;
 use crate::decider::{Decider, log_event};
 use crate::engine::command::Reply;
+use crate::resolve::Names;
 use crate::state::encode_control;
 use crate::worker::{CommandError, Request};
 
@@ -40,8 +43,10 @@ const GROUP_MAX: usize = 16;
 const PENDING_MAX: usize = 4 * ENTRIES_MAX;
 /// The log is worked off in its own time while it is further behind than this.
 const BEHIND: Duration = Duration::from_secs(5);
-/// How often the log is noted, and how often it is purged by that.
-const MARK_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the log is purged, at least: in the time that windows reach back ...
+const PURGES_MIN: u32 = 16;
+/// ... and at all.
+const PURGE_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the events that are stored may take to be published at the end; a successor publishes the rest.
 const OUTBOX_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -59,7 +64,7 @@ struct Flight {
 pub(crate) struct Leader {
     view: View,
     decider: Decider,
-    instance: String,
+    writer: Writer,
     /// The head as we last wrote it, and the number of its message.
     head: Head,
     at: u64,
@@ -73,12 +78,22 @@ pub(crate) struct Leader {
     handled: u64,
     arrival: Timestamp,
     cause: Option<Timestamp>,
-    /// To be published with the next commit.
-    coverage: Option<Coverage>,
+    /// In force, and whether it is to be published with the next commit.
+    coverage: Coverage,
+    coverage_due: bool,
     progress_due: bool,
-    marks: VecDeque<(u64, Timestamp)>,
+    purged_at: Timestamp,
     peers: Peers,
-    serving: Shutdown,
+    serving: Serving,
+}
+
+/// Ends the answering of what other detectors pass on, however this detector ends to be the active one.
+struct Serving(Shutdown);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.begin();
+    }
 }
 
 impl Leader {
@@ -94,14 +109,22 @@ impl Leader {
         decider.lists_changed |= view.lists.as_ref() != Some(&decider.engine.lists());
         let serving = Shutdown::new();
         tokio::spawn(serve(role, serving.clone()));
-        // Names that were looked up for nobody are looked up again.
-        role.parts.outlets.names.send_modify(|_| {});
+        // The configuration may have changed since names were looked up here.
+        let config = &role.parts.config;
+        let names = Names { names: config.names.clone(), interval: config.resolve_interval };
+        role.parts.outlets.names.send_replace(names);
+        let outs = (written.head.first_out, written.head.next_out);
         Self {
-            instance: role.me.instance.clone(),
-            outbox: Outbox::spawn(view.connection.clone()),
+            writer: Writer {
+                connection: view.connection.clone(),
+                instance: role.me.instance.clone(),
+                trouble: Trouble::default(),
+            },
+            outbox: Outbox::spawn(view.connection.clone(), role.parts.bus.clone(), outs),
             handled: view.floor,
             arrival: view.head.floor_arrival(),
-            coverage: (coverage != view.coverage).then_some(coverage),
+            coverage_due: coverage != view.coverage,
+            coverage,
             head: written.head,
             at: written.at,
             banned: view.banned.clone(),
@@ -109,9 +132,9 @@ impl Leader {
             answers: Vec::new(),
             cause: None,
             progress_due: false,
-            marks: VecDeque::new(),
+            purged_at: now,
             peers: Peers::default(),
-            serving,
+            serving: Serving(serving),
             view,
             decider,
         }
@@ -119,27 +142,16 @@ impl Leader {
 
     /// Decides until the shutdown, or until this detector is active no longer.
     pub(crate) async fn run(mut self, role: &mut Role, lease: &mut Keeper) -> Result<(), Ended> {
-        self.publish_left_over().await?;
         let ended = self.decide(role, lease).await;
-        self.serving.begin();
-        for (reply, _) in self.answers.drain(..) {
+        let Self { answers, outbox, serving, .. } = self;
+        drop(serving);
+        for (reply, _) in answers {
             // Who asked may have gone.
             let _gone = reply.send(Err(CommandError::NotActive));
         }
         ended?;
         // A successor may begin: what is left in the outbox is in the state as well.
-        let _left = tokio::time::timeout(OUTBOX_DEADLINE, self.outbox.end()).await;
-        Ok(())
-    }
-
-    /// What a former detector has stored and not published.
-    async fn publish_left_over(&mut self) -> Result<(), Ended> {
-        let left = read_outbox(&self.view.connection, self.head.first_out).await?;
-        if let Some((last, _)) = left.last() {
-            let last = *last;
-            tracing::info!(events = left.len(), "Publishing what the former detector has left");
-            self.outbox.send((last, self.head.next_out), left.into_iter().map(|(_, event)| event).collect()).await;
-        }
+        let _left = tokio::time::timeout(OUTBOX_DEADLINE, outbox.end()).await;
         Ok(())
     }
 
@@ -156,12 +168,13 @@ impl Leader {
             }
             let (present, due) = (self.present(), self.decider.engine.poll_timeout());
             let wait = due.map(|due| due.since(present)).unwrap_or_default();
-            let may_read = !ending && self.decider.pending.len() < PENDING_MAX;
+            let waiting = self.decider.pending.len() + self.decider.told.len();
+            let may_read = !ending && waiting < PENDING_MAX;
             tokio::select! {
                 biased;
                 () = role.shutdown.draining(), if !ending => ending = true,
-                landed = landing(&mut self.flight) => self.land(landed).await?,
-                () = lease.changed() => if !lease.state().held { return Err(Ended::Deposed) },
+                landed = landing(&mut self.flight) => self.land(landed)?,
+                () = lease.changed() => if !lease.state().held { return Err(Ended::LeaseLost) },
                 Some(request) = role.requests.recv(), if !ending => self.handle_request(role, request),
                 _ = ticks.tick() => self.handle_tick(role),
                 () = tokio::time::sleep(wait), if due.is_some() && !ending => {
@@ -169,7 +182,8 @@ impl Leader {
                     self.decider.collect();
                 }
                 followed = self.view.state.next() => drop(self.view.take_state(followed)?),
-                () = std::future::ready(()), if may_read && !self.view.backlog.is_empty() => self.handle_backlog(),
+                // Others get their turn, however much there is.
+                () = tokio::task::yield_now(), if may_read && !self.view.backlog.is_empty() => self.handle_backlog(),
                 followed = self.view.access.next(), if may_read => self.view.take_access(followed)?,
             }
         }
@@ -179,7 +193,7 @@ impl Leader {
     fn present(&self) -> Timestamp {
         let now = self.decider.clock.now();
         let waiting = self.view.backlog.front().map(|logged| logged.stamp);
-        let waiting = waiting.or((!self.view.caught_up).then_some(self.arrival));
+        let waiting = waiting.or(self.view.caught_up_at.is_none().then_some(self.arrival));
         waiting.filter(|stamp| now.since(*stamp) > BEHIND).map_or(now, |stamp| stamp.max(self.decider.engine.now()))
     }
 
@@ -209,9 +223,10 @@ impl Leader {
                 self.decider.metrics.batch_refused();
                 let cause = std::error::Error::source(&refusal).map(ToString::to_string);
                 let subject = &logged.subject;
-                if let Some(text) = self.peers.note_refusal(subject, &refusal.to_string(), now) {
+                let node = self.view.connection.subjects().node_of_access(subject).unwrap_or_default().to_owned();
+                if let Some((kind, text)) = self.peers.note_refusal(&node, &refusal.to_string(), now) {
                     tracing::error!(subject, error = %refusal, cause, "Batch refused");
-                    self.decider.raise_alarm("batch-refused", text);
+                    self.decider.raise_alarm(kind, text);
                 }
             }
         }
@@ -240,11 +255,10 @@ impl Leader {
     fn reload(&mut self, role: &mut Role, config: DetectConfig, now: Timestamp) {
         role.parts.config = config.clone();
         self.decider.take_over(config, now);
-        let known = self.coverage.as_ref().unwrap_or(&self.view.coverage);
-        let coverage = cover(self.decider.engine.config(), known);
-        let covered = covered_from(self.decider.engine.config(), &coverage);
+        self.coverage = cover(self.decider.engine.config(), &self.coverage);
+        let covered = covered_from(self.decider.engine.config(), &self.coverage);
         self.decider.engine.set_coverage(covered);
-        self.coverage = Some(coverage);
+        self.coverage_due = true;
         self.decider.lists_changed = true;
     }
 
@@ -252,8 +266,8 @@ impl Leader {
         let now = self.decider.clock.now();
         self.decider.handle_clock(now);
         self.decider.engine.set_present(now);
-        if self.view.caught_up && self.view.backlog.is_empty() {
-            self.decider.engine.pass_time(now.saturating_sub(IDLE_LAG));
+        if let Some(at) = self.view.idle_since() {
+            self.decider.engine.pass_time(at.saturating_sub(IDLE_LAG));
         }
         self.progress_due = self.has_progress();
         let own = fingerprint(self.decider.engine.config());
@@ -262,32 +276,41 @@ impl Leader {
         }
         self.purge_log(now);
         let mut report = self.decider.report(self.view.backlog.len(), self.peers.problem());
-        report.duty = Some("active".to_owned());
+        report.problems.extend(self.outbox.problem(now));
+        report.problems.extend(self.stuck(now));
+        (report.duty, report.applied) = (Some("active".to_owned()), Some(self.head.mark));
+        report.skew_ms = self.decider.clock.skew_ms();
         report.lag = self.view.access.lag() + self.view.backlog.len() as u64;
         if let Some(detect) = &mut report.detect {
             (detect.fingerprint, detect.floor) = (own, self.head.floor);
         }
-        role.mark = role.mark.max(self.head.mark);
+        role.known = (self.head.bucket.clone(), self.head.mark);
         role.parts.outlets.nodes.put(report);
+    }
+
+    /// A commit that is under way for too long.
+    fn stuck(&self, now: Timestamp) -> Option<Problem> {
+        let late = self.flight.as_ref().map(|flight| now.since(flight.begun_at)).filter(|late| *late >= BEHIND)?;
+        let why = self.writer.trouble.get().map_or_else(String::new, |why| format!(": {why}"));
+        let late = render_duration(late);
+        Some(Problem::degraded(format!("the state has not been written for {late}, new bans wait for that{why}")))
     }
 
     /// What no window can need any more goes.
     fn purge_log(&mut self, now: Timestamp) {
-        if self.marks.back().is_some_and(|(_, noted)| now.since(*noted) < MARK_INTERVAL) {
+        let horizon = self.decider.engine.config().horizon();
+        if now.since(self.purged_at) < (horizon / PURGES_MIN).min(PURGE_INTERVAL_MAX) {
             return;
         }
-        self.marks.push_back((self.head.floor, now));
-        let since = self.head.floor_arrival().saturating_sub(self.decider.engine.config().horizon());
-        let mut stale = None;
-        while self.marks.front().is_some_and(|(_, noted)| *noted < since) {
-            stale = self.marks.pop_front();
-        }
-        let Some((floor, _)) = stale else { return };
-        let connection = self.view.connection.clone();
+        self.purged_at = now;
+        // Windows have reached this far, also where nothing has come for long.
+        let reached = if self.has_progress() { self.head.floor_arrival() } else { self.decider.engine.log_arrival() };
+        let since = reached.saturating_sub(horizon);
+        let (connection, floor) = (self.view.connection.clone(), self.head.floor);
         tokio::spawn(async move {
-            let stream = connection.subjects().access_stream();
-            if let Err(error) = streams::purge(&connection, &stream, None, floor).await {
-                tracing::debug!(%error, "Log not purged, the next time will do");
+            match purge_before(&connection, since, floor).await {
+                Ok(()) => {}
+                Err(error) => tracing::debug!(%error, "Log not purged, the next time will do"),
             }
         });
     }
@@ -299,7 +322,7 @@ impl Leader {
     fn is_due(&self) -> bool {
         let decider = &self.decider;
         let decided = decider.pending.is_urgent() || !decider.told.is_empty() || decider.lists_changed;
-        decided || !self.answers.is_empty() || self.coverage.is_some() || self.progress_due
+        decided || !self.answers.is_empty() || self.coverage_due || self.progress_due
     }
 
     /// Sends all that is decided on its way.
@@ -317,25 +340,25 @@ impl Leader {
         if std::mem::take(&mut self.decider.lists_changed) {
             single(KEY_LISTS, serde_json::to_vec(&self.decider.engine.lists()).unwrap_or_default());
         }
-        if let Some(coverage) = self.coverage.take() {
-            single(KEY_PREDICATE, serde_json::to_vec(&coverage).unwrap_or_default());
+        if std::mem::take(&mut self.coverage_due) {
+            single(KEY_PREDICATE, serde_json::to_vec(&self.coverage).unwrap_or_default());
         }
         let begun_at = self.decider.clock.now();
         let next = Head {
-            first_out: self.outbox.first_unpublished(self.head.next_out),
+            first_out: self.outbox.first_unpublished(),
             floor: self.handled,
             floor_arrival: self.arrival.as_nanos(),
             cause: self.cause.take().map(Timestamp::as_nanos),
             ..self.head.clone()
         };
         let pieces = seal(&commit, &told, singles, (&self.head, next), (&mut self.banned, begun_at));
-        let (connection, instance, at) = (self.view.connection.clone(), self.instance.clone(), self.at);
-        let writing = Box::pin(async move { write(&connection, &instance, pieces, at).await });
+        let (writer, at) = (self.writer.clone(), self.at);
+        let writing = Box::pin(async move { write(&writer, pieces, at).await });
         self.flight = Some(Flight { writing, told, answers: std::mem::take(&mut self.answers), begun_at });
     }
 
     /// What was decided is stored, or was for nothing.
-    async fn land(&mut self, landed: Result<Written, Fenced>) -> Result<(), Ended> {
+    fn land(&mut self, landed: Result<Written, Fenced>) -> Result<(), Ended> {
         let Some(flight) = self.flight.take() else { return Ok(()) };
         let Ok(written) = landed else {
             self.decider.metrics.commit_failed();
@@ -349,9 +372,29 @@ impl Leader {
             let _gone = reply.send(result);
         }
         flight.told.iter().for_each(log_event);
-        self.outbox.send((written.last, self.head.next_out), flight.told).await;
+        let first = self.head.next_out - flight.told.len() as u64;
+        self.outbox.send(first, written.last, flight.told);
         Ok(())
     }
+}
+
+/// Removes what was stored before `since` and is decided: up to message `floor` of the log. A log that is nearly full loses
+/// more of what is decided: windows could not be rebuilt by a successor, but a full log would stop all counting.
+async fn purge_before(connection: &Connection, since: Timestamp, floor: u64) -> Result<(), BusError> {
+    let names = connection.subjects();
+    let stream = names.access_stream();
+    let needed = first_since(connection, &stream, &names.access("*"), since).await?;
+    streams::purge(connection, &stream, None, needed.unwrap_or(floor + 1).min(floor + 1)).await?;
+    let info = streams::info(connection, &stream).await?;
+    let StreamState { first_seq, .. } = info.state;
+    if info.is_nearly_full() && first_seq <= floor {
+        tracing::warn!(
+            stream,
+            "Stream is nearly full, half of what is decided goes before its time: raise bus.access_max_bytes"
+        );
+        streams::purge(connection, &stream, None, first_seq + (floor - first_seq) / 2 + 1).await?;
+    }
+    Ok(())
 }
 
 /// The commit under way, if any.

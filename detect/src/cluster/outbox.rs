@@ -1,77 +1,191 @@
-//! Publishes the events of a commit once it is stored, in order, and then clears them from the outbox.
+//! Publishes events once they are stored, in order, and then clears them from the shared state.
+//!
+//! It never holds up who decides: what does not fit into its queue is read from the state again, as is what a former
+//! detector has left there.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use proto::bus::nats::Connection;
+use proto::bus::config::NatsConfig;
+use proto::bus::nats::commit::next_unpublished;
 use proto::bus::nats::events::{clear_outbox, publish_event};
+use proto::bus::nats::{BusError, Connection, streams};
 use proto::envelope::CloudEvent;
+use proto::report::Problem;
+use proto::time::{Timestamp, render_duration};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-/// Commits whose events wait to be published; they are in the shared state as well.
+/// Commits whose events wait in memory; they are in the shared state as well.
 const WAITING_MAX: usize = 1024;
+/// First wait after a failure, doubled with each.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+/// Longest wait after a failure.
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// Refusals after which an event is given up: it would stand in the way of all others for ever.
+const REFUSALS_MAX: u32 = 20;
+/// Events that wait for so long are worth a word.
+const LATE_AFTER: Duration = Duration::from_secs(10);
 
 /// Events of one commit.
 #[derive(Debug)]
 struct Parcel {
-    /// Number of the commit's last message.
+    /// Number of the first.
+    first: u64,
+    /// Number of the commit's last message in the state.
     last: u64,
-    /// Number of the event after its last.
-    next_out: u64,
     events: Vec<CloudEvent>,
 }
 
 /// The outbox of the active detector.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    sender: mpsc::Sender<Parcel>,
-    /// Events given, and events before the last number that is published.
+    sender: Option<mpsc::Sender<Parcel>>,
+    shared: Arc<Shared>,
+    /// Number of the event after the last that was given.
     given: u64,
-    published: Arc<AtomicU64>,
+    /// Since when some have not been published.
+    late_since: Option<Timestamp>,
     task: JoinHandle<()>,
 }
 
+#[derive(Debug)]
+struct Shared {
+    /// Events before this number are published.
+    published: AtomicU64,
+    /// Some are in the state alone.
+    missed: AtomicBool,
+}
+
 impl Outbox {
-    pub(crate) fn spawn(connection: Connection) -> Self {
-        let (sender, mut parcels) = mpsc::channel::<Parcel>(WAITING_MAX);
-        let published = Arc::new(AtomicU64::new(0));
-        let done = published.clone();
-        let task = tokio::spawn(async move {
-            while let Some(parcel) = parcels.recv().await {
-                for event in &parcel.events {
-                    publish_event(&connection, event).await;
-                }
-                done.store(parcel.next_out, Ordering::Relaxed);
-                // What is not cleared now is cleared with the next, or published once more by a successor.
-                if let Err(error) = clear_outbox(&connection, parcel.last).await {
-                    tracing::debug!(%error, "Outbox not cleared yet");
-                }
-            }
-        });
-        Self { sender, given: 0, published, task }
+    /// Begins with what is left in the state from number `first` on; `next` is the next to be numbered.
+    pub(crate) fn spawn(connection: Connection, bus: NatsConfig, (first, next): (u64, u64)) -> Self {
+        let (sender, parcels) = mpsc::channel::<Parcel>(WAITING_MAX);
+        let shared = Arc::new(Shared { published: AtomicU64::new(first), missed: AtomicBool::new(first < next) });
+        let postman = Postman { connection, bus, shared: shared.clone() };
+        let task = tokio::spawn(postman.run(parcels));
+        Self { sender: Some(sender), shared, given: next, late_since: None, task }
     }
 
-    /// Publishes `events`, which are stored up to message `last` of the state and have numbers below `next_out`. Waits
-    /// while too much waits already.
-    pub(crate) async fn send(&mut self, (last, next_out): (u64, u64), events: Vec<CloudEvent>) {
-        if !events.is_empty() {
-            self.given = next_out;
-            // The task ends only with us.
-            let _ended = self.sender.send(Parcel { last, next_out, events }).await;
+    /// Takes the events of a commit whose last message is `last`; the first has number `first`.
+    pub(crate) fn send(&mut self, first: u64, last: u64, events: Vec<CloudEvent>) {
+        if events.is_empty() {
+            return;
+        }
+        self.given = first + events.len() as u64;
+        let sent = self.sender.as_ref().map(|sender| sender.try_send(Parcel { first, last, events }));
+        if !matches!(sent, Some(Ok(()))) {
+            self.shared.missed.store(true, Ordering::Release);
         }
     }
 
-    /// Number of the first event that may not be published yet, where `next` is the next to be numbered.
-    pub(crate) fn first_unpublished(&self, next: u64) -> u64 {
-        let published = self.published.load(Ordering::Relaxed);
-        if published >= self.given { next } else { published }
+    /// Number of the first event that may not be published yet.
+    pub(crate) fn first_unpublished(&self) -> u64 {
+        self.shared.published.load(Ordering::Acquire).min(self.given)
+    }
+
+    /// What is wrong, if events have waited for long.
+    pub(crate) fn problem(&mut self, now: Timestamp) -> Option<Problem> {
+        let waiting = self.given - self.first_unpublished();
+        if waiting == 0 {
+            self.late_since = None;
+            return None;
+        }
+        let since = *self.late_since.get_or_insert(now);
+        let late = now.since(since);
+        let text = || format!("{waiting} events could not be published for {}", render_duration(late));
+        (late >= LATE_AFTER).then(|| Problem::degraded(text()))
     }
 
     /// Returns once everything is published.
-    pub(crate) async fn end(self) {
-        drop(self.sender);
+    pub(crate) async fn end(mut self) {
+        self.sender = None;
         // A panic there leaves the rest to a successor.
-        let _ended = self.task.await;
+        let _ended = (&mut self.task).await;
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        // What is left is in the state, and a successor's: published by us later, it would come out of turn.
+        self.task.abort();
+    }
+}
+
+struct Postman {
+    connection: Connection,
+    bus: NatsConfig,
+    shared: Arc<Shared>,
+}
+
+impl Postman {
+    async fn run(self, mut parcels: mpsc::Receiver<Parcel>) {
+        loop {
+            if self.shared.missed.swap(false, Ordering::AcqRel) {
+                self.publish_from_state().await;
+            }
+            let Some(parcel) = parcels.recv().await else { return };
+            for (number, event) in (parcel.first..).zip(&parcel.events) {
+                self.publish(number, event).await;
+            }
+            self.clear(parcel.last).await;
+        }
+    }
+
+    /// What others have left, or what did not fit into the queue.
+    async fn publish_from_state(&self) {
+        let (mut from, mut wait) = (1, RETRY_FIRST);
+        loop {
+            let first = self.shared.published.load(Ordering::Acquire);
+            match next_unpublished(&self.connection, first, from).await {
+                Ok(Some(found)) => {
+                    (from, wait) = (found.at + 1, RETRY_FIRST);
+                    match &found.event {
+                        Some(event) => self.publish(found.number, event).await,
+                        None => tracing::error!(number = found.number, "An event cannot be read and is left out"),
+                    }
+                    self.clear(found.at).await;
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "Outbox not read yet");
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(RETRY_MAX);
+                }
+            }
+        }
+    }
+
+    /// Publishes one event, unless that has been done.
+    async fn publish(&self, number: u64, event: &CloudEvent) {
+        if number < self.shared.published.load(Ordering::Acquire) {
+            return;
+        }
+        let (mut wait, mut refusals) = (RETRY_FIRST, 0);
+        while let Err(error) = publish_event(&self.connection, event).await {
+            match &error {
+                BusError::Absent { .. } => {
+                    // Somebody has deleted the stream; that it is not as it must be is said at the next start.
+                    let _again = streams::ensure(&self.connection, &self.bus).await;
+                }
+                BusError::Refused { .. } => refusals += 1,
+                _ => {}
+            }
+            if refusals >= REFUSALS_MAX {
+                tracing::error!(%error, id = event.id, "An event is refused and is given up");
+                break;
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RETRY_MAX);
+        }
+        self.shared.published.store(number + 1, Ordering::Release);
+    }
+
+    /// What is not cleared now is cleared with the next.
+    async fn clear(&self, last: u64) {
+        if let Err(error) = clear_outbox(&self.connection, last).await {
+            tracing::debug!(%error, "Outbox not cleared yet");
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::bus::nats::commit::{Change, ENTRIES_MAX, Value};
 use proto::envelope::{CloudEvent, Data};
-use proto::head::Head;
+use proto::head::{Head, Mark};
 use proto::net::Target;
 use proto::subject::{KEY_BAN, KEY_OFFENDER, KEY_OUT, target_key};
 use proto::time::Timestamp;
@@ -27,8 +27,8 @@ pub(crate) struct Piece {
 pub(crate) type Banned = BTreeMap<Target, Option<Timestamp>>;
 
 /// Writes `commit`, `told` and the changes of `singles` (keys that there is one of) into pieces that follow `last`, the
-/// head as it stands, and end in `next`, whose marks and counts are filled in here. `banned` is what the state
-/// holds, kept up to date.
+/// head as it stands, and end in `next`, whose marks and counts are filled in here. Events are numbered as they come. `banned`
+/// is what the state holds, kept up to date.
 pub(crate) fn seal(
     commit: &Commit,
     told: &[CloudEvent],
@@ -36,24 +36,24 @@ pub(crate) fn seal(
     (last, next): (&Head, Head),
     (banned, now): (&mut Banned, Timestamp),
 ) -> Vec<Piece> {
-    let mut number = last.next_out;
-    let mut groups = vec![(None, singles)];
-    groups.extend(by_target(commit, told, (banned, now), &mut number));
+    let mut groups: Vec<(Option<Target>, Vec<Change>)> =
+        singles.into_iter().map(|single| (None, vec![single])).collect();
+    groups.extend(by_target(commit, told, (banned, now), last.next_out));
+    // No number is given twice, whoever finds which pieces.
+    let next_out = last.next_out + told.len() as u64;
     let mut pieces: Vec<Piece> = Vec::new();
     let mut changes: Vec<Change> = Vec::new();
-    let mut bans = banned.len() as u64;
-    let mut out = last.next_out;
-    let close = |changes: &mut Vec<Change>, bans: u64, out: u64, pieces: &mut Vec<Piece>| {
-        let mut head = last.clone();
-        head.mark.commit += 1 + pieces.len() as u64;
-        (head.bans, head.next_out, head.changes) = (bans, out, changes.len() as u64);
+    let close = |changes: &mut Vec<Change>, bans: usize, pieces: &mut Vec<Piece>| {
+        let mut head = Head { next_out, node: next.node.clone(), bans: bans as u64, ..last.clone() };
+        // Whoever is active is so from its first piece on.
+        head.mark = Mark { epoch: next.mark.epoch, commit: last.mark.commit + 1 + pieces.len() as u64 };
+        head.changes = changes.len() as u64;
         pieces.push(Piece { head, changes: std::mem::take(changes) });
     };
     for (target, group) in groups {
         if changes.len() + group.len() >= ENTRIES_MAX {
-            close(&mut changes, bans, out, &mut pieces);
+            close(&mut changes, banned.len(), &mut pieces);
         }
-        out += group.iter().filter(|change| change.key.starts_with(KEY_OUT)).count() as u64;
         changes.extend(group);
         if let Some(target) = target
             && let Some(record) = commit.records.get(&target)
@@ -62,17 +62,13 @@ pub(crate) fn seal(
                 Some(record) => drop(banned.insert(target, record.expires_at())),
                 None => drop(banned.remove(&target)),
             }
-            bans = banned.len() as u64;
         }
     }
-    let commit_number = last.mark.commit + 1 + pieces.len() as u64;
-    let mut head = next;
-    (head.mark.commit, head.bans, head.next_out, head.changes) = (commit_number, bans, number, changes.len() as u64);
-    for piece in &mut pieces {
-        // Whoever is active is so from its first piece on.
-        (piece.head.mark.epoch, piece.head.node) = (head.mark.epoch, head.node.clone());
+    close(&mut changes, banned.len(), &mut pieces);
+    if let Some(piece) = pieces.last_mut() {
+        let Head { mark, bans, changes, .. } = piece.head;
+        piece.head = Head { mark, bans, changes, next_out, ..next };
     }
-    pieces.push(Piece { head, changes });
     pieces
 }
 
@@ -80,35 +76,32 @@ fn by_target(
     commit: &Commit,
     told: &[CloudEvent],
     (banned, now): (&Banned, Timestamp),
-    number: &mut u64,
+    first: u64,
 ) -> Vec<(Option<Target>, Vec<Change>)> {
-    let mut groups: BTreeMap<Option<Target>, Vec<Change>> = BTreeMap::new();
+    let mut groups: BTreeMap<Target, Vec<Change>> = BTreeMap::new();
+    let mut loose = Vec::new();
     for (target, record) in &commit.records {
         // A ban that is lifted must not come back while it would still last.
         let left = || banned.get(target).map_or(Some(Duration::ZERO), |end| end.map(|end| end.since(now)));
         let value = record.as_ref().map_or_else(|| Value::Delete(left()), put);
-        groups
-            .entry(Some(*target))
-            .or_default()
-            .push(Change { key: format!("{KEY_BAN}{}", target_key(target)), value });
+        let key = format!("{KEY_BAN}{}", target_key(target));
+        groups.entry(*target).or_default().push(Change { key, value });
     }
     for (target, offender) in &commit.offenders {
         // A history that is forgotten counts for nothing, should it come back.
         let forgotten = Value::Delete(Some(Duration::ZERO));
         let value = offender.as_ref().map_or(forgotten, |offender| Value::Put(encode_offender(offender)));
         let key = format!("{KEY_OFFENDER}{}", target_key(target));
-        groups.entry(Some(*target)).or_default().push(Change { key, value });
+        groups.entry(*target).or_default().push(Change { key, value });
     }
-    for event in told {
-        let target = if let Data::Ban(ban) = &event.data { Some(ban.target) } else { None };
-        groups.entry(target).or_default().push(Change { key: String::new(), value: put(event) });
+    for (number, event) in (first..).zip(told) {
+        let change = Change { key: format!("{KEY_OUT}{number}"), value: put(event) };
+        match &event.data {
+            Data::Ban(ban) => groups.entry(ban.target).or_default().push(change),
+            Data::Alarm(_) => loose.push((None, vec![change])),
+        }
     }
-    // Numbered in the order of the pieces, so that each piece's head knows the next.
-    for change in groups.values_mut().flatten().filter(|change| change.key.is_empty()) {
-        change.key = format!("{KEY_OUT}{number}");
-        *number += 1;
-    }
-    groups.into_iter().collect()
+    loose.into_iter().chain(groups.into_iter().map(|(target, group)| (Some(target), group))).collect()
 }
 
 fn put(value: &impl serde::Serialize) -> Value {
@@ -119,8 +112,6 @@ fn put(value: &impl serde::Serialize) -> Value {
 mod tests {
     use proto::ban::{Ban, BanRecord, Evidence, Origin};
     use proto::envelope::EventType;
-    use proto::head::Mark;
-    use proto::time::Timestamp;
 
     use super::*;
     use crate::engine::offender::Offender;
@@ -181,18 +172,28 @@ mod tests {
         let mut banned = Banned::new();
         let pieces = seal(&commit, &told, Vec::new(), (&last, next), (&mut banned, Timestamp::from_secs(10)));
         assert_eq!(pieces.len(), 4);
-        let (mut counted, mut outs) = (0, 5);
+        let mut counted = 0;
         for (i, piece) in pieces.iter().enumerate() {
             assert!(piece.changes.len() < ENTRIES_MAX);
             assert_eq!(piece.changes.len() % 3, 0, "record, history and event of a target stay together");
             counted += piece.changes.len() as u64 / 3;
-            outs += piece.changes.len() as u64 / 3;
             let head = &piece.head;
             assert_eq!(head.floor, if i == 3 { 20 } else { 10 });
             assert_eq!(head.mark, Mark { epoch: 2, commit: 8 + i as u64 });
-            assert_eq!((head.bans, head.next_out, head.changes), (counted, outs, piece.changes.len() as u64));
+            assert_eq!((head.bans, head.next_out, head.changes), (counted, 1005, piece.changes.len() as u64));
         }
         assert_eq!(banned.len(), 1000);
+    }
+
+    #[test]
+    fn any_number_of_alarms_fits_into_pieces() {
+        let alarm = |n: i64| CloudEvent::of_alarm("n", "kind", n.to_string(), Timestamp::from_secs(n));
+        let told: Vec<CloudEvent> = (0..2500).map(alarm).collect();
+        let (last, next) = heads();
+        let at = (&mut Banned::new(), Timestamp::EPOCH);
+        let pieces = seal(&Commit::default(), &told, Vec::new(), (&last, next), at);
+        assert!(pieces.iter().all(|piece| piece.changes.len() < ENTRIES_MAX));
+        assert_eq!(pieces.iter().map(|piece| piece.changes.len()).sum::<usize>(), 2500);
     }
 
     #[test]

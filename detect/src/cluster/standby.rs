@@ -14,7 +14,7 @@ use super::coverage::{covered_from, fingerprint};
 use super::leader::Leader;
 use super::seal::Piece;
 use super::view::View;
-use super::writer::{Fenced, Written, write};
+use super::writer::{Fenced, Trouble, Writer, Written, write};
 use super::{Ended, Role, open_batch, refuse};
 use crate::decider::Decider;
 use crate::engine::Engine;
@@ -23,6 +23,10 @@ use crate::worker::Request;
 
 /// How often a standby says how it is.
 const TICK: Duration = Duration::from_secs(1);
+/// A detector that holds the lease for so long and does not lead lets another one try.
+const LEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// Batches that a standby counts before others get their turn.
+const GROUP_MAX: usize = 64;
 /// A log without news still moves windows on, by the time that news may take to arrive.
 pub(crate) const IDLE_LAG: Duration = Duration::from_secs(10);
 
@@ -38,6 +42,11 @@ impl Standby {
         let config = &role.parts.config;
         let opened = View::open(&role.parts.connection, &role.parts.outlets, &config.engine, &role.shutdown).await?;
         let Some((view, mut snapshot)) = opened else { return Ok(None) };
+        // A copy of the state that is behind must not take this detector back to a past that it has seen.
+        if view.head.mark < role.known.1 && view.head.bucket == role.known.0 {
+            return Err(Ended::Outdated);
+        }
+        role.known = (view.head.bucket.clone(), view.head.mark);
         // A name that left the configuration is exempt no longer.
         snapshot.control.resolved.retain(|name, _| config.names.contains(name));
         let (bans, offenders) = (snapshot.bans.len(), snapshot.offenders.len());
@@ -53,6 +62,7 @@ impl Standby {
     pub(crate) async fn run(mut self, role: &mut Role, lease: &mut Keeper) -> Result<Option<Leader>, Ended> {
         let mut ticks = tokio::time::interval(TICK);
         let mut tried_at = None;
+        let mut held_since = None;
         loop {
             self.follow_log();
             if self.is_warm() {
@@ -82,9 +92,15 @@ impl Standby {
                 _ = ticks.tick() => {
                     // Another has written, or the answer to our own was lost.
                     tried_at = None;
+                    let now = self.decider.clock.now();
+                    held_since = lease.state().held.then(|| held_since.unwrap_or(now));
+                    if held_since.is_some_and(|since| now.since(since) >= LEAD_DEADLINE) {
+                        return Err(Ended::CannotLead);
+                    }
                     self.pass_time();
                     self.report(role, lease);
                 }
+                () = tokio::task::yield_now(), if self.has_decided() => {}
                 followed = self.view.access.next(), if self.view.has_room() => self.view.take_access(followed)?,
             }
         }
@@ -93,13 +109,12 @@ impl Standby {
     /// Whether windows are as those of the active detector.
     fn is_warm(&self) -> bool {
         let reached = self.view.backlog.front().is_some_and(|logged| logged.sequence > self.view.floor);
-        reached || (self.view.caught_up && self.view.backlog.is_empty())
+        reached || self.view.idle_since().is_some()
     }
 
     fn pass_time(&mut self) {
-        if self.view.caught_up && self.view.backlog.is_empty() {
-            let now = self.decider.clock.now();
-            self.decider.engine.pass_time(now.saturating_sub(IDLE_LAG));
+        if let Some(at) = self.view.idle_since() {
+            self.decider.engine.pass_time(at.saturating_sub(IDLE_LAG));
         }
     }
 
@@ -107,7 +122,7 @@ impl Standby {
         let unreadable = |error: crate::state::DecodeError| Ended::Unreadable(error.to_string());
         let engine = &mut self.decider.engine;
         match entry {
-            Some(StateEntry::Head(head)) => role.mark = role.mark.max(head.mark),
+            Some(StateEntry::Head(head)) => role.known = (head.bucket, head.mark),
             Some(StateEntry::Ban(change)) => engine.follow_record(change),
             Some(StateEntry::Offender(target, bytes)) => {
                 let offender = bytes.map(|bytes| decode_offender(&bytes)).transpose().map_err(unreadable)?;
@@ -123,13 +138,21 @@ impl Standby {
         Ok(())
     }
 
+    /// Whether a batch waits that has been decided.
+    fn has_decided(&self) -> bool {
+        self.view.is_whole() && self.view.backlog.front().is_some_and(|logged| logged.sequence <= self.view.floor)
+    }
+
     /// Counts what has been decided, without deciding.
     fn follow_log(&mut self) {
         if !self.view.is_whole() {
             return;
         }
         self.decider.engine.raise_floor(self.view.floor_position());
-        while self.view.backlog.front().is_some_and(|logged| logged.sequence <= self.view.floor) {
+        for _ in 0..GROUP_MAX {
+            if !self.has_decided() {
+                return;
+            }
             let Some(logged) = self.view.pop() else { return };
             // What the active detector refused is refused here as well; it was counted there.
             if let Ok(batch) = open_batch(self.view.connection.subjects(), &logged) {
@@ -141,6 +164,11 @@ impl Standby {
     /// Writes a head of our own over the one we know. `None` if somebody has written since, or at the shutdown.
     async fn take_over(&mut self, role: &mut Role, lease: &mut Keeper) -> Result<Option<Written>, Ended> {
         let view = &self.view;
+        match view.is_current().await {
+            Ok(true) => {}
+            // What is missing comes, and then we try again.
+            Ok(false) | Err(_) => return Ok(None),
+        }
         let mut head = Head {
             version: VERSION,
             node: role.identity.node.to_string(),
@@ -156,7 +184,12 @@ impl Standby {
         head.mark.epoch += 1;
         head.mark.commit += 1;
         let pieces = vec![Piece { head, changes: Vec::new() }];
-        let writing = write(&view.connection, &role.me.instance, pieces, view.head_at);
+        let writer = Writer {
+            connection: view.connection.clone(),
+            instance: role.me.instance.clone(),
+            trouble: Trouble::default(),
+        };
+        let writing = write(&writer, pieces, view.head_at);
         let lost = async {
             while lease.state().held {
                 lease.changed().await;
@@ -179,7 +212,8 @@ impl Standby {
     fn report(&self, role: &Role, lease: &Keeper) {
         let engine = &self.decider.engine;
         let mut report = self.decider.report(self.view.backlog.len(), None);
-        report.duty = Some("standby".to_owned());
+        (report.duty, report.applied) = (Some("standby".to_owned()), Some(self.view.head.mark));
+        report.skew_ms = self.decider.clock.skew_ms();
         report.lag = self.view.access.lag();
         if let Some(detect) = &mut report.detect {
             detect.fingerprint = fingerprint(engine.config());

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use proto::ban::{BanChange, BanRecord, Lists};
 use proto::bus::nats::access::batches;
 use proto::bus::nats::follow::{Entry, Feed, Followed, Start};
-use proto::bus::nats::state::{StateEntry, follow_state, parse};
-use proto::bus::nats::{BusError, Connection, streams};
+use proto::bus::nats::state::{StateEntry, follow_state, has_more, parse};
+use proto::bus::nats::streams::{self, StreamInfo};
+use proto::bus::nats::{BusError, Connection};
 use proto::head::{Coverage, Head};
 use proto::net::Target;
 use proto::shutdown::Shutdown;
 use proto::subject::bucket_stream;
+use proto::time::Timestamp;
 
 use super::seal::Banned;
 use super::{BACKLOG_BYTES_MAX, Ended, Logged};
@@ -43,8 +45,8 @@ pub(crate) struct View {
     /// Batches that are read and not handled.
     pub(crate) backlog: VecDeque<Logged>,
     backlog_bytes: usize,
-    /// Whether all that was in the log has been read.
-    pub(crate) caught_up: bool,
+    /// When all that was in the log had been read.
+    pub(crate) caught_up_at: Option<Timestamp>,
     /// Changes that this host has not been told yet.
     changes: Vec<BanChange>,
 }
@@ -93,12 +95,7 @@ impl View {
 
         let bucket = streams::info(connection, &bucket_stream(&connection.subjects().state_bucket())).await?.created;
         let log = streams::info(connection, &connection.subjects().access_stream()).await?;
-        let is_known = head.access_created.is_empty() || head.access_created == log.created;
-        let (base, floor) =
-            if is_known { (head.access_base, head.floor) } else { (head.access_base + head.floor + 1, 0) };
-        if !is_known {
-            tracing::error!("Stream of access batches was made anew, what it held and was not decided is lost");
-        }
+        let (base, floor) = number(&head, &log);
         let since = head.floor_arrival().saturating_sub(config.horizon());
         let start = if floor == 0 { Start::Sequence(1) } else { Start::Time(since, floor + 1) };
         let access = batches(connection, start).await?;
@@ -119,7 +116,7 @@ impl View {
             floor,
             backlog: VecDeque::new(),
             backlog_bytes: 0,
-            caught_up: false,
+            caught_up_at: None,
             changes: Vec::new(),
         };
         Ok(Some((view, snapshot)))
@@ -187,7 +184,7 @@ impl View {
     /// Takes what the log's feed brought.
     pub(crate) fn take_access(&mut self, followed: Result<Followed, BusError>) -> Result<(), Ended> {
         match followed? {
-            Followed::CaughtUp => self.caught_up = true,
+            Followed::CaughtUp => self.caught_up_at = Some(self.connection.clock().now()),
             Followed::Entry(entry) => {
                 let logged = Logged::from(entry);
                 self.backlog_bytes += logged.payload.len();
@@ -195,6 +192,16 @@ impl View {
             }
         }
         Ok(())
+    }
+
+    /// Until when nothing has come that is not handled.
+    pub(crate) fn idle_since(&self) -> Option<Timestamp> {
+        self.caught_up_at.filter(|_| self.backlog.is_empty())
+    }
+
+    /// Whether what we have seen is all that there is, by the word of the state's leader.
+    pub(crate) async fn is_current(&self) -> Result<bool, BusError> {
+        Ok(!has_more(&self.connection, self.seen).await?)
     }
 
     /// The next batch to be handled.
@@ -208,6 +215,26 @@ impl View {
     pub(crate) fn has_room(&self) -> bool {
         self.backlog_bytes < BACKLOG_BYTES_MAX
     }
+}
+
+/// What to add to the numbers of `log` so that positions grow on, and the last of its numbers that is decided.
+///
+/// Another stream begins anew, and one that has lost its end (a server lost power, or a backup was restored) gives numbers a
+/// second time.
+fn number(head: &Head, log: &StreamInfo) -> (u64, u64) {
+    let is_same = head.access_created.is_empty() || head.access_created == log.created;
+    let last = log.state.last_seq;
+    if is_same && last >= head.floor {
+        return (head.access_base, head.floor);
+    }
+    tracing::error!(
+        is_same,
+        floor = head.floor,
+        last,
+        "Log of access batches was made anew or has lost its end, what it held and was not decided is lost"
+    );
+    let last = if is_same { last } else { 0 };
+    (head.access_base + head.floor + 1 - last, last)
 }
 
 fn read(connection: &Connection, entry: &Entry) -> Result<Option<StateEntry>, Ended> {

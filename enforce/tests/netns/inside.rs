@@ -66,6 +66,8 @@ fn enforcer(args: &[String]) {
         questions: bus.questions_in,
         nodes: bus.nodes.clone(),
         trusted_proxies: NetSet::default(),
+        kept: tokio::sync::watch::Sender::new(0),
+        bus_servers: tokio::sync::watch::channel(Vec::new()).1,
         state_dir: Some(state_dir),
         dry_run,
         clock: clock.clone(),

@@ -103,11 +103,12 @@ struct Origin {
 }
 
 impl Outbox {
-    /// Nothing waits. The ids of this run of `node` begin with its name and start, so that no two runs share one.
-    pub(crate) fn new(node: &str, started_at: Timestamp, payload_bytes_max: usize, progress: Progress) -> Self {
+    /// Nothing waits. All ids begin with `run`, which no other run has and nobody can guess: whoever knew an id could have
+    /// the bus take ours for a repetition of theirs.
+    pub(crate) fn new(run: &str, payload_bytes_max: usize, progress: Progress) -> Self {
         Self {
             payload_bytes_max,
-            run: format!("{node}-{:x}", started_at.as_nanos()),
+            run: run.to_owned(),
             numbers: 0,
             progress,
             waiting: VecDeque::new(),

@@ -1,6 +1,6 @@
 //! The `[bus]` section: raw as it was written, then checked.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -217,10 +217,6 @@ impl RawBusTls {
                 None
             }
         };
-        let files = identity.iter().flat_map(|(cert, key)| [("cert_file", cert), ("key_file", key)]);
-        for (key, path) in files.chain(ca_file.iter().map(|path| ("ca_file", path))) {
-            check_readable(key, path, mistakes);
-        }
         (ca_file, identity)
     }
 }
@@ -255,9 +251,6 @@ fn check_login(
     if let [first, second, ..] = given[..] {
         mistakes.add(second, format!("cannot stand beside {first}"));
     }
-    for (key, path) in &files {
-        path.iter().for_each(|path| check_readable(key, path, mistakes));
-    }
     if user.is_some() != password.is_some() {
         let missing = if user.is_some() { "password_file" } else { "user" };
         mistakes.add(missing, "`user` and `password_file` go together");
@@ -268,12 +261,6 @@ fn check_login(
         (_, _, Some((user, file)), _) => Login::Password(user, file),
         (_, _, _, Some(file)) => Login::Token(file),
         (None, None, None, None) => Login::Anonymous,
-    }
-}
-
-fn check_readable(key: &str, path: &Path, mistakes: &mut Mistakes) {
-    if let Err(error) = std::fs::File::open(path) {
-        mistakes.add(key, format!("cannot read {}: {error}", path.display()));
     }
 }
 
@@ -314,7 +301,6 @@ mod tests {
             "replica: unknown key; did you mean `replicas`?",
             "replicas: expected",
             "tls.key_file: is required",
-            "token_file: cannot read",
             "token_file: cannot stand beside nkey_file",
             "urls: expected",
             "urls: holds a user",

@@ -206,6 +206,11 @@ impl BanBucket {
         Some(BanUpdate { revision: state.revision, snapshot, changes, cause: state.cause })
     }
 
+    /// Whether there is a record of this target.
+    pub fn contains(&self, target: &Target) -> bool {
+        lock(&self.state).records.contains_key(target)
+    }
+
     /// All records, by target.
     pub fn all(&self) -> Vec<BanRecord> {
         lock(&self.state).records.values().map(|(_, record)| record.clone()).collect()

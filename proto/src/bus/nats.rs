@@ -1,4 +1,4 @@
-//! The bus between hosts: NATS with JetStream, 2.12 or newer.
+//! The bus between hosts: NATS with JetStream, 2.12.1 or newer.
 //!
 //! The only module that knows `async-nats`, and of it only the core client: streams, buckets and leases are spoken to by
 //! JetStream's own JSON requests, so that what is asked for and what is there can be compared, and nothing has to be
@@ -15,12 +15,13 @@ pub mod follow;
 pub mod lease;
 pub mod nodes;
 pub mod replica;
+pub mod servers;
 pub mod state;
 pub mod streams;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message};
@@ -32,19 +33,28 @@ use tokio::sync::watch;
 
 use super::config::{Login, NatsConfig};
 use crate::report::Problem;
+use crate::secret::read_file;
 use crate::subject::Subjects;
 use crate::time::Clock;
 
-/// Oldest server that has atomic batches.
-const VERSION_MIN: (u64, u64) = (2, 12);
+/// Oldest server whose atomic batches hold: 2.12.0 refuses a commit that replaces what it names (`wrong last sequence: 0`).
+const VERSION_MIN: (u64, u64, u64) = (2, 12, 1);
+/// Least `max_payload` of a server: what is sent is packed for its default.
+const PAYLOAD_BYTES_MIN: usize = 1 << 20;
 /// How long a request may take before it is tried again or given up.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the last messages of a process may take.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a small question may take. Less than a request, because a stream whose leader has just gone says nothing at all.
+pub(crate) const QUESTION_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a server must show that it is there; two silences in a row end a connection.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Wait before the first try to reconnect, doubled with each.
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 /// Longest wait between two tries.
 const RECONNECT_MAX: Duration = Duration::from_secs(2);
+/// Longest file of a password, a token, an nkey or credentials, in bytes.
+const SECRET_BYTES_MAX: u64 = 64 << 10;
 /// Messages of one subscription that wait in the client. What is more is lost there and fetched from the stream.
 const SUBSCRIPTION_MESSAGES_MAX: usize = 4096;
 
@@ -52,11 +62,9 @@ const SUBSCRIPTION_MESSAGES_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// A file of the configuration cannot be used.
-    #[error("cannot use {path}: {why}")]
+    #[error("{why}")]
     File {
-        /// Which.
-        path: String,
-        /// Why.
+        /// Which, and why.
         why: String,
     },
     /// Nobody answered in time.
@@ -88,10 +96,16 @@ pub enum BusError {
         what: String,
     },
     /// A server that lacks what we need.
-    #[error("NATS server {version} is too old: 2.12 or newer is needed, for atomic batches")]
+    #[error("NATS server {version} is too old: 2.12.1 or newer is needed, for atomic batches")]
     TooOld {
         /// Its version.
         version: String,
+    },
+    /// A server that takes too little at once.
+    #[error("NATS server's max_payload is {bytes} bytes: at least 1 MiB is needed, which is its default")]
+    SmallPayload {
+        /// Its limit.
+        bytes: usize,
     },
     /// A stream that is not as we make it.
     #[error("stream {stream} is not as it must be: {why}")]
@@ -109,6 +123,13 @@ pub enum BusError {
     },
 }
 
+impl BusError {
+    /// Whether it may pass without anybody's doing: a leader is being elected, a detector starts.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Silent { .. } | Self::Absent { .. })
+    }
+}
+
 /// A connection that mends itself. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Connection {
@@ -121,6 +142,8 @@ pub struct Connection {
 #[derive(Debug)]
 struct Link {
     up: AtomicBool,
+    /// Why there is none.
+    failure: Mutex<Option<String>>,
     /// Counts connections, so that who follows something looks anew.
     connects: watch::Sender<u64>,
 }
@@ -132,7 +155,8 @@ impl Connection {
     /// # Errors
     /// When a file of the configuration cannot be read.
     pub async fn open(config: &NatsConfig, name: &str, node: &str, clock: Clock) -> Result<Self, BusError> {
-        let link = Arc::new(Link { up: AtomicBool::new(false), connects: watch::Sender::new(0) });
+        let link =
+            Arc::new(Link { up: AtomicBool::new(false), failure: Mutex::default(), connects: watch::Sender::new(0) });
         let events = link.clone();
         let mut options = ConnectOptions::new()
             .name(name)
@@ -159,8 +183,8 @@ impl Connection {
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         let urls: Vec<async_nats::ServerAddr> = config.urls.iter().filter_map(|url| url.parse().ok()).collect();
-        let failed = |why: String| BusError::File { path: "the NATS configuration".to_owned(), why };
-        let client = options.connect(urls).await.map_err(|error| failed(error.kind().to_string()))?;
+        let failed = |kind| BusError::File { why: format!("the configuration of [bus] cannot be used: {kind}") };
+        let client = options.connect(urls).await.map_err(|error| failed(error.kind()))?;
         Ok(Self { client, subjects: Arc::new(Subjects::new(&config.prefix)), link, clock })
     }
 
@@ -192,9 +216,11 @@ impl Connection {
     /// What is wrong with the connection, for reports.
     pub fn problem(&self) -> Option<Problem> {
         if !self.is_up() {
-            return Some(Problem::degraded("no connection to NATS: it is tried again until there is one"));
+            let why = self.link.failure().map_or_else(String::new, |why| format!(" ({why})"));
+            let text = format!("no connection to NATS{why}: it is tried again until there is one");
+            return Some(Problem::degraded(text));
         }
-        self.check_version().err().map(|error| Problem::degraded(error.to_string()))
+        self.check_server().err().map(|error| Problem::degraded(error.to_string()))
     }
 
     /// Waits until there is a connection to a server that is new enough.
@@ -207,28 +233,38 @@ impl Connection {
             // The sender lives as long as we do.
             let _changed = connects.changed().await;
         }
-        self.check_version()
+        self.check_server()
     }
 
-    fn check_version(&self) -> Result<(), BusError> {
-        let version = self.client.server_info().version;
-        match parse_version(&version) {
-            Some(found) if found < VERSION_MIN => Err(BusError::TooOld { version }),
+    fn check_server(&self) -> Result<(), BusError> {
+        let info = self.client.server_info();
+        match parse_version(&info.version) {
+            Some(found) if found < VERSION_MIN => Err(BusError::TooOld { version: info.version }),
+            _ if info.max_payload < PAYLOAD_BYTES_MIN => Err(BusError::SmallPayload { bytes: info.max_payload }),
             _ => Ok(()),
         }
     }
 
-    /// Sends what is still in the client on its way.
+    /// Sends what is still in the client on its way, if that can be done at once.
     pub async fn flush(&self) {
-        // Without a connection there is nothing more to be done.
-        let _unsent = tokio::time::timeout(REQUEST_TIMEOUT, self.client.flush()).await;
+        if self.is_up() {
+            // Nobody waits for what cannot be sent.
+            let _unsent = tokio::time::timeout(FLUSH_TIMEOUT, self.client.flush()).await;
+        }
     }
 
     /// Asks JetStream's API and reads the answer.
     pub(crate) async fn api<T: DeserializeOwned>(&self, what: &str, body: &impl Serialize) -> Result<T, BusError> {
         let payload = encode(body);
-        let message = self.request(&format!("$JS.API.{what}"), HeaderMap::new(), payload).await?;
+        let message = self.ask(&format!("$JS.API.{what}"), HeaderMap::new(), payload).await?;
         answer(what, &message.payload)
+    }
+
+    /// One small request, one answer.
+    pub(crate) async fn ask(&self, subject: &str, headers: HeaderMap, payload: Vec<u8>) -> Result<Message, BusError> {
+        let asked = self.request(subject, headers, payload);
+        let silent = |_| BusError::Silent { what: subject.to_owned() };
+        tokio::time::timeout(QUESTION_TIMEOUT, asked).await.map_err(silent)?
     }
 
     /// One request, one answer.
@@ -238,6 +274,10 @@ impl Connection {
         headers: HeaderMap,
         payload: Vec<u8>,
     ) -> Result<Message, BusError> {
+        // What is asked without a connection would wait in the client, once for each try, and go out all at once.
+        if !self.is_up() {
+            return Err(BusError::Silent { what: subject.to_owned() });
+        }
         let request = async_nats::Request::new().payload(payload.into()).headers(headers);
         let sent = self.client.send_request(subject.to_owned(), request);
         match tokio::time::timeout(REQUEST_TIMEOUT, sent).await {
@@ -254,6 +294,7 @@ impl Link {
     fn note(&self, event: &Event) {
         match event {
             Event::Connected => {
+                self.set_failure(None);
                 self.up.store(true, Ordering::Relaxed);
                 self.connects.send_modify(|count| *count += 1);
                 tracing::info!("Connected to NATS");
@@ -267,19 +308,38 @@ impl Link {
             Event::LameDuckMode => tracing::info!("NATS server is about to stop"),
             Event::Draining => {}
             // Permission errors name a subject, never a secret.
-            Event::ServerError(error) => tracing::error!(%error, "NATS server complains"),
-            Event::ClientError(error) => tracing::debug!(%error, "NATS client failed"),
+            Event::ServerError(error) => {
+                if self.set_failure(Some(error.to_string())) {
+                    tracing::error!(%error, "NATS server complains");
+                }
+            }
+            Event::ClientError(error) => {
+                if self.set_failure(Some(error.to_string())) {
+                    tracing::warn!(%error, "No connection to NATS");
+                }
+            }
         }
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether that is new.
+    fn set_failure(&self, failure: Option<String>) -> bool {
+        let mut known = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = *known != failure;
+        *known = failure;
+        is_new
     }
 }
 
 async fn log_in(options: ConnectOptions, login: &Login) -> Result<ConnectOptions, BusError> {
     Ok(match login {
         Login::Anonymous => options,
-        Login::Credentials(path) => options.credentials(&secret(path).await?).map_err(|_| BusError::File {
-            path: path.display().to_string(),
-            why: "it is no credentials file".to_owned(),
-        })?,
+        Login::Credentials(path) => options
+            .credentials(&read(path).await?)
+            .map_err(|_| BusError::File { why: format!("{} is no credentials file", path.display()) })?,
         Login::Nkey(path) => options.nkey(secret(path).await?),
         Login::Password(user, path) => options.user_and_password(user.clone(), secret(path).await?),
         Login::Token(path) => options.token(secret(path).await?),
@@ -288,14 +348,25 @@ async fn log_in(options: ConnectOptions, login: &Login) -> Result<ConnectOptions
 
 /// A secret's file, without the line feed at its end.
 async fn secret(path: &Path) -> Result<String, BusError> {
-    let text = tokio::fs::read_to_string(path).await;
-    text.map(|text| text.trim_end().to_owned())
-        .map_err(|error| BusError::File { path: path.display().to_string(), why: error.to_string() })
+    Ok(read(path).await?.trim_end().to_owned())
 }
 
-fn parse_version(text: &str) -> Option<(u64, u64)> {
-    let mut parts = text.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+/// A file that nobody else may read.
+async fn read(path: &Path) -> Result<String, BusError> {
+    let owned = path.to_owned();
+    let failed = |why: String| BusError::File { why };
+    let read = tokio::task::spawn_blocking(move || read_file(&owned, SECRET_BYTES_MAX)).await;
+    let secret = read.map_err(|error| failed(error.to_string()))?;
+    secret.map(|secret| secret.expose().to_owned()).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+        failed(format!("{error}{cause}"))
+    })
+}
+
+fn parse_version(text: &str) -> Option<(u64, u64, u64)> {
+    // What comes before a release is not the release, but has what it has: 2.12.1-RC.1.
+    let mut parts = text.split(['.', '-']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 pub(crate) fn encode(value: &impl Serialize) -> Vec<u8> {
@@ -400,9 +471,14 @@ mod tests {
 
     #[test]
     fn old_servers_are_told_from_new_ones() {
-        for (text, is_old) in
-            [("2.9.10", true), ("2.11.4", true), ("2.12.0-RC.1", false), ("2.15.1", false), ("3.0.0", false)]
-        {
+        for (text, is_old) in [
+            ("2.9.10", true),
+            ("2.12.0", true),
+            ("2.12.0-RC.1", true),
+            ("2.12.1-RC.1", false),
+            ("2.15.1", false),
+            ("3.0.0", false),
+        ] {
             assert_eq!(parse_version(text).is_some_and(|version| version < VERSION_MIN), is_old, "{text}");
         }
     }

@@ -79,6 +79,13 @@ impl Host {
         self.skew_seconds = seconds;
     }
 
+    /// From their next start on, roles call their node so.
+    pub fn rename(&self, name: &str) -> Result<()> {
+        let path = self.folder.join("portcullis.toml");
+        let text = std::fs::read_to_string(&path)?;
+        Ok(std::fs::write(&path, text.replacen(&self.name, name, 1))?)
+    }
+
     /// Starts a role, unless it runs.
     pub fn start(&mut self, role: Role) -> Result<()> {
         if self.roles.contains_key(&role) {
@@ -159,9 +166,14 @@ impl Host {
         self.folder.join(format!("{}.log", role.as_str()))
     }
 
-    /// Fails when a running role has logged an error.
-    pub fn no_errors(&self) -> Result<()> {
-        self.roles.values().try_for_each(Process::no_errors)
+    /// Every error that a running role has logged. A panic fails at once.
+    pub fn errors(&self) -> Result<Vec<String>> {
+        let mut errors = Vec::new();
+        for process in self.roles.values() {
+            process.no_panics()?;
+            errors.extend(process.errors());
+        }
+        Ok(errors)
     }
 }
 

@@ -8,6 +8,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 
 use crate::netns::Namespace;
@@ -41,11 +43,6 @@ impl Message {
     /// Its place in its stream.
     pub fn sequence(&self) -> Option<u64> {
         self.header("Nats-Sequence")?.parse().ok()
-    }
-
-    /// Whether it says that a key is gone.
-    pub fn is_deletion(&self) -> bool {
-        self.header("KV-Operation").is_some() || self.header("Nats-Marker-Reason").is_some()
     }
 
     /// Its content as JSON.
@@ -100,6 +97,13 @@ impl Client {
             Some(404) => Ok(None),
             Some(status) => bail!("{stream}: status {status}"),
         }
+    }
+
+    /// What the newest message of `subject` in `stream` holds, by its leader's word: for streams that allow no direct gets.
+    pub fn newest(&mut self, stream: &str, subject: &str) -> Result<Vec<u8>> {
+        let answer = self.api(&format!("STREAM.MSG.GET.{stream}"), &json!({"last_by_subj": subject}))?;
+        let data = answer["message"]["data"].as_str().unwrap_or_default();
+        BASE64.decode(data).context("a message that is not in base64")
     }
 
     /// All messages of `stream` whose subject matches `filter`, oldest first.

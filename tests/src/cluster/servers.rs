@@ -45,7 +45,7 @@ impl Servers {
             let name = format!("nats-{number}");
             let folder = folder.join(&name);
             std::fs::create_dir(&folder)?;
-            std::fs::write(folder.join("nats.conf"), configuration(&name, &folder, &addresses))?;
+            std::fs::write(folder.join("nats.conf"), configuration(&name, &folder, (*address, &addresses)))?;
             let namespace = network.host(&name, *address)?;
             servers.push(Server { name, address: *address, namespace, folder, process: None });
         }
@@ -199,18 +199,19 @@ fn leader(stream: &Value) -> Option<&str> {
     stream.pointer("/cluster/leader")?.as_str()
 }
 
-/// Silence is noticed within seconds, as in `deploy/nats`: the defaults are minutes.
-fn configuration(name: &str, folder: &Path, addresses: &[Ipv4Addr]) -> String {
+/// Silence is noticed within seconds, as in `deploy/nats`: the defaults are minutes. A server that listens everywhere does not
+/// know its own route among all, and the first election then takes seconds instead of a fraction of one.
+fn configuration(name: &str, folder: &Path, (own, addresses): (Ipv4Addr, &[Ipv4Addr])) -> String {
     let store = folder.join("data").display().to_string();
     let mut text = format!(
         "server_name: {name}\nlisten: \"0.0.0.0:4222\"\nhttp: \"127.0.0.1:{MONITOR_PORT}\"\n\
-         jetstream {{ store_dir: \"{store}\", max_mem: 64MB, max_file: 1GB }}\nping_interval: \"2s\"\nping_max: 2\n"
+         jetstream {{ store_dir: \"{store}\", max_mem: 64MB, max_file: 4GB }}\nping_interval: \"2s\"\nping_max: 2\n"
     );
     if addresses.len() > 1 {
         let routes: Vec<String> = addresses.iter().map(|address| format!("\"nats://{address}:6222\"")).collect();
         let _ = writeln!(
             text,
-            "cluster {{ name: portcullis, listen: \"0.0.0.0:6222\", ping_interval: \"2s\", ping_max: 2, routes: [{}] }}",
+            "cluster {{ name: portcullis, listen: \"{own}:6222\", ping_interval: \"2s\", ping_max: 2, routes: [{}] }}",
             routes.join(", ")
         );
     }

@@ -50,15 +50,11 @@ impl Truth {
         let targets = self.targets();
         let same = cluster.wait_kernels("every kernel holds the truth", |banned| *banned == targets);
         same.with_context(|| self.differences(cluster))?;
-        self.check_records(cluster)?;
+        // A detect may have read the state later than the hosts.
+        eventually("`bans` lists the truth", || self.check_records(cluster))?;
         self.check_ends(cluster)?;
         // A ban is in force before it is announced, and a replica may answer that has not heard of it.
-        let mut answer = Ok(());
-        let announced = wait_until("every ban is announced", CONVERGENCE, || {
-            answer = self.check_events(cluster);
-            answer.is_ok().then_some(())
-        });
-        announced.or(answer)
+        eventually("every ban is announced", || self.check_events(cluster))
     }
 
     fn differences(&self, cluster: &Cluster) -> String {
@@ -126,4 +122,14 @@ impl Truth {
         ensure!(doubled.is_empty(), "announced twice: {doubled:?}");
         Ok(())
     }
+}
+
+/// Checks again and again until all is well; fails with what was found last.
+fn eventually(what: &str, mut check: impl FnMut() -> Result<()>) -> Result<()> {
+    let mut found = Ok(());
+    let well = wait_until(what, CONVERGENCE, || {
+        found = check();
+        found.is_ok().then_some(())
+    });
+    well.or(found)
 }

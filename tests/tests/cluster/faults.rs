@@ -85,6 +85,13 @@ impl Trial {
         self.compare();
     }
 
+    /// Returns the errors that were told of the faults; nobody may have panicked.
+    fn end(self) -> String {
+        let errors = self.cluster.errors().unwrap();
+        self.cluster.end().unwrap();
+        errors.join("\n")
+    }
+
     fn compare(&self) {
         Truth::of(&self.cluster, &rule()).unwrap().check(&self.cluster).unwrap();
     }
@@ -102,7 +109,7 @@ fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
         println!("round {round}: {faults:?}");
         trial.suffer(&faults);
     }
-    trial.cluster.stop().unwrap();
+    println!("{}", trial.end());
 }
 
 /// Faults that chance might leave out, each on its own.
@@ -114,7 +121,7 @@ fn a_detect_that_was_frozen_past_its_lease_changes_nothing_when_it_goes_on() {
         let name = trial.cluster.detects[active].name().to_owned();
         trial.suffer(&[Fault::Freeze(name)]);
     }
-    trial.cluster.stop().unwrap();
+    println!("{}", trial.end());
 }
 
 #[test]
@@ -135,5 +142,22 @@ fn bans_stay_while_every_nats_server_is_down_and_what_was_written_meanwhile_coun
     Fault::KillAllServers.heal(&mut trial.cluster).unwrap();
     trial.cluster.servers.wait_ready().unwrap();
     trial.compare();
-    trial.cluster.stop().unwrap();
+    println!("{}", trial.end());
+}
+
+#[test]
+fn a_ban_ends_on_time_while_every_nats_server_is_down() {
+    let mut cluster = Cluster::start(&Layout { nodes: 2, detects: 1, servers: 1, ..Layout::default() }).unwrap();
+    let verb = |words: &[&str]| cluster.verb(words).unwrap().expect(0).unwrap();
+    verb(&["ban", "203.0.113.7", "--for", "15s"]);
+    verb(&["ban", "203.0.113.8"]);
+    super::wait_banned(&cluster, &["203.0.113.7", "203.0.113.8"]);
+    Fault::KillAllServers.inflict(&mut cluster).unwrap();
+    super::wait_banned(&cluster, &["203.0.113.8"]);
+    Fault::KillAllServers.heal(&mut cluster).unwrap();
+    cluster.servers.wait_ready().unwrap();
+    let lifted = || cluster.verb(&["unban", "203.0.113.8"]).ok().filter(|answer| answer.code == 0).map(drop);
+    wait_until("orders are taken again", CONVERGENCE, lifted).unwrap();
+    super::wait_banned(&cluster, &[]);
+    cluster.end().unwrap();
 }

@@ -7,8 +7,9 @@ use tests::access::{Access, SECOND};
 use tests::cluster::network::client;
 use tests::cluster::{CONVERGENCE, Cluster, Layout};
 use tests::portcullis::wait_until;
+use tests::random::Random;
 
-use super::{only_ban, probes, wait_banned};
+use super::{burst, only_ban, probes, wait_banned};
 
 /// One node, one detect, one server: what is tested does not depend on how many there are.
 fn small(bus: &'static str, config: &'static str) -> Layout {
@@ -34,14 +35,14 @@ fn wait_problem(cluster: &Cluster, role: Role, host: &str, word: &str) {
 #[test]
 fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
     let config = "[detect]\nlateness_max = \"2s\"\n[detect.rules.forceful-browsing]\nfind_time = \"2s\"\n";
-    let mut cluster = Cluster::start(&small("access_max_bytes = \"256KiB\"", config)).unwrap();
+    let mut cluster = Cluster::start(&small("access_max_bytes = \"1MiB\"", config)).unwrap();
     cluster.detects[0].kill(Role::Detect).unwrap();
     let lines = 40_000_u32;
     let now = Clock::system().now().as_nanos();
+    let mut random = Random::new(1);
     let request = |i: u32| {
         // Paths that no compression makes small.
-        let path =
-            format!("/{:016x}{:016x}", u64::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15), u64::from(i) * 0x51_7cc1_b727);
+        let path: String = (0..4).map(|_| format!("/{:016x}", random.bits())).collect();
         let mut access = Access::new(now + i64::from(i), (0xcb00_7200 + i % 200).to_be_bytes().into(), 404, path);
         access.count = u64::from(i);
         access
@@ -55,23 +56,16 @@ fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
         (source.lines >= u64::from(lines) && source.behind_bytes == 0).then_some(())
     };
     wait_until("every line is read", CONVERGENCE, all_read).unwrap();
-    let attacker = client(7);
-    cluster.write(0, &(0..15).map(|i| at(attacker, Clock::system().now().as_nanos() - i)).collect::<Vec<_>>()).unwrap();
+    cluster.write(0, &burst(client(7), 15)).unwrap();
     let banned = |targets: &std::collections::BTreeSet<String>| targets.contains("203.0.113.7");
     cluster.wait_kernels("who comes after the flood is banned", banned).unwrap();
     cluster.stop().unwrap();
 }
 
-fn at(client: std::net::Ipv4Addr, start: i64) -> Access {
-    let mut access = Access::new(start, client.into(), 404, "/.git/config");
-    access.count = u64::try_from(start % 1_000_000).unwrap();
-    access
-}
-
 /// Traefik and every role on edge-1 live an hour ahead. Bans begin and end by the clock of the server.
 #[test]
 fn a_node_whose_clock_is_an_hour_ahead_counts_and_bans_like_the_others() {
-    let mut cluster = Cluster::new(&Layout::default()).unwrap();
+    let mut cluster = Cluster::new(&Layout { servers: 1, ..Layout::default() }).unwrap();
     cluster.edges[0].skew(3_600);
     cluster.servers.start_all().unwrap();
     cluster.start_roles().unwrap();
@@ -97,12 +91,56 @@ fn a_node_whose_clock_is_an_hour_ahead_counts_and_bans_like_the_others() {
     for node in 0..3 {
         assert_eq!(cluster.get(client(7), node, "/ok"), None, "cut off from node {node}");
     }
+    for role in [Role::Ingest, Role::Enforce] {
+        wait_problem(&cluster, role, "edge-1", "ms ahead of the NATS servers'");
+    }
+    cluster.stop().unwrap();
+}
+
+/// Somebody who may do anything on the servers deletes messages of the bucket, one and then all.
+#[test]
+fn a_state_that_lacks_bans_unbans_nobody_and_is_told() {
+    let mut cluster = Cluster::start(&Layout { servers: 1, detects: 1, ..Layout::default() }).unwrap();
+    let banned = ["198.51.100.0/24", "203.0.113.7"];
+    for target in banned {
+        cluster.detects[0].verb(&["ban", target]).unwrap().expect(0).unwrap();
+    }
+    wait_banned(&cluster, &banned);
+    let mut nats = cluster.servers.client(&cluster.network).unwrap();
+    for filter in ["$KV.portcullis_bans.ban.203.0.113.7", "$KV.portcullis_bans.>"] {
+        nats.api("STREAM.PURGE.KV_portcullis_bans", &json!({"filter": filter})).unwrap();
+        for edge in &mut cluster.edges {
+            // Whoever starts now reads what is left.
+            edge.kill(Role::Enforce).unwrap();
+            edge.start(Role::Enforce).unwrap();
+        }
+        for edge in ["edge-1", "edge-2", "edge-3"] {
+            wait_problem(&cluster, Role::Enforce, edge, "this host keeps the bans it has");
+        }
+        wait_banned(&cluster, &banned);
+    }
+    cluster.end().unwrap();
+}
+
+/// A copied configuration, say.
+#[test]
+fn a_second_process_under_the_same_name_is_told() {
+    let mut cluster = Cluster::start(&Layout { nodes: 2, servers: 1, detects: 1, ..Layout::default() }).unwrap();
+    cluster.edges[1].stop(Role::Enforce).unwrap();
+    cluster.edges[1].rename("edge-1").unwrap();
+    cluster.edges[1].start(Role::Enforce).unwrap();
+    wait_problem(&cluster, Role::Enforce, "edge-1", "another enforce calls itself edge-1");
+    let told = || {
+        let text = cluster.detects[0].verb(&["status"]).ok()?.stdout;
+        text.contains("another enforce calls itself edge-1").then_some(())
+    };
+    wait_until("status tells it", CONVERGENCE, told).unwrap();
     cluster.stop().unwrap();
 }
 
 #[test]
 fn a_state_that_is_gone_unbans_nobody() {
-    let mut cluster = Cluster::start(&Layout::default()).unwrap();
+    let mut cluster = Cluster::start(&Layout { servers: 1, ..Layout::default() }).unwrap();
     cluster.write(0, &probes(client(7), 15, 0)).unwrap();
     cluster.detects[0].verb(&["ban", "2001:db8:7::/64"]).unwrap().expect(0).unwrap();
     let banned = ["2001:db8:7::/64", "203.0.113.7"];
@@ -123,9 +161,9 @@ fn a_state_that_is_gone_unbans_nobody() {
     let again = || nats.api("STREAM.INFO.KV_portcullis_bans", &json!({})).ok();
     wait_until("the bucket is made anew", CONVERGENCE, again).unwrap();
     for edge in ["edge-1", "edge-2", "edge-3"] {
-        wait_problem(&cluster, Role::Enforce, edge, "older");
+        wait_problem(&cluster, Role::Enforce, edge, "deleted and made anew");
     }
     wait_banned(&cluster, &banned);
     assert_eq!(cluster.get(client(7), 1, "/ok"), None);
-    cluster.no_errors().unwrap();
+    cluster.end().unwrap();
 }

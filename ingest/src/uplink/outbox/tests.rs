@@ -19,7 +19,7 @@ fn ms(millis: i64) -> Timestamp {
 }
 
 fn outbox() -> Outbox {
-    Outbox::new("edge-1", ms(0), 100_000, Progress::default())
+    Outbox::new("edge-1-0", 100_000, Progress::default())
 }
 
 /// Lines of a lane; `text` makes the path of those that are events.
@@ -66,7 +66,7 @@ fn the_first_is_sent_at_once_and_what_comes_meanwhile_together() {
     outbox.handle_answer(first[0].number, Ok(()), ms(3)).unwrap();
     let second = poll_all(&mut outbox, ms(3));
     assert_eq!((second.len(), lines_of(&second[0].payload)), (1, vec![1, 2, 3]));
-    assert_eq!((&*first[0].id, &*second[0].id), ("edge-1-e8d4a51000-1", "edge-1-e8d4a51000-2"));
+    assert_eq!((&*first[0].id, &*second[0].id), ("edge-1-0-1", "edge-1-0-2"));
 }
 
 #[test]
@@ -150,14 +150,14 @@ fn a_clock_that_is_set_back_stops_nothing() {
 
 #[test]
 fn only_so_much_is_under_way_at_a_time() {
-    let mut outbox = Outbox::new("edge-1", ms(0), 8 << 20, Progress::default());
+    let mut outbox = Outbox::new("edge-1-0", 8 << 20, Progress::default());
     for number in 0..40 {
         outbox.push(batch_of((&format!("s{number}"), 1), 0..1, short), ms(0));
     }
     assert_eq!(poll_all(&mut outbox, ms(5000)).len(), IN_FLIGHT_MAX);
     assert_eq!(outbox.poll_timeout(ms(5000)), None);
 
-    let mut outbox = Outbox::new("edge-1", ms(0), 8 << 20, Progress::default());
+    let mut outbox = Outbox::new("edge-1-0", 8 << 20, Progress::default());
     for number in 0..6 {
         outbox.push(batch_of((&format!("s{number}"), 1), 0..1, |_| Some(noise(number, 3 << 20))), ms(0));
     }
@@ -174,7 +174,7 @@ fn noise(seed: u64, bytes: usize) -> String {
 
 #[test]
 fn what_is_too_large_is_split_and_an_event_that_alone_is_too_large_is_cut() {
-    let mut outbox = Outbox::new("edge-1", ms(0), 4000, Progress::default());
+    let mut outbox = Outbox::new("edge-1-0", 4000, Progress::default());
     let text = |line| Some(noise(line, if line == 2 { 20_000 } else { 1500 }));
     outbox.push(batch_of(LANES[0], 0..6, text), ms(0));
     let sent = poll_all(&mut outbox, ms(0));
@@ -248,7 +248,7 @@ impl World {
         let offset =
             |lane: (&str, u64)| positions.get(&(lane.0.to_owned(), lane.1)).map_or(0, |position| position.offset);
         self.read = LANES.map(|lane| offset(lane) / LINE);
-        self.outbox = Outbox::new("edge-1", self.now, 2000, progress);
+        self.outbox = Outbox::new(&format!("edge-1-{:x}", self.now.as_nanos()), 2000, progress);
         self.begun.clear();
         self.in_flight.clear();
     }

@@ -27,6 +27,12 @@ impl AccessPublisher {
 
 impl Publish for AccessPublisher {
     async fn publish(&self, id: &str, payload: Vec<u8>) -> Result<(), PublishError> {
+        let payload_max = self.connection.payload_max();
+        if payload_max > 0 && payload.len() > payload_max {
+            let bytes = payload.len();
+            let text = format!("a batch of {bytes} bytes is larger than the server's max_payload {payload_max}");
+            return Err(PublishError::Refused(text));
+        }
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Msg-Id", id);
         let sent = self.connection.request(&self.subject, headers, payload).await;

@@ -21,6 +21,9 @@ const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer that is forwarded, before compression: all targets of an `unban --all`.
 const REPLY_BYTES_MAX: usize = 64 << 20;
 
+/// HTTP status of an answer that cannot be passed on.
+const INSUFFICIENT_STORAGE: u16 = 507;
+
 #[derive(Serialize, Deserialize)]
 struct Explain {
     address: IpAddr,
@@ -135,11 +138,19 @@ where
     A: Future<Output = ApiAnswer> + Send,
 {
     let subject = connection.subjects().api();
+    let payload_max = connection.clone();
     serve(&connection, subject, &shutdown, move |payload| {
-        let handle = handle.clone();
+        let (handle, payload_max) = (handle.clone(), payload_max.payload_max());
         async move {
             let answer = handle(serde_json::from_slice(&payload).ok()?).await;
-            zstd::bulk::compress(&encode(&answer), 1).ok()
+            let packed = zstd::bulk::compress(&encode(&answer), 1).ok()?;
+            if packed.len() <= payload_max {
+                return Some(packed);
+            }
+            let error =
+                "it was carried out, but the answer is too long to be passed on: ask the active detector itself";
+            let body = serde_json::json!({ "error": error }).to_string();
+            zstd::bulk::compress(&encode(&ApiAnswer { status: INSUFFICIENT_STORAGE, body }), 1).ok()
         }
     })
     .await

@@ -112,22 +112,33 @@ pub async fn read_head(connection: &Connection) -> Result<Option<(u64, Head)>, B
     Ok(Some((message.seq, message.json().ok_or_else(garbled)?)))
 }
 
-/// The events from number `first` on, which were stored and may not be published yet, oldest first, each with the number of
-/// its message.
+/// One event that was stored and may not be published yet.
+#[derive(Clone, Debug)]
+pub struct Unpublished {
+    /// Its number in the outbox.
+    pub number: u64,
+    /// Number of its message in the state.
+    pub at: u64,
+    /// It; `None` where this version cannot read it.
+    pub event: Option<CloudEvent>,
+}
+
+/// The first event in the outbox from number `first` on and from message `from` of the state on; `None` where there is none.
 ///
 /// # Errors
 /// When the server does not answer.
-pub async fn read_outbox(connection: &Connection, first: u64) -> Result<Vec<(u64, CloudEvent)>, BusError> {
+pub async fn next_unpublished(
+    connection: &Connection,
+    first: u64,
+    mut from: u64,
+) -> Result<Option<Unpublished>, BusError> {
     let bucket = connection.subjects().state_bucket();
     let (stream, filter) = (bucket_stream(&bucket), bucket_key(&bucket, &format!("{KEY_OUT}>")));
-    let (mut events, mut next) = (Vec::new(), 1);
-    while let Some(message) = connection.next_of(&stream, &filter, next).await? {
-        next = message.seq + 1;
-        if message.outbox_number().is_none_or(|number| number < first) {
-            continue;
+    while let Some(message) = connection.next_of(&stream, &filter, from).await? {
+        from = message.seq + 1;
+        if let Some(number) = message.outbox_number().filter(|number| *number >= first) {
+            return Ok(Some(Unpublished { number, at: message.seq, event: message.json() }));
         }
-        // What this version cannot read stays for one that can.
-        events.extend(message.json().map(|event| (message.seq, event)));
     }
-    Ok(events)
+    Ok(None)
 }

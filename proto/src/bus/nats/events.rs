@@ -1,7 +1,6 @@
 //! Public events: into their stream, and from it to who listens now.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_nats::HeaderMap;
 use futures_util::StreamExt;
@@ -12,32 +11,21 @@ use crate::envelope::{CloudEvent, Data};
 use crate::shutdown::Shutdown;
 use crate::subject::{KEY_OUT, SYSTEM, bucket_key, bucket_stream};
 
-/// First wait after a failure, doubled with each.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-/// Longest wait after a failure.
-const RETRY_MAX: Duration = Duration::from_secs(2);
-
-/// Publishes an event, as often as it takes. A repetition within two minutes is stored once.
-pub async fn publish_event(connection: &Connection, event: &CloudEvent) {
+/// Publishes an event. One that is stored already within two minutes is not stored again.
+///
+/// # Errors
+/// When it is not known to be stored.
+pub async fn publish_event(connection: &Connection, event: &CloudEvent) -> Result<(), BusError> {
     let rule = match &event.data {
         Data::Ban(ban) => ban.rule.as_str(),
         Data::Alarm(_) => SYSTEM,
     };
     let subject = connection.subjects().event(event.kind.as_str(), rule);
-    let mut wait = RETRY_FIRST;
-    loop {
-        let mut headers = HeaderMap::new();
-        headers.insert("Nats-Msg-Id", event.id.as_str());
-        headers.insert("Content-Type", "application/cloudevents+json");
-        let sent = connection.request(&subject, headers, encode(event)).await;
-        let stored = sent.and_then(|message| answer::<Stored>("an event", &message.payload));
-        match stored {
-            Ok(_) => return,
-            Err(error) => tracing::debug!(%error, "Event not published yet"),
-        }
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(RETRY_MAX);
-    }
+    let mut headers = HeaderMap::new();
+    headers.insert("Nats-Msg-Id", event.id.as_str());
+    headers.insert("Content-Type", "application/cloudevents+json");
+    let message = connection.request(&subject, headers, encode(event)).await?;
+    answer::<Stored>("an event", &message.payload).map(drop)
 }
 
 /// Removes from the outbox what has been published: everything up to message `last` of the state.

@@ -34,6 +34,8 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 /// A message with a number that is known, stored so long after the newest that was given, is of another stream of the same
 /// name. Servers' clocks differ by less.
 const RECREATED_AFTER: Duration = Duration::from_millis(500);
+/// How long the next message of an answer may take.
+const MORE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Failures in a row before they are told.
 const FAILURES_SILENT: u32 = 3;
 /// Fetches for a number that was seen and is not found: it has been deleted, or the copy that answers is behind.
@@ -188,7 +190,24 @@ impl Follower {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let result = if self.behind {
-                self.fetch().await
+                let start = self.next.map_or(self.start, Start::Sequence);
+                let fetched = tokio::select! {
+                    fetched = fetch(&self.connection, &self.stream, &self.filter, start) => fetched,
+                    // The answer went to a connection that is no more.
+                    changed = self.connects.changed(), if self.next.is_some() => {
+                        if changed.is_ok() {
+                            continue;
+                        }
+                        return;
+                    }
+                };
+                match fetched {
+                    Ok(fetched) => {
+                        self.take_fetched(fetched).await;
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                }
             } else {
                 tokio::select! {
                     biased;
@@ -239,6 +258,9 @@ impl Follower {
 
     async fn give(&mut self, entry: Entry) {
         let sequence = entry.sequence;
+        if self.next.is_some_and(|next| sequence < next) {
+            return;
+        }
         self.last = self.last.max(sequence);
         self.given_at = self.given_at.max(entry.time);
         // That nobody is there any more is noticed after each step.
@@ -256,10 +278,8 @@ impl Follower {
         tokio::time::sleep(wait).await;
     }
 
-    /// Fetches what comes next.
-    async fn fetch(&mut self) -> Result<(), BusError> {
-        let start = self.next.map_or(self.start, Start::Sequence);
-        let (entries, pending) = fetch(&self.connection, &self.stream, &self.filter, start).await?;
+    /// Gives what was fetched, of which `pending` more is there.
+    async fn take_fetched(&mut self, (entries, pending): (Vec<Entry>, u64)) {
         self.failures = 0;
         if self.next.is_none() && entries.is_empty() {
             let (Start::Sequence(from) | Start::Time(_, from)) = self.start;
@@ -283,7 +303,6 @@ impl Follower {
             // Nobody there: noticed above.
             let _gone = self.sender.send(Ok(Followed::CaughtUp)).await;
         }
-        Ok(())
     }
 }
 
@@ -300,6 +319,20 @@ pub async fn fetch(
     fetch_some(connection, stream, filter, start, FETCH_MESSAGES).await
 }
 
+/// Number of the first message stored at or after `time`; `None` where there is none.
+///
+/// # Errors
+/// When the stream is not there or nobody answers.
+pub async fn first_since(
+    connection: &Connection,
+    stream: &str,
+    filter: &str,
+    time: Timestamp,
+) -> Result<Option<u64>, BusError> {
+    let (entries, _) = fetch_some(connection, stream, filter, Start::Time(time, 0), 1).await?;
+    Ok(entries.first().map(|entry| entry.sequence))
+}
+
 async fn fetch_some(
     connection: &Connection,
     stream: &str,
@@ -314,6 +347,9 @@ async fn fetch_some(
         Start::Sequence(sequence) => get["seq"] = sequence.max(1).into(),
         Start::Time(time, _) => get["start_time"] = render_time(time).into(),
     }
+    if !connection.is_up() {
+        return Err(silent());
+    }
     let inbox = connection.client.new_inbox();
     let mut answers = connection.client.subscribe(inbox.clone()).await.map_err(|_| silent())?;
     let subject = format!("$JS.API.{what}");
@@ -321,7 +357,9 @@ async fn fetch_some(
     asked.await.map_err(|_| silent())?;
     let mut entries = Vec::new();
     loop {
-        let message = tokio::time::timeout(REQUEST_TIMEOUT, answers.next()).await;
+        // Once it has begun, an answer does not stop half-way.
+        let patience = if entries.is_empty() { REQUEST_TIMEOUT } else { MORE_TIMEOUT };
+        let message = tokio::time::timeout(patience, answers.next()).await;
         let message = message.map_err(|_| silent())?.ok_or_else(silent)?;
         match message.status.map(|status| status.as_u16()) {
             None => entries.push(parse(&message).ok_or_else(|| BusError::Garbled { what: what.clone() })?),
@@ -343,8 +381,9 @@ fn render_time(time: Timestamp) -> String {
     format!("{}.{fraction:09}Z", whole.get(..19).unwrap_or_default())
 }
 
+/// A header that the server adds. It stands behind what a publisher wrote under that name, who is not believed.
 fn header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
-    headers?.get(name).map(|value| value.as_str())
+    headers?.get_last(name).map(|value| value.as_str())
 }
 
 fn number(headers: Option<&HeaderMap>, name: &str) -> Option<u64> {

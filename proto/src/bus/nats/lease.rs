@@ -64,7 +64,7 @@ impl Lease {
     /// Renews the lease, or takes it if that may be. Call every [`LEASE_INTERVAL`]. Returns whether we hold it now.
     ///
     /// # Errors
-    /// When the server does not answer or refuses; what we held may be held by others after [`LEASE_TTL`].
+    /// When the server does not answer or refuses; what we held may be held by others by then.
     pub async fn keep(&mut self) -> Result<bool, BusError> {
         if let Some(revision) = self.held {
             let written = self.write(revision).await?;
@@ -89,7 +89,7 @@ impl Lease {
         headers.insert("KV-Operation", "DEL");
         headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
         headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
-        self.connection.request(&self.subject(), headers, Vec::new()).await.map(drop)
+        self.connection.ask(&self.subject(), headers, Vec::new()).await.map(drop)
     }
 
     fn subject(&self) -> String {
@@ -118,7 +118,7 @@ impl Lease {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-TTL", format!("{}s", LEASE_TTL.as_secs()));
         headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
-        let message = self.connection.request(&self.subject(), headers, encode(&self.me)).await?;
+        let message = self.connection.ask(&self.subject(), headers, encode(&self.me)).await?;
         match answer::<Stored>("a lease", &message.payload) {
             Ok(Stored { seq }) => Ok(Some(seq)),
             Err(BusError::Refused { code: WRONG_LAST_SEQUENCE, .. }) => Ok(None),
@@ -186,8 +186,6 @@ impl Drop for Keeper {
 }
 
 async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
-    let clock = lease.connection.clock().clone();
-    let mut renewed_at = clock.now();
     let mut ticks = tokio::time::interval(LEASE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -196,15 +194,12 @@ async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch:
             changed = wanted.changed() => if changed.is_err() { return },
         }
         let is_wanted = *wanted.borrow_and_update();
-        let asked_at = clock.now();
         let held = if is_wanted {
             match lease.keep().await {
-                Ok(held) => {
-                    renewed_at = asked_at;
-                    held
-                }
-                // Others may have it by now.
-                Err(_) => lease.is_held() && clock.now().since(renewed_at) < LEASE_TTL,
+                Ok(held) => held,
+                // Nobody answers, so nobody can take it either, or we shall hear of it. What must not happen twice has a
+                // fence.
+                Err(_) => lease.is_held(),
             }
         } else {
             // If the server does not hear of it, the lease ends by itself.

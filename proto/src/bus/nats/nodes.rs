@@ -5,16 +5,19 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 
 use super::follow::{Entry, Start, fetch};
-use super::{BusError, Connection, Stored, answer, encode};
+use super::{BusError, Connection, QUESTION_TIMEOUT, Stored, answer, encode};
 use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
 use crate::subject::{bucket_key, bucket_stream, node_key};
-use crate::time::render_duration;
 
+/// How long the last heartbeat may take.
+const LAST_BEAT_MAX: Duration = Duration::from_secs(2);
+/// The duty of a role that has ended in order.
+pub const STOPPED: &str = "stopped";
 /// How often a role says how it is, and how often `status` learns of it.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// After so long without a word a role is reported as gone.
+/// After so long without a word a role is taken for gone: it is not asked any more, and reported.
 pub const SILENT_AFTER: Duration = Duration::from_secs(10);
 
 /// Publishes the report of `role` in `nodes`, with what the bus and `decorate` add to it, until the shutdown; then once more.
@@ -31,7 +34,7 @@ pub async fn beat(
     let instance = format!("{:x}", connection.clock().now().as_nanos());
     let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut seen_other = None;
+    let (mut seen_other, mut sent_once) = (false, false);
     loop {
         let ending = tokio::select! {
             _ = ticks.tick() => false,
@@ -40,18 +43,32 @@ pub async fn beat(
         let Some(mut report) = nodes.get(role, &node) else { if ending { return Ok(()) } else { continue } };
         add_bus(&mut report, &connection, &instance);
         decorate(&mut report);
-        if let Some(other) = &seen_other {
-            let text = format!(
-                "another {} calls itself {node} (instance {other}): give each host its own `node`",
-                role.as_str()
-            );
+        if ending {
+            // Nobody need wonder why it says nothing any more.
+            report.duty = Some(STOPPED.to_owned());
+        }
+        if seen_other {
+            let text = format!("another {} calls itself {node}: give each host its own `node`", role.as_str());
             report.problems.push(Problem::degraded(text));
         }
         if connection.is_up() {
-            // What was there before ours tells of a second process under our name.
-            let former = read_one(&connection, role, &node).await.and_then(|(_, report)| report);
-            seen_other = former.map(|report| report.instance).filter(|found| !found.is_empty() && *found != instance);
-            send(&connection, &report).await;
+            let beat = async {
+                // What another has written over ours tells of a second process under our name.
+                let former = read_one(&connection, role, &node).await.and_then(|(_, report)| report);
+                let is_other = |report: NodeReport| !report.instance.is_empty() && report.instance != instance;
+                seen_other = sent_once && former.is_some_and(is_other);
+                sent_once = true;
+                send(&connection, &report).await;
+            };
+            if ending {
+                // Nobody waits for a last word that cannot be said.
+                let _unsaid = tokio::time::timeout(LAST_BEAT_MAX, beat).await;
+            } else {
+                tokio::select! {
+                    () = beat => {}
+                    () = shutdown.draining() => {}
+                }
+            }
         }
         if ending {
             return Ok(());
@@ -74,16 +91,20 @@ fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
 /// Sends a report, and learns the servers' time from when they stored it.
 async fn send(connection: &Connection, report: &NodeReport) {
     let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(report.role, &report.node));
-    let sent_at = connection.clock().now();
-    let sent = connection.request(&subject, HeaderMap::new(), encode(report)).await;
-    let taken = connection.clock().now().since(sent_at);
+    let clock = connection.clock();
+    let sent_at = clock.raw();
+    let sent = connection.ask(&subject, HeaderMap::new(), encode(report)).await;
+    let half = clock.raw().since(sent_at) / 2;
     let stored = sent.and_then(|message| answer::<Stored>("a heartbeat", &message.payload));
-    let Ok(Stored { seq }) = stored else { return };
+    let Some(seq) = stored.ok().map(|stored| stored.seq).filter(|_| half <= MEASURE_MAX) else { return };
     // A copy of the bucket that lags behind may answer with an older one.
     if let Some((entry, _)) = read_one(connection, report.role, &report.node).await.filter(|(e, _)| e.sequence == seq) {
-        connection.clock().steer(sent_at.saturating_add(taken / 2), entry.time);
+        clock.steer(sent_at.saturating_add(half), entry.time);
     }
 }
+
+/// A measurement that is less certain than this tells nothing.
+const MEASURE_MAX: Duration = Duration::from_millis(100);
 
 /// A skew beyond this is worth a word: requests of one second apart then change places.
 const SKEW_MAX_MS: u64 = 1000;
@@ -91,7 +112,10 @@ const SKEW_MAX_MS: u64 = 1000;
 async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<(Entry, Option<NodeReport>)> {
     let bucket = connection.subjects().nodes_bucket();
     let subject = bucket_key(&bucket, &node_key(role, node));
-    let (mut entries, _) = fetch(connection, &bucket_stream(&bucket), &subject, Start::Sequence(1)).await.ok()?;
+    let stream = bucket_stream(&bucket);
+    // No heartbeat may hold up the next, nor the end of the process.
+    let fetched = tokio::time::timeout(QUESTION_TIMEOUT, fetch(connection, &stream, &subject, Start::Sequence(1)));
+    let (mut entries, _) = fetched.await.ok()?.ok()?;
     let entry = entries.pop()?;
     let report = serde_json::from_slice(&entry.payload).ok();
     Some((entry, report))
@@ -116,12 +140,13 @@ pub async fn watch(
         }
         let Ok(reports) = read_all(&connection).await else { continue };
         let known: Vec<(Role, String)> = reports.iter().map(|report| (report.role, report.node.clone())).collect();
-        let now = connection.clock().now();
-        for mut report in reports.into_iter().filter(|report| (report.role, &report.node) != (own.0, &own.1)) {
-            let silent = now.since(report.at);
-            if silent >= SILENT_AFTER {
-                let text = format!("not heard of for {}", render_duration(silent));
-                report.problems.push(Problem::degraded(text));
+        for mut report in reports {
+            if (report.role, &report.node) == (own.0, &own.1) {
+                // Ours is newer here, but for what its heartbeat adds.
+                let Some(newer) = nodes.get(own.0, &own.1) else { continue };
+                let added = report.problems.into_iter().filter(|problem| !newer.problems.contains(problem));
+                let problems = newer.problems.iter().cloned().chain(added).collect();
+                report = NodeReport { instance: report.instance, skew_ms: report.skew_ms, problems, ..newer };
             }
             nodes.put(report);
         }
@@ -132,6 +157,14 @@ pub async fn watch(
     }
 }
 
+/// A host speaks for itself alone, and at the moment that the server says. What another version writes and this one cannot read
+/// is left out.
+fn read_report(bucket: &str, entry: &Entry) -> Option<NodeReport> {
+    let mut report: NodeReport = serde_json::from_slice(&entry.payload).ok()?;
+    report.at = entry.time;
+    (entry.subject == bucket_key(bucket, &node_key(report.role, &report.node))).then_some(report)
+}
+
 async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> {
     let bucket = connection.subjects().nodes_bucket();
     let (stream, filter) = (bucket_stream(&bucket), format!("$KV.{bucket}.>"));
@@ -140,10 +173,33 @@ async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> 
         let (entries, pending) = fetch(connection, &stream, &filter, Start::Sequence(next)).await?;
         let Some(last) = entries.last() else { return Ok(reports) };
         next = last.sequence + 1;
-        // What another version writes and this one cannot read is left out.
-        reports.extend(entries.iter().filter_map(|entry| serde_json::from_slice::<NodeReport>(&entry.payload).ok()));
+        reports.extend(entries.iter().filter_map(|entry| read_report(&bucket, entry)));
         if pending == 0 {
             return Ok(reports);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::Timestamp;
+
+    #[test]
+    fn a_host_reports_for_itself_alone() {
+        let report = NodeReport::new("edge-2", Role::Enforce, Timestamp::EPOCH);
+        let entry = |key: &str| Entry {
+            sequence: 1,
+            time: Timestamp::EPOCH,
+            subject: format!("$KV.portcullis_nodes.{key}"),
+            deleted: false,
+            batched: false,
+            ends_batch: false,
+            payload: encode(&report).into(),
+        };
+        assert!(read_report("portcullis_nodes", &entry("enforce.edge-2")).is_some());
+        for foreign in ["enforce.edge-1", "ingest.edge-2"] {
+            assert!(read_report("portcullis_nodes", &entry(foreign)).is_none(), "{foreign}");
         }
     }
 }

@@ -11,16 +11,17 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::follow::{Entry, Feed, Followed};
-use super::state::{StateEntry, follow_state, parse};
+use super::state::{StateEntry, StateError, follow_state, parse};
 use super::{BusError, Connection};
 use crate::ban::{BanChange, BanRecord, Lists};
 use crate::bus::banned::Banned;
 use crate::bus::memory::BanBucket;
 use crate::event::Interest;
 use crate::head::{Head, Mark};
-use crate::net::Target;
+use crate::net::{NetSet, Target};
 use crate::report::Problem;
 use crate::shutdown::Shutdown;
 use crate::time::Timestamp;
@@ -33,6 +34,8 @@ const VERSION: u32 = 1;
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a set may not agree with its head: a commit's messages arrive one by one.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How often everything may be read again because the set is not what its head counts.
+const REREAD_INTERVAL: Duration = Duration::from_secs(30);
 /// How often it is remembered which commit was applied.
 const REMEMBER_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -47,6 +50,8 @@ pub struct Copies {
     pub interest: Option<watch::Sender<Arc<Interest>>>,
     /// Who is banned, for ingest.
     pub banned: Option<Banned>,
+    /// How many bans enforcement keeps that `bans` lacks. Without it there is nothing to lose.
+    pub kept: Option<watch::Receiver<u64>>,
 }
 
 /// What is wrong with a copy, for reports, and how far it is behind. Clones share it.
@@ -59,16 +64,32 @@ impl ReplicaState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, problem: Option<&str>, lag: u64, mark: Mark) {
+    fn set(&self, problem: Option<Trouble>, lag: u64, mark: Mark) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let former = state.0.take().map(|problem| problem.text);
-        if former.as_deref() != problem {
-            match problem {
+        let (passing, text) = problem.map_or((true, None), |Trouble { passing, text }| (passing, Some(text)));
+        if former != text {
+            match &text {
+                Some(text) if passing => tracing::warn!(reason = text, "Ban set of the bus is not followed"),
                 Some(text) => tracing::error!(reason = text, "Ban set of the bus is not followed"),
                 None => tracing::info!("Ban set of the bus is followed"),
             }
         }
-        *state = (problem.map(Problem::degraded), lag, mark);
+        *state = (text.map(Problem::degraded), lag, mark);
+    }
+}
+
+/// Why the shared set is not followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Trouble {
+    /// Whether it may pass without anybody's doing.
+    passing: bool,
+    text: String,
+}
+
+impl From<&BusError> for Trouble {
+    fn from(error: &BusError) -> Self {
+        Self { passing: error.is_passing(), text: error.to_string() }
     }
 }
 
@@ -92,36 +113,19 @@ pub async fn run(
     state: ReplicaState,
     shutdown: Shutdown,
 ) -> Result<(), std::convert::Infallible> {
-    let applied = state_dir.as_deref().and_then(load).unwrap_or_default();
-    let mut replica = Replica {
-        connection,
-        copies,
-        state_dir,
-        state,
-        applied,
-        remembered: Applied::default(),
-        remembered_at: Timestamp::EPOCH,
-        records: BTreeMap::new(),
-        head: None,
-        head_at: 0,
-        seen: 0,
-        whole: false,
-        odd_since: None,
-        foreign: false,
-        changes: Vec::new(),
-    };
+    let mut replica = Replica::new(connection, copies, state_dir, state);
     loop {
         let problem = tokio::select! {
-            error = replica.follow() => error.to_string(),
+            error = replica.follow() => Trouble::from(&error),
             () = shutdown.draining() => break,
         };
-        replica.state.set(Some(&problem), 0, replica.applied.mark);
+        replica.state.set(Some(problem), 0, replica.applied.mark);
         tokio::select! {
             () = tokio::time::sleep(RETRY) => {}
             () = shutdown.draining() => break,
         }
     }
-    replica.remember(true).await;
+    replica.end().await;
     Ok(())
 }
 
@@ -133,24 +137,65 @@ struct Replica {
     applied: Applied,
     remembered: Applied,
     remembered_at: Timestamp,
+    remembering: Option<JoinHandle<()>>,
     records: BTreeMap<Target, BanRecord>,
+    lists: Option<Lists>,
     head: Option<Head>,
     /// Number of the head's message.
     head_at: u64,
     /// Number of the newest message.
     seen: u64,
+    /// Whether all that was there has been read.
+    caught_up: bool,
     /// Whether the copies are the whole set.
     whole: bool,
-    /// Since when the records have not been what the head counts.
+    /// Since when the records have not been what the head counts, and when that made us read all again.
     odd_since: Option<Timestamp>,
+    reread_at: Option<Timestamp>,
     /// Somebody else has written into the bucket.
     foreign: bool,
+    /// Version of a detector that is newer than this program.
+    newer: Option<u32>,
     /// Since the copies were last brought up to date.
     changes: Vec<BanChange>,
 }
 
 impl Replica {
-    /// Follows the state until it is another.
+    fn new(connection: Connection, copies: Copies, state_dir: Option<PathBuf>, state: ReplicaState) -> Self {
+        let applied = state_dir.as_deref().and_then(load).unwrap_or_default();
+        Self {
+            connection,
+            copies,
+            state_dir,
+            state,
+            remembered: applied.clone(),
+            applied,
+            remembered_at: Timestamp::EPOCH,
+            remembering: None,
+            records: BTreeMap::new(),
+            lists: None,
+            head: None,
+            head_at: 0,
+            seen: 0,
+            caught_up: false,
+            whole: false,
+            odd_since: None,
+            reread_at: None,
+            foreign: false,
+            newer: None,
+            changes: Vec::new(),
+        }
+    }
+
+    /// Forgets what was read, but not what was applied.
+    fn begin(&mut self) {
+        (self.head, self.head_at, self.seen, self.lists) = (None, 0, 0, None);
+        (self.caught_up, self.whole, self.odd_since, self.foreign, self.newer) = (false, false, None, false, None);
+        self.records.clear();
+        self.changes.clear();
+    }
+
+    /// Follows the state until it is another, or must be read again.
     async fn follow(&mut self) -> BusError {
         if let Err(error) = self.connection.ready().await {
             return error;
@@ -162,27 +207,21 @@ impl Replica {
             }
             Err(error) => return error,
         };
-        (self.head, self.head_at, self.seen, self.whole, self.odd_since) = (None, 0, 0, false, None);
-        self.records.clear();
-        self.changes.clear();
-        let mut caught_up = false;
+        self.begin();
         let mut ticks = tokio::time::interval(REMEMBER_INTERVAL);
         loop {
             let followed = tokio::select! {
-                followed = feed.next() => followed,
-                _ = ticks.tick() => {
-                    if caught_up {
-                        self.settle(&feed).await;
-                    }
-                    self.remember(false).await;
-                    continue;
-                }
+                followed = feed.next() => Some(followed),
+                _ = ticks.tick() => None,
             };
-            let mut next = Some(followed);
+            if followed.is_none() {
+                self.remember();
+            }
+            let mut next = followed;
             while let Some(followed) = next {
                 match followed {
                     Ok(Followed::CaughtUp) => {
-                        caught_up = true;
+                        self.caught_up = true;
                         // What is missing of a commit by now has been replaced or deleted since.
                         self.seen = self.seen.max(self.commit_end());
                     }
@@ -191,8 +230,10 @@ impl Replica {
                 }
                 next = feed.try_next();
             }
-            if caught_up {
-                self.settle(&feed).await;
+            if self.caught_up
+                && let Err(error) = self.settle(&feed)
+            {
+                return error;
             }
         }
     }
@@ -202,8 +243,12 @@ impl Replica {
         let parsed = match parse(&self.connection, entry) {
             Ok(Some(parsed)) => parsed,
             Ok(None) => return,
+            Err(StateError::Newer(version)) => {
+                self.newer = Some(version);
+                return;
+            }
             Err(error) => {
-                tracing::error!(%error, "An entry of the shared state is left out");
+                tracing::warn!(%error, "An entry of the shared state is left out");
                 return;
             }
         };
@@ -211,11 +256,7 @@ impl Replica {
             // Detect writes in batches only: what stands alone is of somebody else.
             _ if !entry.batched => self.foreign = true,
             StateEntry::Head(head) => (self.head, self.head_at) = (Some(head), entry.sequence),
-            StateEntry::Lists(lists) => {
-                if let Some(copy) = &self.copies.lists {
-                    copy.send_replace(Arc::new(lists));
-                }
-            }
+            StateEntry::Lists(lists) => self.lists = Some(lists),
             StateEntry::Coverage(coverage) => {
                 if let Some(copy) = &self.copies.interest {
                     copy.send_replace(Arc::new(coverage.interest));
@@ -226,40 +267,84 @@ impl Replica {
                     BanChange::Put(record) => drop(self.records.insert(record.target, record.clone())),
                     BanChange::Delete(target) => drop(self.records.remove(target)),
                 }
-                self.changes.push(change);
+                // What was deleted before we looked says nothing of a set that we do not trust.
+                if self.caught_up || matches!(change, BanChange::Put(_)) {
+                    self.changes.push(change);
+                }
             }
             StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(..) => {}
         }
     }
 
     /// Brings the copies up to date, as far as what was followed can be trusted.
-    async fn settle(&mut self, feed: &Feed) {
-        let now = self.connection.clock().now();
-        let doubt = self.doubt(now);
+    ///
+    /// # Errors
+    /// When everything must be read again.
+    fn settle(&mut self, feed: &Feed) -> Result<(), BusError> {
+        let now = self.connection.clock().raw();
+        let doubt = self.doubt();
+        let odd = self.oddness(now);
         let mark = self.head.as_ref().map(|head| head.mark).unwrap_or_default();
         let between = self.seen < self.commit_end();
-        if doubt.is_none() && !between && !self.whole {
-            self.whole = true;
-            self.changes.clear();
-            if let Some(banned) = &self.copies.banned {
-                banned.replace(self.records.keys().copied());
-            }
-            if let Some(bans) = &self.copies.bans {
-                bans.replace(self.records.values().cloned());
-            }
+        if self.whole && doubt.is_some() {
+            // Another set under the same name: what was followed is not what was applied.
+            return Err(BusError::Recreated { stream: "of the ban set".to_owned() });
         }
+        if doubt.is_none() && odd.is_none() && !between && !self.whole {
+            self.become_whole();
+        }
+        self.publish_lists();
         // A commit is put in force as one, however many pieces it comes in.
-        if !between || doubt.is_some() {
+        if !between || !self.whole {
             self.publish();
         }
-        if self.whole && !between {
+        if self.whole && !between && odd.is_none() {
             let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
             self.applied = Applied { version: VERSION, bucket, mark };
         }
-        // The messages of a commit arrive one by one, so a moment of doubt is nothing to tell.
-        let doubt = doubt.filter(|_| self.odd_since.is_none_or(|since| now.since(since) >= SETTLE));
-        let foreign = self.foreign.then_some("somebody else writes into the ban bucket; only detect may");
-        self.state.set(doubt.as_deref().or(foreign), feed.lag(), mark);
+        // The messages of a commit arrive one by one, so a moment of oddness is nothing to tell.
+        let lasting = odd.filter(|(_, since)| now.since(*since) >= SETTLE);
+        let foreign =
+            || Trouble { passing: false, text: "somebody else writes into the ban bucket; only detect may".to_owned() };
+        let oddity = lasting.clone().map(|(text, _)| Trouble { passing: false, text });
+        let told = doubt.or(oddity).or_else(|| self.foreign.then(foreign));
+        self.state.set(told, feed.lag(), mark);
+        let again = self.reread_at.is_none_or(|at| now.since(at) >= REREAD_INTERVAL);
+        if lasting.is_some() && again {
+            self.reread_at = Some(now);
+            return Err(BusError::Recreated { stream: "of the ban set".to_owned() });
+        }
+        Ok(())
+    }
+
+    fn become_whole(&mut self) {
+        self.whole = true;
+        self.changes.clear();
+        self.publish_lists();
+        if let Some(banned) = &self.copies.banned {
+            banned.replace(self.records.keys().copied());
+        }
+        if let Some(bans) = &self.copies.bans {
+            bans.replace(self.records.values().cloned());
+        }
+    }
+
+    /// Lists of a set that is not trusted spare whom they name, and whom the former named as well; they pause nothing.
+    fn publish_lists(&mut self) {
+        let (Some(copy), Some(lists)) = (&self.copies.lists, self.lists.take()) else { return };
+        if self.whole {
+            copy.send_replace(Arc::new(lists));
+            return;
+        }
+        let former = copy.borrow().clone();
+        let both = former.never_ban.iter().chain(&lists.never_ban).copied();
+        let union = Lists { never_ban: NetSet::new(both).nets(), paused: former.paused };
+        copy.send_if_modified(|known| {
+            let is_new = **known != union;
+            *known = Arc::new(union);
+            is_new
+        });
+        self.lists = Some(lists);
     }
 
     /// Number of the newest commit's last message.
@@ -289,45 +374,70 @@ impl Replica {
         }
     }
 
-    /// Why what was followed does not show who is not banned; `None` when it does.
-    fn doubt(&mut self, now: Timestamp) -> Option<String> {
+    /// Why this set is not the one that was applied before; `None` when it is, or when there is nothing to lose.
+    fn doubt(&self) -> Option<Trouble> {
+        let lasting = |text: String| Some(Trouble { passing: false, text });
+        if let Some(version) = self.newer {
+            return lasting(format!("the detector is newer (version {version} of the state): upgrade this host"));
+        }
         let kept = "this host keeps the bans it has until they end, and adds new ones; to drop them at once, stop \
                     enforce, run `portcullis enforce --teardown` and start it again";
+        // Whoever frees nobody, or keeps nobody that the new set lacks, has nothing to lose.
+        let keeps = self.copies.kept.as_ref().is_some_and(|kept| *kept.borrow() > 0);
+        let applied = Some(&self.applied).filter(|applied| !applied.bucket.is_empty() && keeps);
         let Some(head) = &self.head else {
             let text = "no detector has written to the ban set yet";
-            return Some(if self.applied.bucket.is_empty() { text.to_owned() } else { format!("{text}: {kept}") });
+            return match applied {
+                Some(_) => lasting(format!("{text}: {kept}")),
+                None => Some(Trouble { passing: true, text: text.to_owned() }),
+            };
         };
-        if !self.applied.bucket.is_empty() && self.applied.bucket != head.bucket {
-            return Some(format!("the ban set was deleted and made anew: {kept}"));
+        let applied = applied?;
+        if applied.bucket != head.bucket {
+            return lasting(format!("the ban set was deleted and made anew: {kept}"));
         }
-        if head.mark < self.applied.mark {
-            return Some(format!("the ban set is older than what this host has applied: {kept}"));
-        }
-        if head.bans == self.records.len() as u64 {
+        let text = || format!("the ban set is older than what this host has applied: {kept}");
+        (head.mark < applied.mark).then(text).and_then(lasting)
+    }
+
+    /// What the set lacks of what its head counts, and since when.
+    fn oddness(&mut self, now: Timestamp) -> Option<(String, Timestamp)> {
+        let counted = self.head.as_ref().map_or(0, |head| head.bans);
+        let found = self.records.len() as u64;
+        if counted == found {
             self.odd_since = None;
             return None;
         }
         let since = *self.odd_since.get_or_insert(now);
-        if self.whole && now.since(since) < SETTLE {
-            return None;
-        }
-        let (found, counted) = (self.records.len(), head.bans);
-        Some(format!("the ban set holds {found} targets where detect counts {counted}: {kept}"))
+        let text = format!("the ban set holds {found} targets where detect counts {counted}: nobody is freed by that");
+        Some((text, since))
     }
 
-    async fn remember(&mut self, at_once: bool) {
-        let now = self.connection.clock().now();
-        let due = at_once || now.since(self.remembered_at) >= REMEMBER_INTERVAL;
-        let Some(dir) = self.state_dir.clone().filter(|_| due && self.applied != self.remembered) else { return };
+    /// Keeps on disk which commit was applied, beside everything else.
+    fn remember(&mut self) {
+        let now = self.connection.clock().raw();
+        let is_due = self.applied != self.remembered && now.since(self.remembered_at) >= REMEMBER_INTERVAL;
+        let is_busy = self.remembering.as_ref().is_some_and(|task| !task.is_finished());
+        let Some(dir) = self.state_dir.clone().filter(|_| is_due && !is_busy) else { return };
         let applied = self.applied.clone();
-        let stored = tokio::task::spawn_blocking(move || store(&dir, &applied)).await;
-        match stored {
-            Ok(Ok(())) => {
-                self.remembered = self.applied.clone();
-                self.remembered_at = now;
+        (self.remembered, self.remembered_at) = (applied.clone(), now);
+        self.remembering = Some(tokio::task::spawn_blocking(move || {
+            if let Err(error) = store(&dir, &applied) {
+                tracing::error!(%error, "Which commit was applied cannot be remembered");
             }
-            Ok(Err(error)) => tracing::error!(%error, "Which commit was applied cannot be remembered"),
-            Err(_) => {}
+        }));
+    }
+
+    /// The last word on what was applied.
+    async fn end(mut self) {
+        if let Some(task) = self.remembering.take() {
+            // A panic there has been told.
+            let _panicked = task.await;
+        }
+        self.remembered_at = Timestamp::EPOCH;
+        self.remember();
+        if let Some(task) = self.remembering.take() {
+            let _panicked = task.await;
         }
     }
 }
@@ -349,5 +459,6 @@ fn store(dir: &Path, applied: &Applied) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     std::fs::write(&fresh, super::encode(applied))?;
     std::fs::File::open(&fresh)?.sync_all()?;
-    std::fs::rename(&fresh, &path)
+    std::fs::rename(&fresh, &path)?;
+    std::fs::File::open(dir)?.sync_all()
 }

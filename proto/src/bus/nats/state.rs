@@ -63,6 +63,16 @@ pub async fn follow_state(connection: &Connection) -> Result<Feed, BusError> {
     follow(connection, bucket_stream(&bucket), subjects, Start::Sequence(1), WAITING_MAX).await
 }
 
+/// Whether the state has messages after number `sequence`, by its leader's word.
+///
+/// # Errors
+/// When the server does not answer.
+pub async fn has_more(connection: &Connection, sequence: u64) -> Result<bool, BusError> {
+    let bucket = connection.subjects().state_bucket();
+    let next = connection.next_of(&bucket_stream(&bucket), &format!("$KV.{bucket}.>"), sequence + 1).await?;
+    Ok(next.is_some())
+}
+
 /// Reads an entry; `None` for keys that this version does not know.
 ///
 /// # Errors

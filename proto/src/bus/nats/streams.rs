@@ -10,6 +10,11 @@ use crate::subject::{Subjects, bucket_stream};
 
 /// How long a heartbeat of a host that is gone is kept.
 const NODES_KEEP: Duration = Duration::from_secs(24 * 3600);
+/// Largest heartbeat, in bytes: a host that is broken into must not fill the disk.
+const HEARTBEAT_BYTES_MAX: i64 = 256 << 10;
+/// Largest lease, and all of them, in bytes.
+const LEASE_BYTES_MAX: i64 = 1 << 10;
+const LEASES_BYTES_MAX: i64 = 1 << 20;
 /// How long a repeated message is recognised by its id.
 const DUPLICATES_KEEP: Duration = Duration::from_secs(120);
 
@@ -24,6 +29,7 @@ pub struct StreamConfig {
     retention: String,
     discard: String,
     max_bytes: i64,
+    max_msg_size: i64,
     /// Nanoseconds.
     max_age: u64,
     max_msgs_per_subject: i64,
@@ -50,6 +56,26 @@ pub struct StreamInfo {
     pub(crate) config: StreamConfig,
     /// When it was made: another stream of the same name has another moment.
     pub created: String,
+    /// What it holds.
+    pub state: StreamState,
+}
+
+impl StreamInfo {
+    /// Whether it will soon take nothing more.
+    pub fn is_nearly_full(&self) -> bool {
+        u64::try_from(self.config.max_bytes).is_ok_and(|bytes_max| self.state.bytes >= bytes_max / 10 * 9)
+    }
+}
+
+/// What a stream holds.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct StreamState {
+    /// Bytes.
+    pub bytes: u64,
+    /// Number of its first message.
+    pub first_seq: u64,
+    /// Number of its last message, be it still there or not.
+    pub last_seq: u64,
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -66,6 +92,7 @@ impl StreamConfig {
             retention: "limits".to_owned(),
             discard: "old".to_owned(),
             max_bytes: -1,
+            max_msg_size: -1,
             max_msgs_per_subject: -1,
             duplicate_window: nanos(DUPLICATES_KEEP),
             allow_direct: true,
@@ -94,6 +121,7 @@ impl StreamConfig {
         differ("subjects", self.subjects.join(" "), found.subjects.join(" "));
         differ("retention", self.retention.clone(), found.retention.clone());
         differ("discard", self.discard.clone(), found.discard.clone());
+        differ("max_msg_size", self.max_msg_size.to_string(), found.max_msg_size.to_string());
         let per_subject = |config: &Self| config.max_msgs_per_subject.to_string();
         differ("max_msgs_per_subject", per_subject(self), per_subject(found));
         let republish = |config: &Self| {
@@ -134,9 +162,18 @@ pub fn wanted(config: &NatsConfig) -> Vec<StreamConfig> {
             republish: republish(format!("$KV.{state}.>"), names.state_feed()),
             ..StreamConfig::bucket(&state, config.replicas)
         },
-        StreamConfig { max_age: nanos(NODES_KEEP), ..StreamConfig::bucket(&nodes, config.replicas) },
+        StreamConfig {
+            max_age: nanos(NODES_KEEP),
+            max_msg_size: HEARTBEAT_BYTES_MAX,
+            ..StreamConfig::bucket(&nodes, config.replicas)
+        },
         // Neither markers nor rollups: with them one host's key could wipe out all. Its leader alone is asked.
-        StreamConfig { allow_direct: false, ..StreamConfig::bucket(&lease, config.replicas) },
+        StreamConfig {
+            allow_direct: false,
+            max_bytes: LEASES_BYTES_MAX,
+            max_msg_size: LEASE_BYTES_MAX,
+            ..StreamConfig::bucket(&lease, config.replicas)
+        },
     ]
 }
 
@@ -149,8 +186,9 @@ pub async fn ensure(connection: &Connection, config: &NatsConfig) -> Result<(), 
         let info: StreamInfo = match info(connection, &wanted.name).await {
             Ok(info) => info,
             Err(BusError::Absent { .. }) => {
+                let made = connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?;
                 tracing::info!(stream = wanted.name, replicas = wanted.num_replicas, "Stream made");
-                connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?
+                made
             }
             Err(error) => return Err(error),
         };
