@@ -99,6 +99,12 @@ impl Started {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Kills it, as somebody else might.
+    #[cfg(test)]
+    pub(crate) async fn end(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
     /// Gives it all of its input, and waits for its end. Its failure is not an error here.
     pub(crate) async fn finish(self, input: &[u8]) -> Result<Ended, CommandError> {
         let Self { name, mut child } = self;

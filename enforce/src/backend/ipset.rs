@@ -312,6 +312,28 @@ mod tests {
         assert_eq!(parse_member(line.trim(), set), Some((target, Some(5), "rule-1".into())));
     }
 
+    #[test]
+    fn a_process_that_ended_while_it_waited_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("ipset");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/forgetful-ipset.sh");
+        std::os::unix::fs::symlink(script, &program).unwrap();
+        let set = SetId::Bans(Family::V4);
+        let add = Step::Add { set, target: "192.0.2.1".parse().unwrap(), timeout_s: Some(9), comment: "r".into() };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let applied = runtime.block_on(async {
+            let ipset = Ipset::new(program);
+            ipset.start_ahead();
+            let mut ahead = ipset.lock().take().unwrap();
+            ahead.end().await;
+            assert!(!ahead.is_alive());
+            *ipset.lock() = Some(ahead);
+            ipset.apply(&[add]).await
+        });
+        assert!(applied.stopped.is_none() && applied.refused.is_empty());
+        assert!(std::fs::read_to_string(dir.path().join("applied")).unwrap().contains("192.0.2.1"));
+    }
+
     /// Applies additions of 192.0.2.`from`..=`to` through the stand-in; the refused steps and what was taken.
     fn apply_to_stand_in(from: u8, to: u8) -> (Vec<usize>, std::collections::BTreeSet<String>) {
         let dir = tempfile::tempdir().unwrap();

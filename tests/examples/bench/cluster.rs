@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use proto::report::Role;
 use proto::time::{Clock, Timestamp};
 use tests::cluster::host::Host;
+use tests::cluster::nats::Message;
 use tests::cluster::network::client;
 use tests::cluster::{CONVERGENCE, Cluster, Layout};
 use tests::portcullis::{wait_for, wait_until};
@@ -34,6 +35,10 @@ const LOOK: Duration = Duration::from_micros(100);
 /// Who is not banned by then never will be.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What the time of a single ban consists of, and that of a burst.
+const SINGLE_PARTS: [&str; 3] = ["line -> log", "log -> ban stored", "ban stored -> last kernel"];
+const BURST_PARTS: [&str; 3] =
+    ["lines -> first ban stored", "first -> last ban stored", "last ban stored -> last kernel"];
 /// The servers have 1 GB each, which the log's default would take alone.
 const BUS: &str = "access_max_bytes = \"512MiB\"";
 
@@ -63,9 +68,11 @@ struct Measured {
     samples: Numbers,
     firsts: Numbers,
     bursts: Numbers,
+    /// How exact the samples are, and the bursts.
     gap: f64,
-    /// From the line to its batch in the log, from there to the ban in the state, from there to the last kernel.
-    parts: [Numbers; 3],
+    burst_gap: f64,
+    /// See [`Bench::parts`].
+    parts: [[Numbers; 3]; 2],
 }
 
 /// A cluster in which everything runs: detectors first, because hosts complain of streams that nobody has made yet.
@@ -95,10 +102,13 @@ pub(crate) fn run(samples: u64) -> Result<Vec<String>> {
     for one in &all {
         rows.push(row(format!("{}, last host", one.name), &one.samples, one.gap));
         rows.push(row(format!("{}, first host", one.name), &one.firsts, one.gap));
-        for (what, part) in ["line -> log", "log -> ban stored", "ban stored -> last kernel"].iter().zip(&one.parts) {
-            rows.push(row(format!("  {what}"), part, one.gap));
-        }
-        rows.push(row(format!("{}, last of {BURST} on the last host", one.name), &one.bursts, one.gap));
+        let mut part = |what: &str, numbers: &Numbers| rows.push(row(format!("  {what}"), numbers, one.gap));
+        let [single, burst] = &one.parts;
+        SINGLE_PARTS.iter().zip(single).for_each(|(what, numbers)| part(what, numbers));
+        let name = format!("{}, last of {BURST} on the last host", one.name);
+        rows.push(row(name, &one.bursts, one.burst_gap));
+        let mut part = |what: &str, numbers: &Numbers| rows.push(row(format!("  {what}"), numbers, one.burst_gap));
+        BURST_PARTS.iter().zip(burst).for_each(|(what, numbers)| part(what, numbers));
     }
     println!("{}", render(["last line -> kernels (ms)", "samples", "p50", "p90", "p99", "max", "+-"], &rows));
     let line = |one: &Measured| {
@@ -128,18 +138,20 @@ fn measure(servers: u8, samples: u64) -> Result<Measured> {
         let addresses: Vec<_> = (0..BURST).map(|i| address(198, 19, 256 + burst * BURST + i)).collect();
         bursts.push(bench.ban(&addresses, burst, BURST_SETTLE)?);
     }
-    let parts = bench.parts(&single)?;
-    bench.cluster.stop()?;
+    let parts = bench.parts(&single, &bursts)?;
+    drop(bench);
     let took = |samples: &[Sample], end: fn(&Sample) -> i64| {
         Numbers::new(samples.iter().map(|sample| millis(end(sample) - sample.written)))
     };
+    let gap = |samples: &[Sample]| Numbers::new(samples.iter().map(|sample| millis(sample.gap))).median();
     let noun = if servers == 1 { "server and replica" } else { "servers and replicas" };
     Ok(Measured {
         name: format!("{servers} {noun}"),
         samples: took(&single, |sample| sample.last),
         firsts: took(&single, |sample| sample.first),
         bursts: took(&bursts, |sample| sample.last),
-        gap: Numbers::new(single.iter().map(|sample| millis(sample.gap))).median(),
+        gap: gap(&single),
+        burst_gap: gap(&bursts),
         parts,
     })
 }
@@ -222,27 +234,42 @@ impl Bench {
         }
     }
 
-    /// Where the time went, by what NATS has stamped: batches in their log, and bans in the state.
-    fn parts(&self, samples: &[Sample]) -> Result<[Numbers; 3]> {
+    /// Where the time of single bans went, by what NATS has stamped: to the batch in the log, to the ban in the state, to
+    /// the last kernel. And that of bursts: to the first and to the last ban in the state, to the last kernel.
+    fn parts(&self, singles: &[Sample], bursts: &[Sample]) -> Result<[[Numbers; 3]; 2]> {
         let mut nats = self.cluster.servers.client(&self.cluster.network)?;
         let mut stamps = |stream: &str, filter: &str| -> Result<Vec<i64>> {
             let messages = nats.messages(stream, filter)?;
-            let stamp = |message: &tests::cluster::nats::Message| {
-                Some(Timestamp::parse(message.header("Nats-Time-Stamp")?)?.as_nanos())
-            };
+            let stamp = |message: &Message| Some(Timestamp::parse(message.header("Nats-Time-Stamp")?)?.as_nanos());
             Ok(messages.iter().filter_map(stamp).collect())
         };
         let batches = stamps("PORTCULLIS_ACCESS", "portcullis.access.v1.>")?;
-        let bans = stamps("KV_portcullis_bans", "$KV.portcullis_bans.ban.198.18.>")?;
-        let mut parts: [Vec<f64>; 3] = Default::default();
-        for Sample { written, last, .. } in samples {
-            let within = |stamps: &[i64]| stamps.iter().copied().find(|stamp| (*written..*last).contains(stamp));
-            let (Some(logged), Some(banned)) = (within(&batches), within(&bans)) else { continue };
-            let moments = [*written, logged, banned, *last];
-            parts.iter_mut().zip(moments.windows(2)).for_each(|(part, pair)| part.push(millis(pair[1] - pair[0])));
-        }
-        Ok(parts.map(Numbers::new))
+        let bans = stamps("KV_portcullis_bans", "$KV.portcullis_bans.ban.>")?;
+        let within = |stamps: &[i64], sample: &Sample| {
+            let range = sample.written..sample.last;
+            let mut found = stamps.iter().copied().filter(|stamp| range.contains(stamp)).collect::<Vec<_>>();
+            found.sort_unstable();
+            found.first().copied().zip(found.last().copied())
+        };
+        let single = |sample: &Sample| {
+            let ((logged, _), (banned, _)) = (within(&batches, sample)?, within(&bans, sample)?);
+            Some([sample.written, logged, banned, sample.last])
+        };
+        let burst = |sample: &Sample| {
+            let (first, last) = within(&bans, sample)?;
+            Some([sample.written, first, last, sample.last])
+        };
+        Ok([parts(singles.iter().filter_map(single)), parts(bursts.iter().filter_map(burst))])
     }
+}
+
+/// Times between moments, in milliseconds.
+fn parts(moments: impl Iterator<Item = [i64; 4]>) -> [Numbers; 3] {
+    let mut parts: [Vec<f64>; 3] = Default::default();
+    for moments in moments {
+        parts.iter_mut().zip(moments.windows(2)).for_each(|(part, pair)| part.push(millis(pair[1] - pair[0])));
+    }
+    parts.map(Numbers::new)
 }
 
 fn millis(nanos: i64) -> f64 {

@@ -53,15 +53,15 @@ struct Taken {
 pub(crate) fn run(corpus: &Corpus) -> Result<Vec<String>> {
     let mut bench = Bench::start(corpus, WITH_PREDICATE)?;
     let with = bench.take_live()?;
-    bench.cluster.stop()?;
+    drop(bench);
     let mut bench = Bench::start(corpus, WITHOUT_PREDICATE)?;
     let without = bench.take_live()?;
     let rebuild_seconds = bench.rebuild()?;
-    bench.cluster.stop()?;
+    drop(bench);
     ensure!(with.targets == without.targets, "the predicate changes who is banned");
     let mut bench = Bench::start(corpus, WITHOUT_PREDICATE)?;
     let backlog = bench.take_backlog()?;
-    bench.cluster.stop()?;
+    drop(bench);
     ensure!(with.targets == backlog.targets, "a backlog changes who is banned");
 
     let lines = to_f64(corpus.lines);

@@ -14,7 +14,7 @@ use crate::table::{Numbers, number, render, to_f64};
 /// Counted runs.
 const RUNS: usize = 5;
 /// Events of one run.
-const EVENTS: u64 = 200_000;
+const EVENTS: u64 = 50_000;
 /// Sizes of batches: one line alone, what ingest joins at a busy moment, and its largest.
 const SIZES: [usize; 3] = [1, 32, 512];
 
