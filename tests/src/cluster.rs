@@ -1,8 +1,8 @@
 //! A whole cluster on one machine: every host in a network namespace of its own, with real NATS servers, real processes
 //! and real kernels, and the faults that such things have.
 //!
-//! Everything vanishes when a [`Cluster`] is dropped. Clusters stand one after another, not beside each other: with eleven
-//! processes each, they would only measure the machine.
+//! Everything vanishes when a [`Cluster`] is dropped. Few stand beside each other: with eleven processes each, they would only
+//! measure the machine. Two pass the time in which one waits for a lease to end or a leader to be elected.
 
 pub mod fault;
 pub mod host;
@@ -15,6 +15,7 @@ pub mod truth;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -70,14 +71,13 @@ pub struct Cluster {
     pub network: Network,
     web: Vec<Server>,
     _folder: TempDir,
-    _alone: MutexGuard<'static, ()>,
+    _place: MutexGuard<'static, ()>,
 }
 
 impl Cluster {
     /// Hosts, links and configurations; nothing runs but the web servers.
     pub fn new(layout: &Layout) -> Result<Self> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = take_place();
         let folder = tempfile::tempdir()?;
         let network = Network::new()?;
         let servers = Servers::new(&network, folder.path(), layout.servers)?;
@@ -94,7 +94,7 @@ impl Cluster {
         let (edges, detects) = (hosts("edge", 10, layout.nodes)?, hosts("detect", 20, layout.detects)?);
         let web = edges.iter().map(|edge| Server::start(edge.namespace(), &edge.access_log()));
         let web = web.collect::<Result<_>>()?;
-        Ok(Self { edges, detects, servers, network, web, _folder: folder, _alone: alone })
+        Ok(Self { edges, detects, servers, network, web, _folder: folder, _place: place })
     }
 
     /// A cluster in which everything runs and has reported.
@@ -274,6 +274,13 @@ impl Drop for Cluster {
             eprintln!("{}", self.logs());
         }
     }
+}
+
+/// Where a cluster may stand. Waits until there is room.
+fn take_place() -> MutexGuard<'static, ()> {
+    static PLACES: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    PLACES[NEXT.fetch_add(1, Ordering::Relaxed) % PLACES.len()].lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The end of a log.
