@@ -169,7 +169,7 @@ impl Leader {
             let (present, due) = (self.present(), self.decider.engine.poll_timeout());
             let wait = due.map(|due| due.since(present)).unwrap_or_default();
             let waiting = self.decider.pending.len() + self.decider.told.len();
-            let may_read = !ending && waiting < PENDING_MAX;
+            let may_handle = !ending && waiting < PENDING_MAX;
             tokio::select! {
                 biased;
                 () = role.shutdown.draining(), if !ending => ending = true,
@@ -183,8 +183,11 @@ impl Leader {
                 }
                 followed = self.view.state.next() => drop(self.view.take_state(followed)?),
                 // Others get their turn, however much there is.
-                () = tokio::task::yield_now(), if may_read && !self.view.backlog.is_empty() => self.handle_backlog(),
-                followed = self.view.access.next(), if may_read => self.view.take_access(followed)?,
+                () = tokio::task::yield_now(), if may_handle && !self.view.backlog.is_empty() => self.handle_backlog(),
+                followed = self.view.access.next(), if may_handle && self.view.backlog.is_empty() => {
+                    self.view.take_access(followed)?;
+                    self.handle_backlog();
+                }
             }
         }
     }
