@@ -74,6 +74,16 @@ impl Desired {
         self.recut();
     }
 
+    /// Takes over what a firewall holds and no set that we know says anything of.
+    pub fn adopt<'a>(&mut self, held: impl Iterator<Item = (&'a Target, Entry)>, guard: &Guard, now: Timestamp) {
+        for (target, entry) in held {
+            if entry.end() > now && !self.contains(target) {
+                self.put(*target, entry, guard);
+            }
+        }
+        self.recut();
+    }
+
     /// Takes changes, or a whole set.
     pub fn handle_update(&mut self, update: &BanUpdate, guard: &Guard, now: Timestamp) -> BTreeSet<Target> {
         let mut touched = BTreeSet::new();
@@ -292,6 +302,31 @@ mod tests {
         assert_eq!(wanted(&desired), ["192.0.2.1"]);
         assert_eq!(desired.handle_time(Timestamp::from_secs(200)).len(), 1);
         assert_eq!((wanted(&desired).len(), desired.count()), (0, 0));
+    }
+
+    #[test]
+    fn what_only_the_kernel_holds_stays_until_its_end_or_a_whole_set() {
+        let (guard, now) = (guard(&["192.0.2.3/32"]), Timestamp::from_secs(100));
+        let entry = |end| Entry { ends: Some(Timestamp::from_secs(end)), rule: "r".into() };
+        let kernel: Vec<(Target, Entry)> =
+            [("192.0.2.1", 300), ("192.0.2.2", 200), ("192.0.2.3", 300), ("192.0.2.4", 100)]
+                .map(|(target, end)| (target.parse().unwrap(), entry(end)))
+                .into();
+        let mut desired = Desired::new(10);
+        desired.handle_last_set(vec![("192.0.2.1".parse().unwrap(), entry(400))], &guard, now);
+        desired.adopt(kernel.iter().map(|(target, entry)| (target, entry.clone())), &guard, now);
+        assert_eq!(wanted(&desired), ["192.0.2.1", "192.0.2.2"], "neither whom the guard names nor who is free");
+        assert_eq!(desired.wanted(&"192.0.2.1".parse().unwrap()), Some(&entry(400)), "the set on disk knows better");
+        desired.handle_update(&update(1, false, &[("192.0.2.2", Some(150))]), &guard, now);
+        assert_eq!(
+            desired.wanted(&"192.0.2.2".parse().unwrap()),
+            Some(&entry(200)),
+            "a set that is not whole frees nobody"
+        );
+        desired.handle_time(Timestamp::from_secs(200));
+        assert_eq!(wanted(&desired), ["192.0.2.1"]);
+        desired.handle_update(&update(2, true, &[]), &guard, now);
+        assert_eq!(desired.count(), 0);
     }
 
     #[test]

@@ -209,6 +209,13 @@ impl Kernel {
         self.sets.get(&SetId::Bans(Family::of(target)))?.members.get(target)
     }
 
+    /// What the family's ban set says, if it is one of ours.
+    pub fn entries(&self, family: Family) -> impl Iterator<Item = (&Target, Entry)> {
+        let set = self.sets.get(&SetId::Bans(family)).filter(|set| set.form == Form::Ours);
+        let members = set.into_iter().flat_map(|set| &set.members);
+        members.map(|(target, held)| (target, Entry { ends: held.ends, rule: held.comment.clone() }))
+    }
+
     /// Bans in the kernel at `now`.
     pub fn bans(&self, family: Family, now: Timestamp) -> usize {
         let set = self.sets.get(&SetId::Bans(family));

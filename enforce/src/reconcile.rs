@@ -303,6 +303,11 @@ impl Reconciler {
         let known = !self.kernel.sets.is_empty();
         let expected = plan::plan(&self.frame, &self.desired, &self.kernel, now);
         self.kernel = observed;
+        if !self.desired.is_whole() {
+            // A ban may be so new that only the kernel has kept it.
+            let held = self.frame.families.iter().flat_map(|&family| self.kernel.entries(family));
+            self.desired.adopt(held, &self.guard, now);
+        }
         let steps = plan::plan(&self.frame, &self.desired, &self.kernel, now);
         let drifted = known && expected.is_empty() && !steps.is_empty();
         let count = steps.len();

@@ -156,9 +156,12 @@ impl Host {
         Ok(parse_sets(&self.namespace.run("ipset", &["save"])?))
     }
 
-    /// What `enforce` keeps on disk for its next start; nothing before it has.
-    pub fn last_set(&self) -> String {
-        std::fs::read_to_string(self.folder.join("state/enforce.json")).unwrap_or_default()
+    /// Takes away what `enforce` keeps on disk for its next start, as if it had never come to write it.
+    pub fn remove_last_set(&self) -> Result<()> {
+        match std::fs::remove_file(self.folder.join("state/enforce.json")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// What a role has logged, in all its lives.
