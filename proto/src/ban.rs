@@ -92,6 +92,11 @@ pub struct BanRecord {
 }
 
 impl BanRecord {
+    /// When the last of them ends; [`Timestamp::MAX`] where that is never.
+    pub fn end(&self) -> Timestamp {
+        self.expires_at().unwrap_or(Timestamp::MAX)
+    }
+
     /// When the last of them ends; `None` = never.
     pub fn expires_at(&self) -> Option<Timestamp> {
         self.bans

@@ -160,9 +160,16 @@ impl BanBucket {
         });
     }
 
-    /// Applies changes to a set that is not known to be whole: nobody is freed by what it lacks.
+    /// Applies changes to a set that is not known to be whole: nobody is freed by what it lacks, nor sooner than he would
+    /// be without it.
     pub fn publish_partial(&self, changes: impl IntoIterator<Item = BanChange>) {
-        self.change(None, |state| changes.into_iter().for_each(|change| state.apply(change)));
+        self.change(None, |state| {
+            for change in changes {
+                if !state.shortens(&change) {
+                    state.apply(change);
+                }
+            }
+        });
     }
 
     /// From now on the set is `records`, and whole: who is not in it is not banned.
@@ -211,6 +218,11 @@ impl BanBucket {
         lock(&self.state).records.contains_key(target)
     }
 
+    /// Whether a record is such.
+    pub fn any(&self, mut is_such: impl FnMut(&BanRecord) -> bool) -> bool {
+        lock(&self.state).records.values().any(|(_, record)| is_such(record))
+    }
+
     /// All records, by target.
     pub fn all(&self) -> Vec<BanRecord> {
         lock(&self.state).records.values().map(|(_, record)| record.clone()).collect()
@@ -231,6 +243,12 @@ impl BucketState {
             BanChange::Put(record) => drop(self.records.insert(target, (self.revision, record))),
             BanChange::Delete(_) => drop(self.deleted.insert(target, self.revision)),
         }
+    }
+
+    /// Whether a record takes the place of one that ends later.
+    fn shortens(&self, change: &BanChange) -> bool {
+        let BanChange::Put(fresh) = change else { return false };
+        self.records.get(&fresh.target).is_some_and(|(_, known)| known.end() > fresh.end())
     }
 
     fn change(&self, target: Target) -> BanChange {

@@ -8,7 +8,7 @@ mod server;
 use std::path::Path;
 use std::time::Duration;
 
-use proto::ban::BanRecord;
+use proto::ban::{Ban, BanRecord, Evidence, Origin};
 use proto::bus::config::NatsConfig;
 use proto::bus::memory::BanBucket;
 use proto::bus::nats::commit::{Change, CommitError, Value, commit, read_head, read_out};
@@ -23,7 +23,7 @@ use proto::envelope::CloudEvent;
 use proto::head::{Head, Mark, VERSION};
 use proto::net::Target;
 use proto::shutdown::Shutdown;
-use proto::time::Timestamp;
+use proto::time::{Clock, Timestamp};
 
 use server::Server;
 
@@ -39,9 +39,29 @@ fn target(n: u8) -> Target {
     Target::host([192, 0, 2, n].into())
 }
 
+/// A ban of an hour.
 fn ban(n: u8) -> Change {
-    let record = BanRecord { target: target(n), bans: Vec::new() };
+    ban_for(n, Duration::from_secs(3600))
+}
+
+fn ban_for(n: u8, length: Duration) -> Change {
+    let ban = Ban {
+        target: target(n),
+        rule: "r".to_owned(),
+        origin: Origin::Detect,
+        ban_count: 1,
+        ban_seconds: Some(length.as_secs()),
+        banned_at: Clock::system().now(),
+        expires_at: Some(Clock::system().now().saturating_add(length)),
+        reason: String::new(),
+        evidence: Evidence::default(),
+    };
+    let record = BanRecord { target: target(n), bans: vec![ban] };
     Change { key: format!("ban.192.0.2.{n}"), value: Value::Put(serde_json::to_vec(&record).unwrap()) }
+}
+
+fn unban(n: u8) -> Change {
+    Change { key: format!("ban.192.0.2.{n}"), value: Value::Delete(Some(Duration::from_secs(60))) }
 }
 
 async fn write(connection: &Connection, head: &Head, changes: &[Change], expected: u64) -> Result<u64, CommitError> {
@@ -214,6 +234,7 @@ async fn a_follower_notices_that_its_stream_was_made_anew() {
 struct Host {
     bans: BanBucket,
     state: ReplicaState,
+    /// How many bans of a former run it keeps that no set shows.
     kept: tokio::sync::watch::Sender<u64>,
     shutdown: Shutdown,
     task: tokio::task::JoinHandle<Result<(), std::convert::Infallible>>,
@@ -221,10 +242,13 @@ struct Host {
 
 impl Host {
     fn start(connection: &Connection, dir: &Path) -> Self {
+        Self::start_with(connection, dir, 0)
+    }
+
+    fn start_with(connection: &Connection, dir: &Path, kept: u64) -> Self {
         let bans = proto::bus::memory::Bus::new().bans;
         let (state, shutdown) = (ReplicaState::default(), Shutdown::new());
-        // It keeps bans of former times that no set shows.
-        let kept = tokio::sync::watch::Sender::new(1);
+        let kept = tokio::sync::watch::Sender::new(kept);
         let copies = Copies { bans: Some(bans.clone()), kept: Some(kept.subscribe()), ..Copies::default() };
         let running = replica::run(connection.clone(), copies, Some(dir.to_owned()), state.clone(), shutdown.clone());
         Self { bans, state, kept, shutdown, task: tokio::spawn(running) }
@@ -260,8 +284,7 @@ async fn a_set_that_is_not_whole_frees_nobody() {
     host.wait_for(&[target(1), target(2)]).await;
     let update = host.bans.since(0).unwrap();
     assert!(update.snapshot, "a whole set may free who is not in it");
-    let freed = Change { key: "ban.192.0.2.1".to_owned(), value: Value::Delete(Some(Duration::from_secs(60))) };
-    let at = write(&connection, &head(1, 2, 1, 1), &[freed], at).await.unwrap();
+    let at = write(&connection, &head(1, 2, 1, 1), &[unban(1)], at).await.unwrap();
     host.wait_for(&[target(2)]).await;
     host.stop().await;
 
@@ -280,7 +303,7 @@ async fn a_set_that_is_not_whole_frees_nobody() {
     streams::ensure(&connection, &server.config()).await.unwrap();
     let fresh = Head { bucket: "another".to_owned(), ..head(1, 1, 1, 1) };
     write(&connection, &fresh, &[ban(4)], 0).await.unwrap();
-    let host = Host::start(&connection, dir.path());
+    let host = Host::start_with(&connection, dir.path(), 1);
     host.wait_for_problem("deleted and made anew").await;
     host.wait_for(&[target(4)]).await;
     assert!(!host.bans.since(0).unwrap().snapshot);
@@ -305,16 +328,45 @@ async fn a_set_made_anew_under_a_running_host_frees_nobody_now_or_after_a_restar
     streams::ensure(&connection, &server.config()).await.unwrap();
     // It has as many messages as the former, so that numbers alone show nothing.
     let mut at = 0;
+    let another = |commit, bans, changes| Head { bucket: "another".to_owned(), ..head(1, commit, bans, changes) };
     for n in 1..9 {
-        let fresh = Head { bucket: "another".to_owned(), ..head(1, n, 0, 0) };
-        at = write(&connection, &fresh, &[], at).await.unwrap();
+        at = write(&connection, &another(n, 0, 0), &[], at).await.unwrap();
     }
     host.wait_for_problem("deleted and made anew").await;
     assert_eq!(host.targets(), [target(1)]);
+    // Its bans are put in force, and free nobody sooner, neither by what they say nor by their end.
+    let brief = ban_for(1, Duration::from_millis(500));
+    at = write(&connection, &another(9, 3, 3), &[brief, ban(2), ban(3)], at).await.unwrap();
+    host.wait_for(&[target(1), target(2), target(3)]).await;
+    at = write(&connection, &another(10, 2, 2), &[unban(1), ban(3)], at).await.unwrap();
+    // Unless somebody lifts them.
+    write(&connection, &another(11, 1, 1), &[unban(2)], at).await.unwrap();
+    host.wait_for(&[target(1), target(3)]).await;
+    let left = host.bans.all()[0].end().since(Clock::system().now());
+    assert!(left > Duration::from_secs(3000), "{left:?}");
     host.stop().await;
-    let host = Host::start(&connection, dir.path());
+    let host = Host::start_with(&connection, dir.path(), 1);
     host.wait_for_problem("deleted and made anew").await;
     assert!(host.bans.since(0).is_none_or(|update| !update.snapshot));
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_set_made_anew_is_taken_once_all_it_lacks_have_ended() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::start(&connection, dir.path());
+    write(&connection, &head(5, 1, 1, 1), &[ban_for(1, Duration::from_secs(5))], 0).await.unwrap();
+    host.wait_for(&[target(1)]).await;
+    server.api("STREAM.DELETE.KV_portcullis_bans", serde_json::json!({})).await;
+    streams::ensure(&connection, &server.config()).await.unwrap();
+    let another = |commit, changes| Head { bucket: "another".to_owned(), ..head(1, commit, 1, changes) };
+    let at = write(&connection, &another(1, 1), &[ban(2)], 0).await.unwrap();
+    write(&connection, &another(2, 0), &[], at).await.unwrap();
+    host.wait_for(&[target(1), target(2)]).await;
+    host.wait_for(&[target(2)]).await;
+    wait_until("nothing is wrong any more", || host.state.get().0.is_none()).await;
     host.stop().await;
 }
 
@@ -331,7 +383,7 @@ async fn an_older_set_than_was_applied_frees_nobody() {
     write(&connection, &head(4, 9, 0, 1), &[Change { key: "ban.192.0.2.1".into(), value: Value::Delete(None) }], at)
         .await
         .unwrap();
-    let host = Host::start(&connection, dir.path());
+    let host = Host::start_with(&connection, dir.path(), 1);
     host.wait_for_problem("older than what this host has applied").await;
     assert!(host.bans.since(0).is_none_or(|update| !update.snapshot));
     host.stop().await;

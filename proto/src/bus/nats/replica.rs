@@ -36,6 +36,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_secs(2);
 /// How often everything may be read again because the set is not what its head counts.
 const REREAD_INTERVAL: Duration = Duration::from_secs(30);
+/// A ban that is deleted so shortly before its end has ended: clocks differ by less.
+const END_TOLERANCE: Duration = Duration::from_secs(1);
 /// How often it is remembered which commit was applied.
 const REMEMBER_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -50,7 +52,7 @@ pub struct Copies {
     pub interest: Option<watch::Sender<Arc<Interest>>>,
     /// Who is banned, for ingest.
     pub banned: Option<Banned>,
-    /// How many bans enforcement keeps that `bans` lacks. Without it there is nothing to lose.
+    /// How many bans of a former run enforcement keeps that `bans` lacks.
     pub kept: Option<watch::Receiver<u64>>,
 }
 
@@ -267,17 +269,28 @@ impl Replica {
                 }
             }
             StateEntry::Ban(change) => {
-                match &change {
-                    BanChange::Put(record) => drop(self.records.insert(record.target, record.clone())),
-                    BanChange::Delete(target) => drop(self.records.remove(target)),
-                }
-                // What was deleted before we looked says nothing of a set that we do not trust.
-                if self.caught_up || matches!(change, BanChange::Put(_)) {
+                let tells = match &change {
+                    BanChange::Put(record) => {
+                        self.records.insert(record.target, record.clone());
+                        true
+                    }
+                    BanChange::Delete(target) => {
+                        let ended = self.records.remove(target).is_some_and(|record| self.has_ended(&record));
+                        // In a set that is not trusted, what was deleted before we looked and what has ended says
+                        // nothing of bans that we have from elsewhere.
+                        self.whole || (self.caught_up && !ended)
+                    }
+                };
+                if tells {
                     self.changes.push(change);
                 }
             }
             StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(..) => {}
         }
+    }
+
+    fn has_ended(&self, record: &BanRecord) -> bool {
+        record.end() <= self.connection.clock().now().saturating_add(END_TOLERANCE)
     }
 
     /// Brings the copies up to date, as far as what was followed can be trusted.
@@ -286,14 +299,14 @@ impl Replica {
     /// When everything must be read again.
     fn settle(&mut self, feed: &Feed) -> Result<(), BusError> {
         let now = self.connection.clock().raw();
+        if self.whole && (self.newer.is_some() || self.departure().is_some()) {
+            // What was followed is not what was applied: it is read again, and judged before anybody is freed.
+            return Err(BusError::Incomplete { stream: "of the ban set".to_owned() });
+        }
         let doubt = self.doubt();
         let odd = self.oddness(now);
         let mark = self.head.as_ref().map(|head| head.mark).unwrap_or_default();
         let between = self.seen < self.commit_end();
-        if self.whole && doubt.is_some() {
-            // Another set under the same name: what was followed is not what was applied.
-            return Err(BusError::Recreated { stream: "of the ban set".to_owned() });
-        }
         if doubt.is_none() && odd.is_none() && !between && !self.whole {
             self.become_whole();
         }
@@ -304,7 +317,11 @@ impl Replica {
         }
         if self.whole && !between && odd.is_none() {
             let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
+            let first = self.applied.bucket != bucket;
             self.applied = Applied { version: VERSION, bucket, mark };
+            if first {
+                self.remember();
+            }
         }
         // The messages of a commit arrive one by one, so a moment of oddness is nothing to tell.
         let lasting = odd.filter(|(_, since)| now.since(*since) >= SETTLE);
@@ -386,22 +403,36 @@ impl Replica {
         }
         let kept = "this host keeps the bans it has until they end, and adds new ones; to drop them at once, stop \
                     enforce, run `portcullis enforce --teardown` and start it again";
-        // Whoever frees nobody, or keeps nobody that the new set lacks, has nothing to lose.
-        let keeps = self.copies.kept.as_ref().is_some_and(|kept| *kept.borrow() > 0);
-        let applied = Some(&self.applied).filter(|applied| !applied.bucket.is_empty() && keeps);
-        let Some(head) = &self.head else {
+        if self.head.is_none() {
             let text = "no detector has written to the ban set yet";
-            return match applied {
-                Some(_) => lasting(format!("{text}: {kept}")),
-                None => Some(Trouble { passing: true, text: text.to_owned() }),
-            };
-        };
-        let applied = applied?;
-        if applied.bucket != head.bucket {
-            return lasting(format!("the ban set was deleted and made anew: {kept}"));
+            if !self.applied.bucket.is_empty() && self.would_free() {
+                return lasting(format!("{text}: {kept}"));
+            }
+            return Some(Trouble { passing: true, text: text.to_owned() });
         }
-        let text = || format!("the ban set is older than what this host has applied: {kept}");
-        (head.mark < applied.mark).then(text).and_then(lasting)
+        let departure = self.departure().filter(|_| self.would_free())?;
+        lasting(format!("the ban set {departure}: {kept}"))
+    }
+
+    /// How the set is not one that follows on what was applied.
+    fn departure(&self) -> Option<&'static str> {
+        let (head, applied) = (self.head.as_ref()?, &self.applied);
+        if applied.bucket.is_empty() {
+            return None;
+        }
+        if applied.bucket != head.bucket {
+            return Some("was deleted and made anew");
+        }
+        (head.mark < applied.mark).then_some("is older than what this host has applied")
+    }
+
+    /// Whether taking the set for whole would free anybody whom this host bans, or free him sooner.
+    fn would_free(&self) -> bool {
+        let now = self.connection.clock().now();
+        let end_here = |target: &Target| self.records.get(target).map_or(now, |record| record.end().max(now));
+        let keeps = self.copies.kept.as_ref().is_some_and(|kept| *kept.borrow() > 0);
+        let loses = |bans: &BanBucket| bans.any(|record| record.end() > end_here(&record.target));
+        keeps || self.copies.bans.as_ref().is_some_and(loses)
     }
 
     /// What the set lacks of what its head counts, and since when.
