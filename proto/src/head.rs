@@ -44,9 +44,9 @@ pub struct Head {
     pub bans: u64,
     /// Messages of this commit beside the head.
     pub changes: u64,
-    /// Number of the next event in the outbox.
+    /// Number that the next events get in the outbox.
     pub next_out: u64,
-    /// Events before this one are published.
+    /// What has a number before this one is published.
     pub first_out: u64,
     /// When the line behind the newest ban was read, in nanoseconds since the epoch; for latency figures.
     pub cause: Option<i64>,

@@ -55,7 +55,8 @@ type Answer = (oneshot::Sender<Result<Reply, CommandError>>, Result<Reply, Comma
 /// A commit under way.
 struct Flight {
     writing: Pin<Box<dyn Future<Output = Result<Written, Fenced>> + Send>>,
-    told: Vec<CloudEvent>,
+    /// Events, as they share numbers in the outbox.
+    outs: Vec<Vec<CloudEvent>>,
     answers: Vec<Answer>,
     begun_at: Timestamp,
 }
@@ -354,10 +355,10 @@ impl Leader {
             cause: self.cause.take().map(Timestamp::as_nanos),
             ..self.head.clone()
         };
-        let pieces = seal(&commit, &told, singles, (&self.head, next), (&mut self.banned, begun_at));
+        let (pieces, outs) = seal(&commit, told, singles, (&self.head, next), (&mut self.banned, begun_at));
         let (writer, at) = (self.writer.clone(), self.at);
         let writing = Box::pin(async move { write(&writer, pieces, at).await });
-        self.flight = Some(Flight { writing, told, answers: std::mem::take(&mut self.answers), begun_at });
+        self.flight = Some(Flight { writing, outs, answers: std::mem::take(&mut self.answers), begun_at });
     }
 
     /// What was decided is stored, or was for nothing.
@@ -374,9 +375,8 @@ impl Leader {
             // Who asked may have gone.
             let _gone = reply.send(result);
         }
-        flight.told.iter().for_each(log_event);
-        let first = self.head.next_out - flight.told.len() as u64;
-        self.outbox.send(first, written.last, flight.told);
+        flight.outs.iter().flatten().for_each(log_event);
+        self.outbox.send(self.head.next_out, written.last, flight.outs);
         Ok(())
     }
 }

@@ -28,14 +28,14 @@ const REFUSALS_MAX: u32 = 20;
 /// Events that wait for so long are worth a word.
 const LATE_AFTER: Duration = Duration::from_secs(10);
 
-/// Events of one commit.
+/// Events of one commit, as they share numbers.
 #[derive(Debug)]
 struct Parcel {
-    /// Number of the first.
+    /// The first number.
     first: u64,
     /// Number of the commit's last message in the state.
     last: u64,
-    events: Vec<CloudEvent>,
+    outs: Vec<Vec<CloudEvent>>,
 }
 
 /// The outbox of the active detector.
@@ -50,9 +50,9 @@ pub(crate) struct Outbox {
 
 #[derive(Debug)]
 struct Shared {
-    /// Events before this number are published.
+    /// What has a number before this one is published.
     published: AtomicU64,
-    /// Events before this number were given.
+    /// What has a number before this one was given.
     given: AtomicU64,
     /// Some are in the state alone.
     missed: AtomicBool,
@@ -69,19 +69,20 @@ impl Outbox {
         Self { sender: Some(sender), shared, late_since: None, task }
     }
 
-    /// Takes the events of a commit whose last message is `last`; the first has number `first`.
-    pub(crate) fn send(&mut self, first: u64, last: u64, events: Vec<CloudEvent>) {
-        if events.is_empty() {
+    /// Takes the events of a commit whose last message is `last`, as they share numbers, which end before `next`.
+    pub(crate) fn send(&mut self, next: u64, last: u64, outs: Vec<Vec<CloudEvent>>) {
+        if outs.is_empty() {
             return;
         }
-        self.shared.given.store(first + events.len() as u64, Ordering::Release);
-        let sent = self.sender.as_ref().map(|sender| sender.try_send(Parcel { first, last, events }));
+        self.shared.given.store(next, Ordering::Release);
+        let first = next - outs.len() as u64;
+        let sent = self.sender.as_ref().map(|sender| sender.try_send(Parcel { first, last, outs }));
         if !matches!(sent, Some(Ok(()))) {
             self.shared.missed.store(true, Ordering::Release);
         }
     }
 
-    /// Number of the first event that may not be published yet.
+    /// First number whose events may not be published yet.
     pub(crate) fn first_unpublished(&self) -> u64 {
         self.shared.published.load(Ordering::Acquire).min(self.given())
     }
@@ -99,7 +100,7 @@ impl Outbox {
         }
         let since = *self.late_since.get_or_insert(now);
         let late = now.since(since);
-        let text = || format!("{waiting} events could not be published for {}", render_duration(late));
+        let text = || format!("events could not be published for {}", render_duration(late));
         (late >= LATE_AFTER).then(|| Problem::degraded(text()))
     }
 
@@ -131,8 +132,13 @@ impl Postman {
                 self.publish_from_state().await;
             }
             let Some(parcel) = parcels.recv().await else { return };
-            for (number, event) in (parcel.first..).zip(&parcel.events) {
-                self.publish(number, event).await;
+            for (number, events) in (parcel.first..).zip(&parcel.outs) {
+                if number >= self.shared.published.load(Ordering::Acquire) {
+                    for event in events {
+                        self.publish(event).await;
+                    }
+                    self.note_published(number);
+                }
             }
             self.clear(parcel.last).await;
         }
@@ -147,10 +153,12 @@ impl Postman {
                 return;
             }
             match read_out(&self.connection, number).await {
-                Ok(Some(Unpublished { at, event })) => {
-                    match &event {
-                        Some(event) => self.publish(number, event).await,
-                        None => tracing::error!(number, "An event cannot be read and is left out"),
+                Ok(Some(Unpublished { at, events })) => {
+                    for event in &events {
+                        match event {
+                            Some(event) => self.publish(event).await,
+                            None => tracing::error!(number, "An event cannot be read and is left out"),
+                        }
                     }
                     self.note_published(number);
                     if let Err(error) = clear_out(&self.connection, number, at).await {
@@ -170,11 +178,8 @@ impl Postman {
         }
     }
 
-    /// Publishes one event, unless that has been done.
-    async fn publish(&self, number: u64, event: &CloudEvent) {
-        if number < self.shared.published.load(Ordering::Acquire) {
-            return;
-        }
+    /// Publishes one event.
+    async fn publish(&self, event: &CloudEvent) {
         let (mut wait, mut refusals) = (RETRY_FIRST, 0);
         while let Err(error) = publish_event(&self.connection, event).await {
             match &error {
@@ -192,7 +197,6 @@ impl Postman {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY_MAX);
         }
-        self.note_published(number);
     }
 
     fn note_published(&self, number: u64) {

@@ -133,7 +133,7 @@ impl Standby {
                 let covered = covered_from(engine.config(), &coverage);
                 engine.set_coverage(covered);
             }
-            Some(StateEntry::Lists(_) | StateEntry::Out(..)) | None => {}
+            Some(StateEntry::Lists(_) | StateEntry::Out(_)) | None => {}
         }
         Ok(())
     }

@@ -166,7 +166,7 @@ impl View {
                 self.outlets.interest.send_replace(Arc::new(coverage.interest.clone()));
                 self.coverage = coverage.clone();
             }
-            Some(StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(..)) | None => {}
+            Some(StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(_)) | None => {}
         }
         if entry.ends_batch {
             self.tell();
@@ -263,7 +263,7 @@ impl Loading {
                 self.offenders.insert(target, decode_offender(&bytes).map_err(unreadable)?);
             }
             Some(StateEntry::Offender(target, None)) => drop(self.offenders.remove(&target)),
-            Some(StateEntry::Out(..)) | None => {}
+            Some(StateEntry::Out(_)) | None => {}
         }
         Ok(())
     }

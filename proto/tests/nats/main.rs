@@ -11,7 +11,7 @@ use std::time::Duration;
 use proto::ban::{Ban, BanRecord, Evidence, Origin};
 use proto::bus::config::NatsConfig;
 use proto::bus::memory::BanBucket;
-use proto::bus::nats::commit::{Change, CommitError, Value, commit, read_head, read_out};
+use proto::bus::nats::commit::{Change, CommitError, Value, commit, put_out, read_head, read_out};
 use proto::bus::nats::events::{clear_out, clear_outbox, publish_event};
 use proto::bus::nats::follow::{Feed, Followed, Start, fetch};
 use proto::bus::nats::lease::{Holder, LEASE_INTERVAL, Lease};
@@ -448,16 +448,20 @@ async fn events_leave_the_outbox_once_they_are_published() {
     let server = Server::start();
     let connection = server.bus().await;
     let event = |n: u64| CloudEvent::of_alarm("n", "test", format!("{n}"), Timestamp::from_secs(n as i64));
-    let out = |n: u64| Change { key: format!("out.{n}"), value: Value::Put(serde_json::to_vec(&event(n)).unwrap()) };
-    // Out of order, as within a commit.
+    let out = |n: u64| {
+        let events = [10 * n, 10 * n + 1].map(|n| serde_json::to_vec(&event(n)).unwrap());
+        put_out(n, events.iter().map(Vec::as_slice))
+    };
     let at = write(&connection, &head(1, 1, 0, 2), &[out(1), out(0)], 0).await.unwrap();
     let last = write(&connection, &head(1, 2, 0, 2), &[out(2), out(3)], at).await.unwrap();
     let read = async |number: u64| read_out(&connection, number).await.unwrap();
     for number in 0..3 {
-        let found = read(number).await.unwrap().event.unwrap();
-        assert_eq!(found, event(number));
-        publish_event(&connection, &found).await.unwrap();
-        publish_event(&connection, &found).await.unwrap();
+        let found = read(number).await.unwrap().events;
+        assert_eq!(found, [Some(event(10 * number)), Some(event(10 * number + 1))]);
+        for event in found.into_iter().flatten() {
+            publish_event(&connection, &event).await.unwrap();
+            publish_event(&connection, &event).await.unwrap();
+        }
     }
     clear_out(&connection, 0, at + 2).await.unwrap();
     assert!(read(0).await.is_none());
@@ -467,5 +471,10 @@ async fn events_leave_the_outbox_once_they_are_published() {
     assert_eq!(read(3).await.unwrap().at, last + 2, "what came later stays");
     let filter = "portcullis.events.v1.>";
     let (published, _) = fetch(&connection, "PORTCULLIS_EVENTS", filter, Start::Sequence(1)).await.unwrap();
-    assert_eq!(published.len(), 3, "a repetition is stored once");
+    assert_eq!(published.len(), 6, "a repetition is stored once");
+    let unreadable = put_out(4, [b"{}".as_slice(), &serde_json::to_vec(&event(5)).unwrap()].into_iter());
+    let no_list = Change { key: "out.5".into(), value: Value::Put(b"x".into()) };
+    write(&connection, &head(1, 3, 0, 2), &[unreadable, no_list], last).await.unwrap();
+    assert_eq!(read(4).await.unwrap().events, [None, Some(event(5))], "one that is unreadable hides no other");
+    assert_eq!(read(5).await.unwrap().events, [None]);
 }

@@ -112,17 +112,23 @@ pub async fn read_head(connection: &Connection) -> Result<Option<(u64, Head)>, B
     Ok(Some((message.seq, message.json().ok_or_else(garbled)?)))
 }
 
-/// One event that was stored and may not be published yet.
+/// Events that were stored together and may not be published yet.
 #[derive(Clone, Debug)]
 pub struct Unpublished {
-    /// Number of its message in the state.
+    /// Number of their message in the state.
     pub at: u64,
-    /// It; `None` where this version cannot read it.
-    pub event: Option<CloudEvent>,
+    /// In the order of their happening; `None` where this version cannot read one.
+    pub events: Vec<Option<CloudEvent>>,
 }
 
-/// Event `number` of the outbox; `None` where it was cleared, or never stored. Within a commit, events need not stand in the
-/// order of their numbers.
+/// The change that puts events into the outbox, which are encoded already, under `number`.
+pub fn put_out<'a>(number: u64, events: impl Iterator<Item = &'a [u8]>) -> Change {
+    let events: Vec<&[u8]> = events.collect();
+    let value = [b"[".as_slice(), &events.join(b",".as_slice()), b"]"].concat();
+    Change { key: format!("{KEY_OUT}{number}"), value: Value::Put(value) }
+}
+
+/// What stands in the outbox under `number`; `None` where it was cleared, or never stored.
 ///
 /// # Errors
 /// When the server does not answer.
@@ -130,5 +136,11 @@ pub async fn read_out(connection: &Connection, number: u64) -> Result<Option<Unp
     let bucket = connection.subjects().state_bucket();
     let newest =
         connection.newest(&bucket_stream(&bucket), &bucket_key(&bucket, &format!("{KEY_OUT}{number}"))).await?;
-    Ok(newest.map(|message| Unpublished { at: message.seq, event: message.json() }))
+    Ok(newest.map(|message| {
+        let values: Option<Vec<serde_json::Value>> = message.json();
+        // What is no list at all counts as one event.
+        let values = values.map_or_else(|| vec![None], |values| values.into_iter().map(Some).collect());
+        let events = values.into_iter().map(|value| serde_json::from_value(value?).ok()).collect();
+        Unpublished { at: message.seq, events }
+    }))
 }

@@ -38,7 +38,7 @@ pub async fn clear_outbox(connection: &Connection, last: u64) -> Result<(), BusE
     streams::purge(connection, &bucket_stream(&bucket), Some(&filter), last + 1).await
 }
 
-/// Removes event `number`, whose message is `at`, from the outbox.
+/// Removes the events under `number`, whose message is `at`, from the outbox.
 ///
 /// # Errors
 /// When the server does not answer; clearing what comes after it removes it too.

@@ -285,7 +285,7 @@ impl Replica {
                     self.changes.push(change);
                 }
             }
-            StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(..) => {}
+            StateEntry::Control(_) | StateEntry::Offender(..) | StateEntry::Out(_) => {}
         }
     }
 

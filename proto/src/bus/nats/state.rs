@@ -5,7 +5,6 @@ use bytes::Bytes;
 use super::follow::{Entry, Feed, Start, follow};
 use super::{BusError, Connection};
 use crate::ban::{BanChange, BanRecord, Lists};
-use crate::envelope::CloudEvent;
 use crate::head::{Coverage, Head, VERSION};
 use crate::net::Target;
 use crate::subject::{
@@ -31,8 +30,8 @@ pub enum StateEntry {
     Ban(BanChange),
     /// A history; `None` = forgotten. What only detect understands.
     Offender(Target, Option<Bytes>),
-    /// An event that waits to be published; `None` = it was.
-    Out(u64, Option<CloudEvent>),
+    /// Events that wait to be published, or were: what only their publisher reads.
+    Out(u64),
 }
 
 /// An entry that makes no sense to this version.
@@ -107,8 +106,7 @@ fn parse_key(key: &str, entry: &Entry) -> Result<Option<StateEntry>, StateError>
     }
     if let Some(text) = key.strip_prefix(KEY_OUT) {
         let number = text.parse().map_err(|_| malformed(None))?;
-        let event = if entry.deleted { None } else { Some(serde_json::from_slice(payload).map_err(json)?) };
-        return Ok(Some(StateEntry::Out(number, event)));
+        return Ok(Some(StateEntry::Out(number)));
     }
     Ok(match key {
         _ if entry.deleted => None,
