@@ -49,6 +49,19 @@ impl Fault {
         })
     }
 
+    /// The cut of each host's link, the servers' as well.
+    pub fn every_cut(cluster: &Cluster) -> Vec<Self> {
+        hosts(cluster).into_iter().map(|host| Self::Cut(host.to_owned())).collect()
+    }
+
+    /// The end of each role on each host, and of each server.
+    pub fn every_kill(cluster: &Cluster) -> Vec<Self> {
+        let role = |host: &super::host::Host, role| Self::KillRole(host.name().to_owned(), role);
+        let edges = cluster.edges.iter().flat_map(|edge| [role(edge, Role::Ingest), role(edge, Role::Enforce)]);
+        let detects = cluster.detects.iter().map(|detect| role(detect, Role::Detect));
+        edges.chain(detects).chain((0..cluster.servers.count()).map(Self::KillServer)).collect()
+    }
+
     /// Whether the other hosts go on banning while it lasts: a majority of servers and one detect are left.
     pub fn leaves_service(&self) -> bool {
         *self != Self::KillAllServers
@@ -100,9 +113,13 @@ fn detect(random: &mut Random, cluster: &Cluster) -> String {
 }
 
 fn any_host(random: &mut Random, cluster: &Cluster) -> String {
+    random.pick(&hosts(cluster)).to_owned()
+}
+
+fn hosts(cluster: &Cluster) -> Vec<&str> {
     let hosts = cluster.edges.iter().chain(&cluster.detects).map(super::host::Host::name);
     let servers = (0..cluster.servers.count()).map(|index| cluster.servers.host(index).0);
-    random.pick(&hosts.chain(servers).collect::<Vec<_>>()).to_owned()
+    hosts.chain(servers).collect()
 }
 
 fn active(cluster: &Cluster) -> Result<String> {

@@ -112,6 +112,26 @@ fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
     println!("{}", trial.end());
 }
 
+/// Each of `faults` alone, one after the other.
+fn suffer_in_turn(seed: u64, faults: impl FnOnce(&Cluster) -> Vec<Fault>) {
+    let mut trial = Trial::new(seed);
+    for fault in faults(&trial.cluster) {
+        println!("{fault:?}");
+        trial.suffer(&[fault]);
+    }
+    println!("{}", trial.end());
+}
+
+#[test]
+fn every_link_can_be_cut_and_heals() {
+    suffer_in_turn(4, Fault::every_cut);
+}
+
+#[test]
+fn every_role_and_every_server_can_be_killed() {
+    suffer_in_turn(5, Fault::every_kill);
+}
+
 /// Frozen until the servers have given it up, and everything that it had in hand is old.
 #[test]
 fn a_detect_that_was_frozen_past_its_lease_changes_nothing_when_it_goes_on() {
