@@ -4,6 +4,8 @@
 //! to an operator who waits for an answer, before it is stored.
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use proto::bus::nats::ask::serve_api;
@@ -84,6 +86,8 @@ pub(crate) struct Leader {
     coverage_due: bool,
     progress_due: bool,
     purged_at: Timestamp,
+    /// When something was removed from the log before its time; nanoseconds, 0 = never.
+    cut_at: Arc<AtomicI64>,
     peers: Peers,
     serving: Serving,
 }
@@ -134,6 +138,7 @@ impl Leader {
             cause: None,
             progress_due: false,
             purged_at: now,
+            cut_at: Arc::default(),
             peers: Peers::default(),
             serving: Serving(serving),
             view,
@@ -282,6 +287,7 @@ impl Leader {
         let mut report = self.decider.report(self.view.backlog.len(), self.peers.problem());
         report.problems.extend(self.outbox.problem(now));
         report.problems.extend(self.stuck(now));
+        report.problems.extend(self.cut(now));
         (report.duty, report.applied) = (Some("active".to_owned()), Some(self.head.mark));
         report.skew_ms = self.decider.clock.skew_ms();
         report.lag = self.view.access.lag() + self.view.backlog.len() as u64;
@@ -300,10 +306,26 @@ impl Leader {
         Some(Problem::degraded(format!("the state has not been written for {late}, new bans wait for that{why}")))
     }
 
+    /// A log that is too small.
+    fn cut(&self, now: Timestamp) -> Option<Problem> {
+        let (cut_at, horizon) = (self.cut_at.load(Ordering::Relaxed), self.decider.engine.config().horizon());
+        let matters = cut_at > 0 && now.since(Timestamp::from_nanos(cut_at)) < horizon;
+        matters.then(|| {
+            Problem::warning(format!(
+                "the log of batches is too small for what rules look back on ({}): batches went before their time, and \
+                 a detector that takes over begins to count anew what they held; raise bus.access_max_bytes",
+                render_duration(horizon)
+            ))
+        })
+    }
+
     /// What no window can need any more goes.
     fn purge_log(&mut self, now: Timestamp) {
         let horizon = self.decider.engine.config().horizon();
-        if now.since(self.purged_at) < (horizon / PURGES_MIN).min(PURGE_INTERVAL_MAX) {
+        // A log that has just been too small is soon full again.
+        let cut_at = Timestamp::from_nanos(self.cut_at.load(Ordering::Relaxed));
+        let interval = if now.since(cut_at) < PURGE_INTERVAL_MAX { TICK } else { PURGE_INTERVAL_MAX };
+        if now.since(self.purged_at) < (horizon / PURGES_MIN).min(interval) {
             return;
         }
         self.purged_at = now;
@@ -311,9 +333,11 @@ impl Leader {
         let reached = if self.has_progress() { self.head.floor_arrival() } else { self.decider.engine.log_arrival() };
         let since = reached.saturating_sub(horizon);
         let (connection, floor) = (self.view.connection.clone(), self.head.floor);
+        let cut_at = self.cut_at.clone();
         tokio::spawn(async move {
             match purge_before(&connection, since, floor).await {
-                Ok(()) => {}
+                Ok(true) => cut_at.store(now.as_nanos(), Ordering::Relaxed),
+                Ok(false) => {}
                 Err(error) => tracing::debug!(%error, "Log not purged, the next time will do"),
             }
         });
@@ -382,22 +406,24 @@ impl Leader {
 }
 
 /// Removes what was stored before `since` and is decided: up to message `floor` of the log. A log that is nearly full loses
-/// more of what is decided: windows could not be rebuilt by a successor, but a full log would stop all counting.
-async fn purge_before(connection: &Connection, since: Timestamp, floor: u64) -> Result<(), BusError> {
+/// more of what is decided: windows could not be rebuilt by a successor, but a full log would stop all counting. Returns
+/// whether it did.
+async fn purge_before(connection: &Connection, since: Timestamp, floor: u64) -> Result<bool, BusError> {
     let names = connection.subjects();
     let stream = names.access_stream();
     let needed = first_since(connection, &stream, &names.access("*"), since).await?;
     streams::purge(connection, &stream, None, needed.unwrap_or(floor + 1).min(floor + 1)).await?;
     let info = streams::info(connection, &stream).await?;
     let StreamState { first_seq, .. } = info.state;
-    if info.is_nearly_full() && first_seq <= floor {
+    let is_cut = info.is_nearly_full() && first_seq <= floor;
+    if is_cut {
         tracing::warn!(
             stream,
             "Stream is nearly full, half of what is decided goes before its time: raise bus.access_max_bytes"
         );
         streams::purge(connection, &stream, None, first_seq + (floor - first_seq) / 2 + 1).await?;
     }
-    Ok(())
+    Ok(is_cut)
 }
 
 /// The commit under way, if any.

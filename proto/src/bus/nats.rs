@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message};
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, ServerError};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
@@ -106,6 +106,19 @@ pub enum BusError {
     SmallPayload {
         /// Its limit.
         bytes: usize,
+    },
+    /// The servers cannot hold a stream.
+    #[error(
+        "NATS has no room for stream {stream}, which may grow to {mebibytes} MiB on each server that keeps it: {why} \
+             (lower bus.access_max_bytes, or raise max_file of the servers)"
+    )]
+    NoRoom {
+        /// Its name.
+        stream: String,
+        /// What is reserved for it.
+        mebibytes: u64,
+        /// The server's text.
+        why: String,
     },
     /// A stream that is not as we make it.
     #[error("stream {stream} is not as it must be: {why}")]
@@ -314,6 +327,10 @@ impl Link {
             Event::LameDuckMode => tracing::info!("NATS server is about to stop"),
             Event::Draining => {}
             // Permission errors name a subject, never a secret.
+            // What a process hears that stood still for a while.
+            Event::ServerError(ServerError::Other(text)) if text.eq_ignore_ascii_case("stale connection") => {
+                tracing::warn!("NATS server has given up this connection, which was silent for long: it is made anew");
+            }
             Event::ServerError(error) => {
                 if self.set_failure(Some(error.to_string())) {
                     tracing::error!(%error, "NATS server complains");

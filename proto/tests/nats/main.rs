@@ -111,6 +111,25 @@ async fn streams_are_made_once_and_foreign_ones_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_with_little_room_is_told_what_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("nats.conf");
+    std::fs::write(&file, "jetstream { max_file: 64MB }").unwrap();
+    let server = Server::start_with(dir, Some(file));
+    let connection = server.connect().await;
+    let error = streams::ensure(&connection, &server.config()).await.unwrap_err();
+    let text = error.to_string();
+    for part in ["PORTCULLIS_ACCESS", "1024 MiB", "bus.access_max_bytes"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let smaller = NatsConfig { access_max_bytes: 16 << 20, ..server.config() };
+    streams::ensure(&connection, &smaller).await.unwrap();
+    let larger = NatsConfig { access_max_bytes: 128 << 20, ..server.config() };
+    let text = streams::ensure(&connection, &larger).await.unwrap_err().to_string();
+    assert!(text.contains("bus.access_max_bytes"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_deposed_detectors_commit_is_refused_whole() {
     let server = Server::start();
     let connection = server.bus().await;
@@ -228,6 +247,29 @@ async fn a_follower_notices_that_its_stream_was_made_anew() {
         }
     };
     assert!(matches!(error, BusError::Recreated { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lost_on_its_way_is_fetched_although_nothing_follows() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::start(&connection, dir.path());
+    let at = write(&connection, &head(1, 1, 1, 1), &[ban(1)], 0).await.unwrap();
+    host.wait_for(&[target(1)]).await;
+    // From now on only heads are published again, as if all else were lost.
+    let info = server.api("STREAM.INFO.KV_portcullis_bans", serde_json::json!({})).await;
+    let mut config = info["config"].clone();
+    config["republish"]["src"] = "$KV.portcullis_bans.detect".into();
+    config["republish"]["dest"] =
+        config["republish"]["dest"].as_str().unwrap().replace('>', "$KV.portcullis_bans.detect").into();
+    let updated = server.api("STREAM.UPDATE.KV_portcullis_bans", config).await;
+    assert!(updated["error"].is_null(), "{updated}");
+    let at = write(&connection, &head(1, 2, 2, 1), &[ban(2)], at).await.unwrap();
+    host.wait_for(&[target(1), target(2)]).await;
+    write(&connection, &head(1, 3, 1, 1), &[unban(1)], at).await.unwrap();
+    host.wait_for(&[target(2)]).await;
+    host.stop().await;
 }
 
 /// A host that follows the ban set.

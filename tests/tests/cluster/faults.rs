@@ -112,24 +112,24 @@ fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
     println!("{}", trial.end());
 }
 
-/// Each of `faults` alone, one after the other.
-fn suffer_in_turn(seed: u64, faults: impl FnOnce(&Cluster) -> Vec<Fault>) {
-    let mut trial = Trial::new(seed);
-    for fault in faults(&trial.cluster) {
-        println!("{fault:?}");
-        trial.suffer(&[fault]);
+#[test]
+fn every_link_can_be_cut_and_heals() {
+    let mut trial = Trial::new(4);
+    for cut in Fault::every_cut(&trial.cluster) {
+        println!("{cut:?}");
+        trial.suffer(&[cut]);
     }
     println!("{}", trial.end());
 }
 
 #[test]
-fn every_link_can_be_cut_and_heals() {
-    suffer_in_turn(4, Fault::every_cut);
-}
-
-#[test]
 fn every_role_and_every_server_can_be_killed() {
-    suffer_in_turn(5, Fault::every_kill);
+    let mut trial = Trial::new(5);
+    for kill in Fault::every_kill(&trial.cluster) {
+        println!("{kill:?}");
+        trial.suffer(&[kill]);
+    }
+    println!("{}", trial.end());
 }
 
 /// Frozen until the servers have given it up, and everything that it had in hand is old.

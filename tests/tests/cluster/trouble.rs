@@ -31,6 +31,18 @@ fn wait_problem(cluster: &Cluster, role: Role, host: &str, word: &str) {
     wait_until(&format!("{} on {host} says {word:?}", role.as_str()), CONVERGENCE, problem).unwrap();
 }
 
+/// Bad requests of many clients, whose paths no compression makes small.
+fn noise(random: &mut Random, numbers: std::ops::Range<u32>) -> Vec<Access> {
+    let now = Clock::system().now().as_nanos();
+    let request = |i: u32| {
+        let path: String = (0..4).map(|_| format!("/{:016x}", random.bits())).collect();
+        let mut access = Access::new(now + i64::from(i), (0xcb00_7200 + i % 200).to_be_bytes().into(), 404, path);
+        access.count = u64::from(i);
+        access
+    };
+    numbers.map(request).collect()
+}
+
 /// Nothing is purged that may still count, so the window and the lateness are short here.
 #[test]
 fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
@@ -38,16 +50,7 @@ fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
     let mut cluster = Cluster::start(&small("access_max_bytes = \"1MiB\"", config)).unwrap();
     cluster.detects[0].kill(Role::Detect).unwrap();
     let lines = 40_000_u32;
-    let now = Clock::system().now().as_nanos();
-    let mut random = Random::new(1);
-    let request = |i: u32| {
-        // Paths that no compression makes small.
-        let path: String = (0..4).map(|_| format!("/{:016x}", random.bits())).collect();
-        let mut access = Access::new(now + i64::from(i), (0xcb00_7200 + i % 200).to_be_bytes().into(), 404, path);
-        access.count = u64::from(i);
-        access
-    };
-    cluster.write(0, &(0..lines).map(request).collect::<Vec<_>>()).unwrap();
+    cluster.write(0, &noise(&mut Random::new(1), 0..lines)).unwrap();
     wait_problem(&cluster, Role::Ingest, "edge-1", "full");
     cluster.detects[0].start(Role::Detect).unwrap();
     // What waits to be published is late when it arrives, and would ban nobody.
@@ -57,6 +60,19 @@ fn a_full_stream_stops_reading_and_goes_on_when_there_is_room() {
         (source.lines >= u64::from(lines) && source.behind_bytes == 0 && report.problems.is_empty()).then_some(())
     };
     wait_until("every line is published", CONVERGENCE, all_published).unwrap();
+    cluster.write(0, &burst(client(7), 15)).unwrap();
+    let banned = |targets: &std::collections::BTreeSet<String>| targets.contains("203.0.113.7");
+    cluster.wait_kernels("who comes after the flood is banned", banned).unwrap();
+    cluster.stop().unwrap();
+}
+
+/// Rather than to stop all counting, the detect lets go of what it has decided.
+#[test]
+fn a_log_that_is_too_small_is_told_and_stops_nothing() {
+    let cluster = Cluster::start(&small("access_max_bytes = \"1MiB\"", "")).unwrap();
+    let mut random = Random::new(2);
+    cluster.write(0, &noise(&mut random, 0..40_000)).unwrap();
+    wait_problem(&cluster, Role::Detect, "detect-1", "raise bus.access_max_bytes");
     cluster.write(0, &burst(client(7), 15)).unwrap();
     let banned = |targets: &std::collections::BTreeSet<String>| targets.contains("203.0.113.7");
     cluster.wait_kernels("who comes after the flood is banned", banned).unwrap();

@@ -18,6 +18,11 @@ const LEASES_BYTES_MAX: i64 = 1 << 20;
 /// How long a repeated message is recognised by its id.
 const DUPLICATES_KEEP: Duration = Duration::from_secs(120);
 
+/// JetStream's codes for an account, a cluster and a server that cannot hold so much.
+const NO_ROOM: [u64; 3] = [10002, 10023, 10047];
+/// JetStream's code for servers of which none fits, for many reasons.
+const NO_PEERS: u64 = 10005;
+
 /// The part of a stream's configuration that we rely on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -186,7 +191,8 @@ pub async fn ensure(connection: &Connection, config: &NatsConfig) -> Result<(), 
         let info: StreamInfo = match info(connection, &wanted.name).await {
             Ok(info) => info,
             Err(BusError::Absent { .. }) => {
-                let made = connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await?;
+                let made = connection.api(&format!("STREAM.CREATE.{}", wanted.name), &wanted).await;
+                let made = made.map_err(|error| room_for(&wanted, error))?;
                 tracing::info!(stream = wanted.name, replicas = wanted.num_replicas, "Stream made");
                 made
             }
@@ -206,9 +212,22 @@ pub async fn ensure(connection: &Connection, config: &NatsConfig) -> Result<(), 
 /// Limits follow the configuration.
 async fn resize(connection: &Connection, found: StreamConfig, wanted: &StreamConfig) -> Result<(), BusError> {
     let resized = StreamConfig { max_bytes: wanted.max_bytes, max_age: wanted.max_age, ..found };
-    let _: StreamInfo = connection.api(&format!("STREAM.UPDATE.{}", wanted.name), &resized).await?;
+    let updated = connection.api::<StreamInfo>(&format!("STREAM.UPDATE.{}", wanted.name), &resized).await;
+    updated.map_err(|error| room_for(wanted, error))?;
     tracing::info!(stream = wanted.name, "Limits of the stream changed as configured");
     Ok(())
+}
+
+/// Why a stream cannot be made, in words of our configuration where it is the room that is reserved.
+fn room_for(wanted: &StreamConfig, error: BusError) -> BusError {
+    match (u64::try_from(wanted.max_bytes), error) {
+        (Ok(bytes), BusError::Refused { why, code, .. })
+            if NO_ROOM.contains(&code) || (code == NO_PEERS && why.contains("storage")) =>
+        {
+            BusError::NoRoom { stream: wanted.name.clone(), mebibytes: bytes >> 20, why }
+        }
+        (_, error) => error,
+    }
 }
 
 /// What the server says of a stream. For detect alone: other accounts may not ask.
