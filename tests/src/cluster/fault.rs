@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use proto::report::Role;
 
+use super::host::Host;
 use super::{CONVERGENCE, Cluster};
 use crate::netns::Namespace;
 use crate::portcullis::wait_until;
@@ -49,17 +50,23 @@ impl Fault {
         })
     }
 
-    /// The cut of each host's link, the servers' as well.
-    pub fn every_cut(cluster: &Cluster) -> Vec<Self> {
-        hosts(cluster).into_iter().map(|host| Self::Cut(host.to_owned())).collect()
+    /// The cut of each host's link, the servers' as well: few at a time, of which no two are servers.
+    pub fn every_cut(cluster: &Cluster) -> Vec<Vec<Self>> {
+        let cut = |host: &str| Self::Cut(host.to_owned());
+        let edges = cluster.edges.iter().map(|edge| cut(edge.name()));
+        let detects = cluster.detects.iter().map(|detect| cut(detect.name()));
+        let servers = (0..cluster.servers.count()).map(|index| cut(cluster.servers.host(index).0));
+        together(&[edges.chain(detects).collect(), servers.collect()])
     }
 
-    /// The end of each role on each host, and of each server.
-    pub fn every_kill(cluster: &Cluster) -> Vec<Self> {
-        let role = |host: &super::host::Host, role| Self::KillRole(host.name().to_owned(), role);
-        let edges = cluster.edges.iter().flat_map(|edge| [role(edge, Role::Ingest), role(edge, Role::Enforce)]);
-        let detects = cluster.detects.iter().map(|detect| role(detect, Role::Detect));
-        edges.chain(detects).chain((0..cluster.servers.count()).map(Self::KillServer)).collect()
+    /// The end of each role on each host, and of each server: few at a time, of which no two are of one kind.
+    pub fn every_kill(cluster: &Cluster) -> Vec<Vec<Self>> {
+        let kill = |role| move |host: &Host| Self::KillRole(host.name().to_owned(), role);
+        let ingests = cluster.edges.iter().map(kill(Role::Ingest));
+        let enforces = cluster.edges.iter().rev().map(kill(Role::Enforce));
+        let detects = cluster.detects.iter().map(kill(Role::Detect));
+        let servers = (0..cluster.servers.count()).map(Self::KillServer);
+        together(&[ingests.collect(), enforces.collect(), detects.collect(), servers.collect()])
     }
 
     /// Whether the other hosts go on banning while it lasts: a majority of servers and one detect are left.
@@ -102,13 +109,19 @@ impl Fault {
     }
 }
 
+/// The first of each list, then the second of each, and so on.
+fn together(lists: &[Vec<Fault>]) -> Vec<Vec<Fault>> {
+    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+    (0..longest).map(|i| lists.iter().filter_map(|list| list.get(i).cloned()).collect()).collect()
+}
+
 fn edge(random: &mut Random, cluster: &Cluster) -> String {
-    let names: Vec<&str> = cluster.edges.iter().map(super::host::Host::name).collect();
+    let names: Vec<&str> = cluster.edges.iter().map(Host::name).collect();
     random.pick(&names).to_owned()
 }
 
 fn detect(random: &mut Random, cluster: &Cluster) -> String {
-    let names: Vec<&str> = cluster.detects.iter().map(super::host::Host::name).collect();
+    let names: Vec<&str> = cluster.detects.iter().map(Host::name).collect();
     random.pick(&names).to_owned()
 }
 
@@ -117,7 +130,7 @@ fn any_host(random: &mut Random, cluster: &Cluster) -> String {
 }
 
 fn hosts(cluster: &Cluster) -> Vec<&str> {
-    let hosts = cluster.edges.iter().chain(&cluster.detects).map(super::host::Host::name);
+    let hosts = cluster.edges.iter().chain(&cluster.detects).map(Host::name);
     let servers = (0..cluster.servers.count()).map(|index| cluster.servers.host(index).0);
     hosts.chain(servers).collect()
 }

@@ -115,9 +115,9 @@ fn whatever_fails_no_ban_is_lost_and_none_is_doubled() {
 #[test]
 fn every_link_can_be_cut_and_heals() {
     let mut trial = Trial::new(4);
-    for cut in Fault::every_cut(&trial.cluster) {
-        println!("{cut:?}");
-        trial.suffer(&[cut]);
+    for cuts in Fault::every_cut(&trial.cluster) {
+        println!("{cuts:?}");
+        trial.suffer(&cuts);
     }
     println!("{}", trial.end());
 }
@@ -125,9 +125,9 @@ fn every_link_can_be_cut_and_heals() {
 #[test]
 fn every_role_and_every_server_can_be_killed() {
     let mut trial = Trial::new(5);
-    for kill in Fault::every_kill(&trial.cluster) {
-        println!("{kill:?}");
-        trial.suffer(&[kill]);
+    for kills in Fault::every_kill(&trial.cluster) {
+        println!("{kills:?}");
+        trial.suffer(&kills);
     }
     println!("{}", trial.end());
 }
