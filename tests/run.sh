@@ -37,12 +37,10 @@ as_root=()
 [ "$(id -u)" -eq 0 ] || as_root=(sudo -n)
 can_be_root() { [ ${#as_root[@]} -eq 0 ] || sudo -n true 2>/dev/null; }
 
-# What the build and the tests call, by command and package. gcc alone brings no headers.
+# install_packages COMMAND=PACKAGE...: installs the packages whose command is missing.
 install_packages() {
   local entry missing=()
-  for entry in cc=gcc cc=libc6-dev c++=g++ git=git iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
-    conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl faketime=faketime systemd-analyze=systemd \
-    python3=python3 node=nodejs npm=npm; do
+  for entry in "$@"; do
     command -v "${entry%%=*}" >/dev/null || missing+=("${entry#*=}")
   done
   python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
@@ -79,7 +77,11 @@ prepare() {
     cargo "$component" --version >/dev/null 2>&1 \
       || { echo "cargo $component is missing: rustup component add rustfmt clippy"; return 1; }
   done
-  install_packages && install_python_packages
+  # What the build and the tests call. gcc alone brings no headers.
+  install_packages cc=gcc cc=libc6-dev c++=g++ git=git iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
+    conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl faketime=faketime systemd-analyze=systemd \
+    python3=python3 node=nodejs npm=npm \
+    && install_python_packages
 }
 
 stage_fmt() { check fmt cargo fmt --all --check; }
@@ -165,13 +167,21 @@ stage_nats() {
 # What third parties read, and the examples that read it.
 stage_consumers() { run_tests consumers "$python" tests/consumers/test_consumers.py; }
 
-# Units and Compose. Nothing is installed or started.
+# Units are only checked. The cluster of Compose starts, in network namespaces and with a Docker of its own.
 stage_packaging() {
   build_portcullis || return
   local units=(tests/packaging/units.sh)
   ! can_be_root || units=("${as_root[@]}" "${units[@]}")
   run_tests "systemd units" "${units[@]}"
   run_tests "logins of roles" "$python" tests/packaging/logins.py
+  if ! can_be_root || ! can_make_namespaces; then
+    skip "the cluster in containers: it needs root and the right to make namespaces"
+  elif ! install_packages mmdebstrap=mmdebstrap || ! PYTHON=$python tests/packaging/docker.sh "$tools/docker"; then
+    skip "the cluster in containers: Docker and its images could not be made ready"
+  else
+    run_tests "cluster in containers" "${as_root[@]}" env "PATH=$PATH" "PORTCULLIS=$PORTCULLIS" \
+      "$python" tests/packaging/compose.py "$tools/docker"
+  fi
 }
 
 # The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.

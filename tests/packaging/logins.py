@@ -81,7 +81,7 @@ def every_unit_logs_in_as_a_user_that_nats_knows(folder):
 
 
 def every_service_of_compose_logs_in_as_a_user_that_nats_knows(folder):
-    logs_in(services(folder), DEPLOY / "compose" / "cluster" / "portcullis.toml", folder)
+    logs_in(services(folder), DEPLOY / "compose" / "cluster" / "portcullis" / "portcullis.toml", folder)
 
 
 def main():

@@ -35,7 +35,10 @@ pub(super) fn run_role(role: Role, config: Option<PathBuf>, dry_run: bool) -> an
 }
 
 fn start(roles: Vec<Role>, location: Location, config: Config, dry_run: bool) -> anyhow::Result<Exit> {
-    socket::prepare(&config.api.socket)?;
+    // The operator API is detect's. Other roles need no directory for its socket, which they might not be able to make.
+    if roles.contains(&Role::Detect) {
+        socket::prepare(&config.api.socket)?;
+    }
     telemetry::install(&config.telemetry)?;
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;

@@ -34,7 +34,7 @@ pub async fn beat(
     let instance = format!("{:x}", connection.clock().now().as_nanos());
     let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut seen_other, mut sent_once) = (false, false);
+    let (mut seen_other, mut sent) = (false, None);
     loop {
         let ending = tokio::select! {
             _ = ticks.tick() => false,
@@ -54,11 +54,11 @@ pub async fn beat(
         if connection.is_up() {
             let beat = async {
                 // What another has written over ours tells of a second process under our name.
-                let former = read_one(&connection, role, &node).await.and_then(|(_, report)| report);
-                let is_other = |report: NodeReport| !report.instance.is_empty() && report.instance != instance;
-                seen_other = sent_once && former.is_some_and(is_other);
-                sent_once = true;
-                send(&connection, &report).await;
+                let read = read_one(&connection, role, &node).await;
+                seen_other = read.is_some_and(|(entry, report)| {
+                    report.is_some_and(|report| is_anothers(&report, entry.sequence, &instance, sent))
+                });
+                sent = send(&connection, &report).await.or(sent);
             };
             if ending {
                 // Nobody waits for a last word that cannot be said.
@@ -76,6 +76,12 @@ pub async fn beat(
     }
 }
 
+/// Whether a second process under our name has written `report` over what we `sent`. What was there before, or is read from
+/// a copy that lags behind, may be of a former process, which a kill or a power cut has ended.
+fn is_anothers(report: &NodeReport, sequence: u64, instance: &str, sent: Option<u64>) -> bool {
+    !report.instance.is_empty() && report.instance != instance && sent.is_some_and(|sent| sequence > sent)
+}
+
 fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
     instance.clone_into(&mut report.instance);
     report.at = connection.clock().now();
@@ -88,19 +94,23 @@ fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
     }
 }
 
-/// Sends a report, and learns the servers' time from when they stored it.
-async fn send(connection: &Connection, report: &NodeReport) {
+/// Sends a report, and learns the servers' time from when they stored it. Its sequence, if it is known to be stored.
+async fn send(connection: &Connection, report: &NodeReport) -> Option<u64> {
     let subject = bucket_key(&connection.subjects().nodes_bucket(), &node_key(report.role, &report.node));
     let clock = connection.clock();
     let sent_at = clock.raw();
     let sent = connection.ask(&subject, HeaderMap::new(), encode(report)).await;
     let half = clock.raw().since(sent_at) / 2;
     let stored = sent.and_then(|message| answer::<Stored>("a heartbeat", &message.payload));
-    let Some(seq) = stored.ok().map(|stored| stored.seq).filter(|_| half <= MEASURE_MAX) else { return };
-    // A copy of the bucket that lags behind may answer with an older one.
-    if let Some((entry, _)) = read_one(connection, report.role, &report.node).await.filter(|(e, _)| e.sequence == seq) {
-        clock.steer(sent_at.saturating_add(half), entry.time);
+    let seq = stored.ok()?.seq;
+    if half <= MEASURE_MAX {
+        // A copy of the bucket that lags behind may answer with an older one.
+        let read = read_one(connection, report.role, &report.node).await;
+        if let Some((entry, _)) = read.filter(|(entry, _)| entry.sequence == seq) {
+            clock.steer(sent_at.saturating_add(half), entry.time);
+        }
     }
+    Some(seq)
 }
 
 /// A measurement that is less certain than this tells nothing.
@@ -201,5 +211,17 @@ mod tests {
         for foreign in ["enforce.edge-1", "ingest.edge-2"] {
             assert!(read_report("portcullis_nodes", &entry(foreign)).is_none(), "{foreign}");
         }
+    }
+
+    #[test]
+    fn a_former_process_is_not_taken_for_a_second_one() {
+        let mut report = NodeReport::new("edge-2", Role::Enforce, Timestamp::EPOCH);
+        report.instance = "former".to_owned();
+        // Before the first word of ours, also where the servers could not store it.
+        assert!(!is_anothers(&report, 7, "ours", None));
+        // From a copy that lags behind.
+        assert!(!is_anothers(&report, 7, "ours", Some(8)));
+        assert!(is_anothers(&report, 9, "ours", Some(8)));
+        assert!(!is_anothers(&report, 9, "former", Some(8)));
     }
 }
