@@ -64,9 +64,13 @@ fn describe_bus(bus: &BusConfig) -> String {
 }
 
 fn describe_source(source: &SourceConfig) -> String {
-    let SourceKind::File(file) = &source.kind;
-    let include: Vec<String> = file.include.iter().map(|path| path.display().to_string()).collect();
-    format!("{}: {}", source.name, include.join(", "))
+    let from = match &source.kind {
+        SourceKind::File(file) => {
+            file.include.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+        }
+        SourceKind::Stdin => "standard input".to_owned(),
+    };
+    format!("{}: {from}", source.name)
 }
 
 fn describe_rule(rule: &Rule) -> String {
