@@ -4,6 +4,7 @@ mod file;
 mod listen;
 mod source;
 mod stdin;
+mod syslog;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use serde::Deserialize;
 pub use file::FileConfig;
 pub use listen::ListenConfig;
 pub use source::{Lines, RawSource, SourceConfig, SourceKind};
+pub use syslog::{NodeFrom, SyslogConfig, Transport};
 
 /// Sources in one configuration.
 const SOURCES_MAX: usize = 64;
@@ -216,7 +218,7 @@ mod tests {
             ],
             "{mistakes:#?}"
         );
-        assert!(mistakes[6].contains("expected `file` or"), "{}", mistakes[6]);
+        assert!(mistakes[6].contains("expected `file`,"), "{}", mistakes[6]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
-use crate::source::stdin;
+use crate::source::{stdin, syslog};
 use crate::uplink;
 
 /// How often the role says how it is.
@@ -109,6 +109,9 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
         let shared = Shared::new(&source, &inputs, open_files.clone());
         let id = match source.kind {
             SourceKind::File(file) => start_file(&mut tasks, (file, source.lines), shared.clone(), &inputs),
+            SourceKind::Syslog(syslog) => {
+                tasks.spawn(syslog::run(syslog, intake(&inputs, shared.clone(), source.lines))).id()
+            }
             SourceKind::Stdin => tasks.spawn(stdin::run(intake(&inputs, shared.clone(), source.lines), only)).id(),
         };
         running.push((id, shared));
@@ -218,6 +221,7 @@ impl Shared {
         let kind = match &source.kind {
             SourceKind::File(_) => "file",
             SourceKind::Stdin => "stdin",
+            SourceKind::Syslog(_) => "syslog",
         };
         let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
         Arc::new(Self {

@@ -9,5 +9,6 @@ pub(crate) mod lane;
 pub mod limit;
 mod listen;
 pub(crate) mod stdin;
+pub mod syslog;
 pub mod tail;
 mod watch;

@@ -75,6 +75,27 @@ impl RawListen {
     pub(super) const KEYS: [&str; 7] =
         ["listen", "allowed_senders", "tls", "connections_max", "sender_connections_max", "idle_timeout", "limits"];
 
+    /// Notes what is for connections, of which `mode` has none. It is not looked at further.
+    pub(super) fn refuse_connections(&mut self, mode: &str, mistakes: &mut Mistakes) {
+        let why = format!("is for connections, and means nothing with `{mode}`");
+        refuse(&mut self.tls, "tls", (&why, mistakes));
+        refuse(&mut self.connections_max, "connections_max", (&why, mistakes));
+        refuse(&mut self.sender_connections_max, "sender_connections_max", (&why, mistakes));
+        refuse(&mut self.idle_timeout, "idle_timeout", (&why, mistakes));
+    }
+
+    /// The limits of a source whose senders have no addresses; all else is a mistake.
+    pub(super) fn check_limits_alone(mut self, mode: &str, mistakes: &mut Mistakes) -> LimitConfig {
+        self.refuse_connections(mode, mistakes);
+        let why = format!("is for the network, and means nothing with `{mode}`");
+        if self.is_given() {
+            mistakes.add("listen", why.as_str());
+        }
+        refuse(&mut self.allowed_senders, "allowed_senders", (&why, mistakes));
+        let limits = self.limits.or("limits", RawLimits::default(), mistakes);
+        mistakes.within("limits", |mistakes| limits.check_without_senders(mistakes))
+    }
+
     /// Whether an address is given.
     pub(super) fn is_given(&self) -> bool {
         !matches!(self.listen, Field::Absent)
@@ -127,6 +148,13 @@ impl RawListen {
             idle_timeout,
             limits,
         })
+    }
+}
+
+/// Notes that `key` is given, and forgets it.
+fn refuse<T>(field: &mut Field<T>, key: &str, (why, mistakes): (&str, &mut Mistakes)) {
+    if !matches!(std::mem::take(field), Field::Absent) {
+        mistakes.add(key, why);
     }
 }
 

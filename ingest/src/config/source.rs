@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
 use super::stdin::RawStdin;
+use super::syslog::{RawSyslog, SyslogConfig};
 use crate::parse::Format;
 use crate::source::limit::LimitConfig;
 
@@ -24,7 +25,7 @@ const SENDER_LINES: NonZeroU32 = NonZeroU32::new(50_000).expect("above zero");
 /// Default of `limits.burst`.
 const BURST: Duration = Duration::from_secs(5);
 /// Every kind, as written.
-const KINDS: &str = "`file` or `stdin`";
+const KINDS: &str = "`file`, `stdin` or `syslog`";
 
 /// One source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub enum SourceKind {
     File(FileConfig),
     /// Standard input.
     Stdin,
+    /// Syslog over the network or a unix socket.
+    Syslog(SyslogConfig),
 }
 
 /// What every source says of its lines.
@@ -71,6 +74,8 @@ pub enum RawSource {
     File(RawFile),
     /// `stdin`
     Stdin(RawStdin),
+    /// `syslog`
+    Syslog(Box<RawSyslog>),
     /// None of them.
     Unknown(Field<String>),
 }
@@ -80,6 +85,7 @@ impl FromValue for RawSource {
         Ok(match value.get("type").and_then(Value::as_str) {
             Some("file") => Self::File(RawFile::from_value(value)?),
             Some("stdin") => Self::Stdin(RawStdin::from_value(value)?),
+            Some("syslog") => Self::Syslog(Box::new(RawSyslog::from_value(value)?)),
             _ if !value.is_object() => return Err(format!("expected a table, got {value}")),
             _ => {
                 let kind = value.get("type").cloned().map(String::from_value);
@@ -98,6 +104,10 @@ impl RawSource {
         let (lines, kind) = match self {
             Self::File(file) => file.check(mistakes),
             Self::Stdin(stdin) => stdin.check(mistakes),
+            Self::Syslog(syslog) => {
+                let (lines, kind) = syslog.check(mistakes);
+                (lines, kind?)
+            }
             Self::Unknown(kind) => {
                 if let Some(other) = kind.required("type", mistakes) {
                     mistakes.add("type", format!("expected {KINDS}, got {other:?}"));
@@ -112,7 +122,7 @@ impl RawSource {
 /// Keys of every source, as written.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct RawLines {
+pub(super) struct RawLines {
     /// Which kind of source; known by now.
     #[serde(rename = "type")]
     _kind: Field<String>,
@@ -150,7 +160,7 @@ impl RawLines {
 /// `limits` of a source whose senders are strangers to this host, as written: each per second, 0 = any number.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-pub struct RawLimits {
+pub(super) struct RawLimits {
     sender_lines: Field<u32>,
     sender_bytes: Field<ByteSize>,
     lines: Field<u32>,
@@ -163,6 +173,18 @@ pub struct RawLimits {
 proto::section!(RawLimits);
 
 impl RawLimits {
+    /// Of a source whose senders have no addresses.
+    pub(super) fn check_without_senders(mut self, mistakes: &mut Mistakes) -> LimitConfig {
+        let why = "is for senders with addresses, which there are none of here";
+        if !matches!(std::mem::take(&mut self.sender_lines), Field::Absent) {
+            mistakes.add("sender_lines", why);
+        }
+        if !matches!(std::mem::take(&mut self.sender_bytes), Field::Absent) {
+            mistakes.add("sender_bytes", why);
+        }
+        LimitConfig { sender_lines: None, ..self.check(mistakes) }
+    }
+
     pub(super) fn check(self, mistakes: &mut Mistakes) -> LimitConfig {
         self.unknown.check(&["sender_lines", "sender_bytes", "lines", "bytes", "burst"], mistakes);
         let bytes = |field: Field<ByteSize>, key: &str, mistakes: &mut Mistakes| {

@@ -108,7 +108,7 @@ impl Inlet {
         }
     }
 
-    /// Shown under another node from the next batch on. What was pushed before is sent first.
+    /// The node that its lines are shown under, where that is not this one.
     pub(crate) fn origin(&self) -> Option<&Arc<str>> {
         self.origin.as_ref()
     }

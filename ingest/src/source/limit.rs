@@ -96,6 +96,23 @@ impl Limits {
         Ok(())
     }
 
+    /// Takes as [`Limits::check`] does, and waits until it may. What is waited for is taken once.
+    pub(crate) async fn wait(&self, sender: Option<IpAddr>, lines: u32, bytes: u32) {
+        let wanted = [lines, bytes].map(NonZeroU32::new);
+        for (limit, wanted) in self.senders.iter().zip(wanted) {
+            let (Some(limit), Some(wanted), Some(sender)) = (limit, wanted, sender) else { continue };
+            while let Err(wait) = self.within(|wanted| limit.check(sender, wanted), wanted) {
+                tokio::time::sleep(wait).await;
+            }
+        }
+        for (limit, wanted) in self.all.iter().zip(wanted) {
+            let (Some(limit), Some(wanted)) = (limit, wanted) else { continue };
+            while let Err(wait) = self.within(|wanted| limit.check_n(wanted), wanted) {
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+
     /// More than fits into a burst counts as a full one, or it would never come.
     fn within(
         &self,
