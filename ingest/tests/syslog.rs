@@ -371,6 +371,28 @@ async fn a_silent_connection_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_byte_now_and_then_keeps_no_connection() {
+    let mut role = start(json!({"mode": "tcp", "idle_timeout": "1s"})).await;
+    let mut stream = role.connect().await;
+    stream.set_nodelay(true).unwrap();
+    // Messages now and then do, for longer than the timeout.
+    for number in 0..12 {
+        stream.write_all(counted(number).as_bytes()).unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    role.receive(12).await;
+    assert_eq!(role.report().connections, 1);
+    let closed = tokio::time::timeout(DEADLINE, async {
+        while stream.write_all(b"x").is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    closed.await.expect("it is closed, though never silent for a second");
+    role.reports("what came of it is shown", |report| report.unparsed == 1 && report.connections == 0).await;
+    role.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_too_long_is_counted_and_the_rest_goes_on() {
     let mut role = start(json!({"mode": "tcp", "line_bytes_max": 300})).await;
     let mut stream = role.connect().await;

@@ -15,8 +15,8 @@ use crate::source::listen::{Connection, Listening};
 
 /// Bytes that are read at a time: a record of TLS.
 const READ_BYTES: usize = 16 << 10;
-/// How long a message may be waited for once it has begun, over all waits for its sender. A byte now and then is no reason
-/// to keep a place.
+/// How long a message may be waited for once it has begun, over all waits for its sender; less where `idle_timeout` is less.
+/// A byte now and then is no reason to keep a place.
 const MESSAGE_MAX: Duration = Duration::from_secs(30);
 
 /// Reads until the sender ends, is silent for too long, or the process ends. While there is no room, or the sender has had
@@ -46,13 +46,15 @@ pub(super) async fn serve(
             None => {
                 nodes.send().await?;
                 let is_partial = frames.is_partial(&buffer);
-                let patience = if is_partial { MESSAGE_MAX.saturating_sub(waited) } else { config.idle_timeout };
+                let idle_timeout = config.idle_timeout;
+                let message_max = idle_timeout.min(MESSAGE_MAX);
+                let patience = if is_partial { message_max.saturating_sub(waited) } else { idle_timeout };
                 let began = intake.shared.clock.raw();
                 let read = tokio::select! {
                     biased;
                     () = shutdown.draining() => break,
                     read = connection.pipe.read_buf(&mut buffer) => read,
-                    () = tokio::time::sleep(patience.min(config.idle_timeout)) => {
+                    () = tokio::time::sleep(patience) => {
                         tracing::debug!(source = %intake.shared.source, %sender, is_partial, "Silent sender is let go");
                         Ok(0)
                     }
