@@ -520,6 +520,31 @@ async fn any_number_of_nodes_on_one_connection() {
     assert_eq!(numbers["host-299"], [299]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn containers_lines_are_joined_on_a_connection_and_never_from_datagrams() {
+    let line = line(0);
+    let (first, second) = line.split_at(40);
+    let piece = |tag: &str, text: &str| format!("<133>1 - h a - - - 2026-01-02T15:04:05.5Z stdout {tag} {text}");
+    let docker = json!({"log": format!("{line}\n"), "stream": "stdout", "time": "2026-01-02T15:04:05Z"});
+    let docker = format!("<133>Jan  2 15:04:05 h a: {docker}");
+
+    let mut role = start(json!({"mode": "tcp"})).await;
+    let text = format!("{}\n{}\n{docker}\n", piece("P", first), piece("F", second));
+    role.connect().await.write_all(text.as_bytes()).unwrap();
+    role.receive(2).await;
+    role.reports("all are counted", |report| report.lines == 3 && report.unparsed == 0).await;
+    role.stop().await;
+
+    let mut role = start(json!({"mode": "udp"})).await;
+    let sender = role.sender().await;
+    for text in [piece("P", first), piece("F", second), piece("F", &line), docker] {
+        sender.send(text.as_bytes()).unwrap();
+    }
+    role.receive(2).await;
+    role.reports("both pieces are shown", |report| report.lines == 4 && report.unparsed == 2).await;
+    role.stop().await;
+}
+
 /// Authority, certificate of 127.0.0.1, and a client's.
 struct Certificates(TempDir);
 

@@ -36,8 +36,8 @@ impl Way {
 
     fn source(self) -> String {
         let (mode, port, more) = match self {
-            Self::Udp => ("udp", 514, "allowed_senders = [\"198.51.100.0/30\"]\nnode_from = \"sender\"\n"),
-            Self::Tcp => ("tcp", 601, "allowed_senders = [\"198.51.100.0/30\"]\nnode_from = \"sender\"\n"),
+            Self::Udp => ("udp", 5514, "allowed_senders = [\"198.51.100.0/30\"]\nnode_from = \"sender\"\n"),
+            Self::Tcp => ("tcp", 5514, "allowed_senders = [\"198.51.100.0/30\"]\nnode_from = \"sender\"\n"),
             Self::Tls => (
                 "tcp",
                 6514,
