@@ -24,6 +24,7 @@ tools=$target/tools
 python=$tools/python/bin/python
 # What is tested outside of `cargo test`, and the servers it runs on; another nats-server may be tried.
 export PORTCULLIS=$target/debug/portcullis NATS_SERVER=${NATS_SERVER:-$tools/python/bin/nats-server}
+export RSYSLOGD=${RSYSLOGD:-$tools/syslog/rsyslogd} SYSLOG_NG=${SYSLOG_NG:-$tools/syslog/syslog-ng}
 passed=0 failed=0 skipped=0
 
 heading() { printf '\n==> %s\n' "$*"; }
@@ -58,6 +59,29 @@ install_packages() {
   rm -f "$log"
 }
 
+# rsyslogd and syslog-ng, unpacked and not installed: in Debian they exclude each other, and installed they would run.
+syslog_packages=(rsyslog rsyslog-gnutls libestr0 libfastjson4 syslog-ng-core libivykis0 libnet1 libjson-c5 libglib2.0-0
+  libpcre3 libwrap0)
+install_syslog_daemons() {
+  local root=$tools/syslog
+  [ ! -f "$root/unpacked" ] || return 0
+  command -v apt-get >/dev/null || { echo "rsyslog and syslog-ng come from Debian's packages only"; return 1; }
+  echo "unpacking ${syslog_packages[*]}"
+  rm -rf "$root" && mkdir -p "$root/packages" || return
+  local log=$root/log package libraries
+  (cd "$root/packages" && { apt-get download -qq "${syslog_packages[@]}" \
+    || { "${as_root[@]}" apt-get update -qq && apt-get download -qq "${syslog_packages[@]}"; }; }) >"$log" 2>&1 \
+    || { cat "$log"; return 1; }
+  for package in "$root"/packages/*.deb; do dpkg-deb -x "$package" "$root" || return; done
+  libraries=$(printf '%s:' "$root"/usr/lib/*-linux-* "$root"/lib/*-linux-* "$root/usr/lib/syslog-ng")
+  libraries=${libraries%:}
+  printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s -M %s "$@"\n' "$libraries" "$root/usr/sbin/rsyslogd" \
+    "$(echo "$root"/usr/lib/*-linux-*/rsyslog)" >"$root/rsyslogd"
+  printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s --module-path %s "$@"\n' "$libraries" "$root/usr/sbin/syslog-ng" \
+    "$(echo "$root"/usr/lib/syslog-ng/[0-9]*)" >"$root/syslog-ng"
+  chmod +x "$root/rsyslogd" "$root/syslog-ng" && touch "$root/unpacked"
+}
+
 # nats-server, and what the tests in Python import, as pinned.
 install_python_packages() {
   local folder=$tools/python
@@ -81,7 +105,7 @@ prepare() {
   install_packages cc=gcc cc=libc6-dev c++=g++ git=git iptables=iptables ipset=ipset nft=nftables ip=iproute2 \
     conntrack=conntrack ps=procps curl=curl jq=jq openssl=openssl faketime=faketime systemd-analyze=systemd \
     python3=python3 node=nodejs npm=npm \
-    && install_python_packages
+    && install_python_packages && install_syslog_daemons
 }
 
 stage_fmt() { check fmt cargo fmt --all --check; }
@@ -152,7 +176,7 @@ stage_test() {
     # Built as this user, run as root.
     local host
     host=$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
-    export "CARGO_TARGET_${host}_RUNNER=${as_root[*]} env PATH=$PATH CI=${CI:-} NATS_SERVER=$NATS_SERVER PORTCULLIS_BUILT=1"
+    export "CARGO_TARGET_${host}_RUNNER=${as_root[*]} env PATH=$PATH CI=${CI:-} NATS_SERVER=$NATS_SERVER RSYSLOGD=$RSYSLOGD SYSLOG_NG=$SYSLOG_NG PORTCULLIS_BUILT=1"
   fi
   run_tests tests cargo test --locked --workspace --no-fail-fast
 }

@@ -150,7 +150,7 @@ struct RawConfig {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct RawTelemetry {
-    listen: Field<ListenAddr>,
+    listen: Field<SocketAddr>,
     log_format: Field<LogFormat>,
     log_level: Field<String>,
     #[serde(flatten)]
@@ -158,16 +158,6 @@ struct RawTelemetry {
 }
 
 section!(RawTelemetry);
-
-#[derive(Debug)]
-struct ListenAddr(SocketAddr);
-
-impl FromValue for ListenAddr {
-    fn from_value(value: Value) -> Result<Self, String> {
-        let addr = value.as_str().and_then(|text| text.parse().ok());
-        addr.map(Self).ok_or_else(|| format!("expected an address and a port such as \"127.0.0.1:9477\", got {value}"))
-    }
-}
 
 /// Checks everything. `logs`, when there are any, take the place of the configured sources.
 fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config> {
@@ -224,7 +214,7 @@ impl RawTelemetry {
             mistakes.add("log_level", text);
         }
         TelemetryConfig {
-            listen: self.listen.take("listen", mistakes).map(|ListenAddr(addr)| addr),
+            listen: self.listen.take("listen", mistakes).map(|addr| addr),
             log_format: self.log_format.or("log_format", LogFormat::Text, mistakes),
             log_level,
         }

@@ -7,7 +7,6 @@ mod access;
 pub mod forward;
 pub mod metrics;
 pub mod tcp;
-mod tls;
 mod tokens;
 pub mod unix;
 

@@ -183,7 +183,7 @@ impl Engine {
         if self.poll_timeout().is_some_and(|due| due <= now) {
             self.handle_timeout(now);
         }
-        let source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
+        let source = self.open_batch(batch);
         for event in batch.events() {
             self.handle_event(source, &event, now);
         }
@@ -194,15 +194,25 @@ impl Engine {
 
     /// The source of the events that follow. `generation` is `None` where lines have no offsets.
     pub fn open(&mut self, node: &Arc<str>, source: &Arc<str>, generation: Option<u64>) -> Source {
+        let slot = generation
+            .map(|generation| self.stream.open(FileKey { node: node.clone(), source: source.clone(), generation }));
+        Source { slot, node: self.node_index(node) }
+    }
+
+    /// The source of a batch's events, which may be shown under another node than the one that read them.
+    pub fn open_batch(&mut self, batch: &AccessBatch) -> Source {
+        let opened = self.open(&batch.node, &batch.source, batch.span.map(|span| span.generation));
+        Source { node: self.node_index(batch.shown_node()), ..opened }
+    }
+
+    fn node_index(&mut self, node: &Arc<str>) -> u16 {
         let index = self.nodes.iter().position(|known| known == node).unwrap_or_else(|| {
             if self.nodes.len() < NODES_MAX {
                 self.nodes.push(node.clone());
             }
             self.nodes.len() - 1
         });
-        let slot = generation
-            .map(|generation| self.stream.open(FileKey { node: node.clone(), source: source.clone(), generation }));
-        Source { slot, node: index as u16 }
+        index as u16
     }
 
     /// All lines of `span` have been handled.

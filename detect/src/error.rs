@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use proto::secret::SecretFileError;
-use tokio_rustls::rustls;
+use proto::tls::TlsError;
 
 use crate::state::DecodeError;
 
@@ -60,24 +60,9 @@ pub enum ApiFileError {
         /// All of them, by line.
         mistakes: String,
     },
-    /// A certificate or key cannot be read.
-    #[error("cannot read PEM from {}", .path.display())]
-    Pem {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: rustls::pki_types::pem::Error,
-    },
-    /// The certificate cannot be used, or the key is not its own.
-    #[error("cannot use the certificate {} with its key", .path.display())]
-    Certificate {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: rustls::Error,
-    },
+    /// The certificate or its key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// Detection ended.

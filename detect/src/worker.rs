@@ -11,7 +11,7 @@ use proto::api::ExplainReply;
 use proto::ban::{BanChange, Lists};
 use proto::bus::memory::{BanBucket, Nodes};
 use proto::envelope::CloudEvent;
-use proto::event::{AccessBatch, Interest, Positions};
+use proto::event::{AccessBatch, Interest, Positions, Receipt};
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -210,15 +210,19 @@ impl Worker {
     fn handle_batches(&mut self, first: AccessBatch, more: &mut mpsc::Receiver<AccessBatch>) {
         let mut next = Some(first);
         let mut handled = 0;
-        while let Some(batch) = next {
+        let mut receipts = Vec::new();
+        while let Some(mut batch) = next {
             self.cause = Some(batch.read_at);
             self.decider.engine.handle_batch(&batch, self.decider.clock.now());
             self.decider.collect();
+            receipts.append(&mut batch.receipts);
             handled += 1;
             next = if handled < GROUP_MAX && self.decider.changes.is_empty() { more.try_recv().ok() } else { None };
         }
         tokio::task::block_in_place(|| self.settle(false));
         self.cause = None;
+        // What the lines led to is stored; where that cannot be, it is in force all the same.
+        receipts.into_iter().for_each(Receipt::deliver);
     }
 
     fn handle_request(&mut self, request: Request) {

@@ -1,30 +1,27 @@
 //! The `[ingest]` section: raw as it was written, then checked.
 
+mod file;
+mod listen;
+mod source;
+mod stdin;
+mod syslog;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use ipnet::IpNet;
 use proto::client_ip::{CdnHeader, ClientIpPolicy};
 use proto::net::{NamedSet, NetSet, Target};
 use proto::section;
-use proto::settings::{ByteSize, Field, Mistakes, Unknown};
-use proto::subject::is_name;
+use proto::settings::{Field, Mistakes, Unknown};
 use serde::Deserialize;
 
-use crate::parse::Format;
+pub use file::FileConfig;
+pub use listen::ListenConfig;
+pub use source::{Lines, RawSource, SourceConfig, SourceKind};
+pub use syslog::{NodeFrom, SyslogConfig, Transport};
 
-/// Default of `line_bytes_max`: Traefik accepts request heads of 1 MiB, honest ones are far below 64 KiB.
-const LINE_BYTES_MAX: u64 = 64 << 10;
-/// Bounds of `line_bytes_max`: a line must fit into memory a few times, and an access entry needs some room.
-const LINE_BYTES_MAX_RANGE: std::ops::RangeInclusive<u64> = 256..=(1 << 20);
-/// Default of `poll_interval`: with inotify only a safety net.
-const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Bounds of `poll_interval`.
-const POLL_INTERVAL_RANGE: std::ops::RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(60);
-/// Default of `silent_after`.
-const SILENT_AFTER: Duration = Duration::from_secs(15 * 60);
 /// Sources in one configuration.
 const SOURCES_MAX: usize = 64;
 /// The source of log files given on the command line.
@@ -47,34 +44,6 @@ pub struct RawIngest {
     pub unknown: Unknown,
 }
 
-/// `[ingest.sources.NAME]` as written.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct RawSource {
-    /// `file`.
-    #[serde(rename = "type")]
-    pub kind: Field<String>,
-    /// Absolute paths or patterns of files to follow.
-    pub include: Field<Vec<String>>,
-    /// Patterns of files not to follow: absolute, or of file names.
-    pub exclude: Field<Vec<String>>,
-    /// `auto`, `json` or `clf`.
-    pub format: Field<String>,
-    /// Longest line in bytes; longer ones are skipped and counted.
-    pub line_bytes_max: Field<ByteSize>,
-    /// How often directories and files are looked at without a notification.
-    pub poll_interval: Field<Duration>,
-    /// `beginning` or `end`: where files begin that are there at the very first start.
-    pub read_from: Field<String>,
-    /// Whether the kernel is asked to tell of changes; `false` where it cannot (network file systems).
-    pub inotify: Field<bool>,
-    /// After how long without a line a source that had some is reported.
-    pub silent_after: Field<Duration>,
-    /// What nobody knows.
-    #[serde(flatten)]
-    pub unknown: Unknown,
-}
-
 /// `[ingest.client_ip]` as written.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -90,7 +59,7 @@ pub struct RawClientIp {
     pub unknown: Unknown,
 }
 
-section!(RawIngest, RawSource, RawClientIp);
+section!(RawIngest, RawClientIp);
 
 /// Everything ingest needs to know.
 #[derive(Clone, Debug)]
@@ -99,59 +68,6 @@ pub struct IngestConfig {
     pub sources: Vec<SourceConfig>,
     /// How clients are told from proxies.
     pub client_ip: Arc<ClientIpPolicy>,
-}
-
-/// One source.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SourceConfig {
-    /// Matches `[a-z0-9-]{1,63}`.
-    pub name: String,
-    /// Where its lines come from.
-    pub kind: SourceKind,
-}
-
-/// Kinds of sources.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceKind {
-    /// Files that grow and rotate.
-    File(FileConfig),
-}
-
-/// A source of files.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FileConfig {
-    /// Paths or patterns (`*`, `?`, `[...]` within one component).
-    pub include: Vec<PathBuf>,
-    /// Patterns of files that are not followed; those without `/` are compared with the file name.
-    pub exclude: Vec<String>,
-    /// How lines are written.
-    pub format: Format,
-    /// Longest line in bytes.
-    pub line_bytes_max: usize,
-    /// How often everything is looked at.
-    pub poll_interval: Duration,
-    /// Whether files that are there at the very first start begin at their end.
-    pub skip_existing: bool,
-    /// Whether inotify is used.
-    pub inotify: bool,
-    /// Silence that is reported.
-    pub silent_after: Duration,
-}
-
-impl FileConfig {
-    /// Defaults for `include`.
-    pub fn new(include: Vec<PathBuf>) -> Self {
-        Self {
-            include,
-            exclude: Vec::new(),
-            format: Format::Auto,
-            line_bytes_max: LINE_BYTES_MAX as usize,
-            poll_interval: POLL_INTERVAL,
-            skip_existing: false,
-            inotify: true,
-            silent_after: SILENT_AFTER,
-        }
-    }
 }
 
 impl IngestConfig {
@@ -165,8 +81,8 @@ impl IngestConfig {
 
     /// Replaces the sources by one, `traefik`, of these files; the rest of the configuration stays.
     pub fn set_files(&mut self, paths: Vec<PathBuf>) {
-        let kind = SourceKind::File(FileConfig::new(paths));
-        self.sources = vec![SourceConfig { name: COMMAND_LINE_SOURCE.to_owned(), kind }];
+        let (name, lines) = (COMMAND_LINE_SOURCE.to_owned(), Lines::default());
+        self.sources = vec![SourceConfig { name, lines, kind: SourceKind::File(FileConfig::new(paths)) }];
     }
 }
 
@@ -182,81 +98,10 @@ impl RawIngest {
             mistakes.add("sources", format!("{} sources are given, at most {SOURCES_MAX} are allowed", raw.len()));
         }
         let check = |(name, source): (String, RawSource)| {
-            mistakes.within(&format!("sources.{name}"), |mistakes| source.check(name, mistakes))
+            mistakes.within(&format!("sources.{name}"), |mistakes| source.check(&name, mistakes))
         };
-        let sources = raw.into_iter().map(check).collect();
+        let sources = raw.into_iter().filter_map(check).collect();
         mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip) })
-    }
-}
-
-impl RawSource {
-    fn check(self, name: String, mistakes: &mut Mistakes) -> SourceConfig {
-        if !is_name(&name) {
-            mistakes.add("", "the name of a source must match [a-z0-9-]{1,63}");
-        }
-        self.unknown.check(&SOURCE_KEYS, mistakes);
-        match self.kind.required("type", mistakes).as_deref() {
-            Some("file") | None => {}
-            Some(kind @ ("stdin" | "syslog" | "http" | "otlp" | "nats")) => {
-                mistakes.add("type", format!("`{kind}` is not available in this version; expected `file`"));
-            }
-            Some(other) => mistakes.add("type", format!("expected `file`, got {other:?}")),
-        }
-        let include = self.include.required("include", mistakes);
-        if include.as_ref().is_some_and(Vec::is_empty) {
-            mistakes.add("include", "at least one path or pattern is needed");
-        }
-        let include: Vec<PathBuf> = include.unwrap_or_default().into_iter().map(PathBuf::from).collect();
-        include.iter().for_each(|path| check_pattern("include", path, mistakes));
-        let exclude = self.exclude.or("exclude", Vec::new(), mistakes);
-        for pattern in exclude.iter().filter(|pattern| pattern.contains('/')) {
-            check_pattern("exclude", Path::new(pattern), mistakes);
-        }
-        let format = match self.format.take("format", mistakes).as_deref() {
-            None | Some("auto") => Format::Auto,
-            Some("json") => Format::Json,
-            Some("clf") => Format::Clf,
-            Some(other) => {
-                mistakes.add("format", format!("expected `auto`, `json` or `clf`, got {other:?}"));
-                Format::Auto
-            }
-        };
-        let read_from = self.read_from.take("read_from", mistakes);
-        if let Some(other) = read_from.as_deref().filter(|place| !matches!(*place, "beginning" | "end")) {
-            mistakes.add("read_from", format!("expected `beginning` or `end`, got {other:?}"));
-        }
-        let line_bytes_max = self.line_bytes_max.or("line_bytes_max", ByteSize(LINE_BYTES_MAX), mistakes).0;
-        if !LINE_BYTES_MAX_RANGE.contains(&line_bytes_max) {
-            mistakes.add("line_bytes_max", "must be from 256 bytes to 1MiB");
-        }
-        let poll_interval = self.poll_interval.or("poll_interval", POLL_INTERVAL, mistakes);
-        if !POLL_INTERVAL_RANGE.contains(&poll_interval) {
-            mistakes.add("poll_interval", "must be from 10ms to 1m");
-        }
-        let file = FileConfig {
-            exclude,
-            format,
-            line_bytes_max: line_bytes_max as usize,
-            poll_interval,
-            skip_existing: read_from.as_deref() == Some("end"),
-            inotify: self.inotify.or("inotify", true, mistakes),
-            silent_after: self.silent_after.or("silent_after", SILENT_AFTER, mistakes),
-            ..FileConfig::new(include)
-        };
-        SourceConfig { name, kind: SourceKind::File(file) }
-    }
-}
-
-const SOURCE_KEYS: [&str; 9] =
-    ["type", "include", "exclude", "format", "line_bytes_max", "poll_interval", "read_from", "inotify", "silent_after"];
-
-fn check_pattern(key: &str, pattern: &Path, mistakes: &mut Mistakes) {
-    let text = pattern.to_string_lossy();
-    if !pattern.is_absolute() {
-        mistakes.add(key, format!("{text:?} must be an absolute path"));
-    }
-    if text.contains("**") {
-        mistakes.add(key, format!("{text:?}: `**` is not supported; a `*` stands within one directory"));
     }
 }
 
@@ -329,8 +174,8 @@ mod tests {
     fn defaults() {
         let sources = serde_json::json!({"sources": {"traefik": {"type": "file", "include": ["/var/log/a*.log"]}}});
         let config = check(sources).expect("a good configuration");
-        let SourceKind::File(file) = &config.sources[0].kind;
-        assert_eq!(*file, FileConfig::new(vec!["/var/log/a*.log".into()]));
+        assert_eq!(config.sources[0].kind, SourceKind::File(FileConfig::new(vec!["/var/log/a*.log".into()])));
+        assert_eq!(config.sources[0].lines, Lines::default());
         assert!(config.client_ip.is_trusted("104.16.0.1".parse().unwrap()));
         assert_eq!(config.client_ip.cdn_headers[0].header, "Cf-Connecting-Ip");
         assert!(check(serde_json::json!({})).expect("nothing is required").sources.is_empty());
@@ -342,7 +187,7 @@ mod tests {
         let mistakes = check(serde_json::json!({
             "sorces": 1,
             "sources": {
-                "Bad": {"type": "syslog", "include": []},
+                "Bad": {"type": "sislog", "include": []},
                 "a": {"type": "file", "include": ["relative", "/a/**/b"], "format": "xml", "read_from": "middle",
                       "line_bytes_max": "1B", "poll_interval": "1ns", "inotify": 3, "pol_interval": "1s"},
                 "b": {},
@@ -360,7 +205,6 @@ mod tests {
                 "ingest.client_ip.trusted_proxies",
                 "ingest.sorces",
                 "ingest.sources.Bad",
-                "ingest.sources.Bad.include",
                 "ingest.sources.Bad.type",
                 "ingest.sources.a.format",
                 "ingest.sources.a.include",
@@ -370,12 +214,11 @@ mod tests {
                 "ingest.sources.a.pol_interval",
                 "ingest.sources.a.poll_interval",
                 "ingest.sources.a.read_from",
-                "ingest.sources.b.include",
                 "ingest.sources.b.type",
             ],
             "{mistakes:#?}"
         );
-        assert!(mistakes[7].contains("not available in this version"), "{}", mistakes[7]);
+        assert!(mistakes[6].contains("expected `file`,"), "{}", mistakes[6]);
     }
 
     #[test]

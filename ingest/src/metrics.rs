@@ -36,6 +36,10 @@ pub struct Metrics {
     no_client: Family<ReasonLabel, Counter>,
     behind_bytes: Family<SourceLabel, Gauge>,
     files: Family<SourceLabel, Gauge>,
+    connections: Family<SourceLabel, Gauge>,
+    dropped: Family<SourceLabel, Counter>,
+    limited: Family<SourceLabel, Counter>,
+    refused: Family<SourceLabel, Counter>,
     /// Batches that wait for detect.
     pub(crate) queued_batches: Gauge,
     pub(crate) uplink: UplinkMetrics,
@@ -68,6 +72,10 @@ impl Metrics {
         registry.register("no_client", "Events without a client, by reason", metrics.no_client.clone());
         registry.register_with_unit("behind", "Bytes that wait to be read", Unit::Bytes, metrics.behind_bytes.clone());
         registry.register("files", "Files followed", metrics.files.clone());
+        registry.register("connections", "Connections of senders", metrics.connections.clone());
+        registry.register("dropped_lines", "Lines that found no room", metrics.dropped.clone());
+        registry.register("limited_lines", "Lines turned away because of a limit", metrics.limited.clone());
+        registry.register("refused", "Connections, datagrams and requests refused", metrics.refused.clone());
         registry.register("queued_batches", "Batches that wait for detect", metrics.queued_batches.clone());
         metrics.uplink.register(registry);
         metrics
@@ -90,6 +98,10 @@ impl Metrics {
             no_client: NO_CLIENT.map(no_client),
             behind_bytes: self.behind_bytes.get_or_create_owned(&label),
             files: self.files.get_or_create_owned(&label),
+            connections: self.connections.get_or_create_owned(&label),
+            dropped: self.dropped.get_or_create_owned(&label),
+            limited: self.limited.get_or_create_owned(&label),
+            refused: self.refused.get_or_create_owned(&label),
             queued_batches: self.queued_batches.clone(),
         }
     }
@@ -133,5 +145,9 @@ pub(crate) struct SourceMetrics {
     pub(crate) no_client: [Counter; 4],
     pub(crate) behind_bytes: Gauge,
     pub(crate) files: Gauge,
+    pub(crate) connections: Gauge,
+    pub(crate) dropped: Counter,
+    pub(crate) limited: Counter,
+    pub(crate) refused: Counter,
     pub(crate) queued_batches: Gauge,
 }

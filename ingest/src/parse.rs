@@ -8,6 +8,7 @@
 
 mod clf;
 mod envelope;
+pub mod syslog;
 pub mod time;
 mod traefik;
 

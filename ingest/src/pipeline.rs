@@ -15,11 +15,13 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 
-use crate::config::{FileConfig, IngestConfig, SourceConfig, SourceKind};
+use crate::config::{FileConfig, IngestConfig, Lines, SourceConfig, SourceKind};
 use crate::error::IngestError;
 use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
+use crate::source::intake::Intake;
+use crate::source::{stdin, syslog};
 use crate::uplink;
 
 /// How often the role says how it is.
@@ -80,6 +82,15 @@ impl Shared {
         // Counters stay usable whatever happened to another thread.
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Replaces the problems of the source and logs those that are new.
+    pub(crate) fn set_problems(&self, problems: Vec<Problem>) {
+        let mut status = self.status();
+        for problem in problems.iter().filter(|problem| !status.problems.contains(problem)) {
+            tracing::warn!(source = %self.source, problem = problem.text, "A source of log lines has a problem");
+        }
+        status.problems = problems;
+    }
 }
 
 /// Runs all sources until the shutdown begins; what was read whole by then is handed over before this returns.
@@ -93,10 +104,15 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
     let mut tasks = JoinSet::new();
     let mut running: Vec<(Id, Arc<Shared>)> = Vec::new();
     let open_files = Arc::new(Semaphore::new(OPEN_FILES_MAX));
+    let only = config.sources.len() == 1;
     for source in config.sources {
         let shared = Shared::new(&source, &inputs, open_files.clone());
         let id = match source.kind {
-            SourceKind::File(file) => start_file(&mut tasks, file, shared.clone(), &inputs),
+            SourceKind::File(file) => start_file(&mut tasks, (file, source.lines), shared.clone(), &inputs),
+            SourceKind::Syslog(syslog) => {
+                tasks.spawn(syslog::run(syslog, intake(&inputs, shared.clone(), source.lines))).id()
+            }
+            SourceKind::Stdin => tasks.spawn(stdin::run(intake(&inputs, shared.clone(), source.lines), only)).id(),
         };
         running.push((id, shared));
     }
@@ -135,7 +151,7 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
 
 fn start_file(
     tasks: &mut JoinSet<Result<(), Stopped>>,
-    config: FileConfig,
+    (config, lines): (FileConfig, Lines),
     shared: Arc<Shared>,
     inputs: &Inputs,
 ) -> Id {
@@ -145,11 +161,23 @@ fn start_file(
     let batches = inputs.batches.clone();
     let handle = Handle::current();
     let task = tasks.spawn_blocking(move || {
-        let format = (config.format, config.line_bytes_max);
+        let format = (lines.format, lines.line_bytes_max);
         let batcher = Batcher::new(shared, batches, handle.clone(), metrics, format);
-        FileSource::new(config, positions, rules, batcher).run(&handle)
+        FileSource::new((config, lines.line_bytes_max), positions, rules, batcher).run(&handle)
     });
     task.id()
+}
+
+fn intake(inputs: &Inputs, shared: Arc<Shared>, lines: Lines) -> Intake {
+    Intake {
+        metrics: inputs.metrics.of_source(&shared.source),
+        shared,
+        batches: inputs.batches.clone(),
+        interest: inputs.interest.clone(),
+        client_ip: inputs.client_ip.clone(),
+        format: lines.format,
+        line_bytes_max: lines.line_bytes_max,
+    }
 }
 
 fn positions_of(positions: &Positions, source: &str) -> BTreeMap<u64, Position> {
@@ -190,8 +218,10 @@ impl Reporter {
 
 impl Shared {
     fn new(source: &SourceConfig, inputs: &Inputs, open_files: Arc<Semaphore>) -> Arc<Self> {
-        let (kind, silent_after) = match &source.kind {
-            SourceKind::File(file) => ("file", file.silent_after),
+        let kind = match &source.kind {
+            SourceKind::File(_) => "file",
+            SourceKind::Stdin => "stdin",
+            SourceKind::Syslog(_) => "syslog",
         };
         let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
         Arc::new(Self {
@@ -201,7 +231,7 @@ impl Shared {
             shutdown: inputs.shutdown.clone(),
             open_files,
             banned: inputs.banned.clone(),
-            silent_after,
+            silent_after: source.lines.silent_after,
             status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
         })
     }

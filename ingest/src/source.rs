@@ -1,8 +1,14 @@
-//! Where lines come from. One file a kind of source; this version has `file`.
+//! Where lines come from. One file a kind of source.
 
 pub(crate) mod batch;
 pub mod checkpoint;
 mod discover;
 pub mod file;
+pub(crate) mod intake;
+pub(crate) mod lane;
+pub mod limit;
+mod listen;
+pub(crate) mod stdin;
+pub mod syslog;
 pub mod tail;
 mod watch;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ingest::config::{FileConfig, IngestConfig, SourceKind};
+use ingest::config::{FileConfig, IngestConfig, Lines, SourceConfig, SourceKind};
 use ingest::error::IngestError;
 use ingest::metrics::Metrics;
 use ingest::pipeline::{self, Inputs};
@@ -53,15 +53,22 @@ struct Counts {
     withheld: u64,
 }
 
-fn start(include: &Path, positions: &Positions, change: impl FnOnce(&mut FileConfig)) -> Role {
+fn start(include: &Path, positions: &Positions, change: impl FnOnce(&mut FileConfig, &mut Lines)) -> Role {
     start_with_queue(include, positions, 64, change)
 }
 
-fn start_with_queue(include: &Path, positions: &Positions, queue: usize, change: impl FnOnce(&mut FileConfig)) -> Role {
+fn start_with_queue(
+    include: &Path,
+    positions: &Positions,
+    queue: usize,
+    change: impl FnOnce(&mut FileConfig, &mut Lines),
+) -> Role {
     let mut config = IngestConfig::for_files(vec![include.to_owned()]);
-    let SourceKind::File(file) = &mut config.sources[0].kind;
+    let SourceConfig { kind: SourceKind::File(file), lines, .. } = &mut config.sources[0] else {
+        panic!("a source of files")
+    };
     file.poll_interval = Duration::from_millis(50);
-    change(file);
+    change(file, lines);
     start_config(config, positions, queue)
 }
 
@@ -184,7 +191,7 @@ fn expect(numbers: Vec<u64>, range: std::ops::Range<u64>) {
 async fn lines_arrive_in_order_and_a_half_line_waits() {
     let (_directory, path) = log();
     append(&path, 0..3000);
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     role.receive_lines(3000).await;
     let text = line(3000);
     let (head, tail) = text.split_at(20);
@@ -203,7 +210,7 @@ async fn lines_arrive_in_order_and_a_half_line_waits() {
 async fn rotation_under_continuous_writing_loses_and_doubles_nothing() {
     const LINES: u64 = 20_000;
     let (directory, path) = log();
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     let writer = std::thread::spawn(move || {
         let open = || OpenOptions::new().create(true).append(true).open(&path).unwrap();
         let mut file = open();
@@ -238,7 +245,7 @@ async fn rotation_under_continuous_writing_loses_and_doubles_nothing() {
 async fn a_copied_and_truncated_file_goes_on_from_its_beginning() {
     let (_directory, path) = log();
     append(&path, 0..100);
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     role.receive_lines(100).await;
     File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
     append(&path, 100..350);
@@ -253,7 +260,7 @@ async fn a_link_is_followed_to_its_new_target() {
     let (one, two) = (directory.path().join("one"), directory.path().join("two"));
     append(&one, 0..10);
     std::os::unix::fs::symlink(&one, &link).unwrap();
-    let mut role = start(&link, &Positions::new(), |_| {});
+    let mut role = start(&link, &Positions::new(), |_, _| {});
     role.receive_lines(10).await;
     append(&two, 10..20);
     let swapped = directory.path().join("swapped");
@@ -268,7 +275,7 @@ async fn a_link_is_followed_to_its_new_target() {
 async fn a_restart_goes_on_where_it_ended_also_in_a_rotated_file() {
     let (directory, path) = log();
     append(&path, 0..500);
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     role.receive_lines(500).await;
     let (mut numbers, positions) = role.stop().await;
     assert_eq!(positions.len(), 1);
@@ -276,14 +283,14 @@ async fn a_restart_goes_on_where_it_ended_also_in_a_rotated_file() {
     append(&path, 500..600);
     fs::rename(&path, directory.path().join("access.log.1")).unwrap();
     append(&path, 600..700);
-    let mut role = start(&path, &positions, |_| {});
+    let mut role = start(&path, &positions, |_, _| {});
     role.receive_lines(200).await;
     let (more, positions) = role.stop().await;
     assert_eq!(more, (500..700).collect::<Vec<_>>(), "the older file comes first");
     numbers.extend(more);
 
     append(&path, 700..701);
-    let mut role = start(&path, &positions, |_| {});
+    let mut role = start(&path, &positions, |_, _| {});
     role.receive_lines(1).await;
     numbers.extend(role.stop().await.0);
     expect(numbers, 0..701);
@@ -296,7 +303,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
     let mut numbers = Vec::new();
     let mut positions = Positions::new();
     for _ in 0..4 {
-        let mut role = start_with_queue(&path, &positions, 1, |_| {});
+        let mut role = start_with_queue(&path, &positions, 1, |_, _| {});
         role.receive_until(|role| role.counts.lines > 0).await;
         let (more, next) = role.stop().await;
         numbers.extend(more);
@@ -304,7 +311,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
     }
     let left = 30_000 - numbers.len() as u64;
     if left > 0 {
-        let mut role = start(&path, &positions, |_| {});
+        let mut role = start(&path, &positions, |_, _| {});
         role.receive_lines(left).await;
         numbers.extend(role.stop().await.0);
     }
@@ -315,7 +322,7 @@ async fn a_stop_with_a_full_queue_delivers_or_leaves_every_line() {
 async fn new_files_are_picked_up_and_compressed_ones_are_not() {
     let directory = tempfile::tempdir().unwrap();
     let pattern = directory.path().join("*/access*");
-    let mut role = start(&pattern, &Positions::new(), |_| {});
+    let mut role = start(&pattern, &Positions::new(), |_, _| {});
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert_eq!(report.problems[0].severity, Severity::Degraded);
     assert!(report.problems[0].text.contains("no log file"), "{:?}", report.problems);
@@ -335,7 +342,7 @@ async fn new_files_are_picked_up_and_compressed_ones_are_not() {
 async fn without_notifications_everything_is_polled() {
     let (directory, path) = log();
     append(&path, 0..10);
-    let mut role = start(&path, &Positions::new(), |file| file.inotify = false);
+    let mut role = start(&path, &Positions::new(), |file, _| file.inotify = false);
     role.receive_lines(10).await;
     append(&path, 10..20);
     role.receive_lines(20).await;
@@ -349,7 +356,7 @@ async fn without_notifications_everything_is_polled() {
 async fn with_notifications_nothing_waits_for_the_poll() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
     role.receive_lines(1).await;
     for number in 1..20 {
         append(&path, number..number + 1);
@@ -366,7 +373,7 @@ async fn long_lines_are_skipped_and_other_lines_counted_and_shown() {
     let long = "x".repeat(1000);
     write!(file, "{long}\n\n  \nDEBUG: \x1b plugin\n{}{}\n", line(1), "y".repeat(400_000)).unwrap();
     append(&path, 2..3);
-    let mut role = start(&path, &Positions::new(), |file| file.line_bytes_max = 512);
+    let mut role = start(&path, &Positions::new(), |_, lines| lines.line_bytes_max = 512);
     role.receive_lines(8).await;
     assert_eq!(role.counts, Counts { lines: 8, unparsed: 1, oversized: 2, withheld: 0 });
     let report = role.report(|report| report.sources[0].lines == 8).await;
@@ -392,7 +399,7 @@ async fn pieces_of_a_line_stay_in_one_batch() {
     let text = line(0);
     let (head, tail) = text.trim_end().split_at(40);
     fs::write(&path, format!("2026-01-01T00:00:00Z stdout P {head}\n")).unwrap();
-    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
     let mut file = OpenOptions::new().append(true).open(&path).unwrap();
     writeln!(file, "2026-01-01T00:00:00Z stdout F {tail}").unwrap();
     role.receive_lines(2).await;
@@ -411,7 +418,7 @@ async fn an_open_piece_of_another_stream_holds_nothing_back() {
     };
     fs::write(&path, format!("{}{piece}{}", cri(0..5), cri(5..3000))).unwrap();
     // Neither a tick nor more lines come.
-    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
     let mut batches = Vec::new();
     while role.counts.lines < 3001 {
         let batch = tokio::time::timeout(DEADLINE, role.batches.recv()).await.expect("in time").expect("it runs");
@@ -433,7 +440,7 @@ async fn a_few_lines_behind_an_open_piece_come_soon_and_a_stop_before_loses_none
         |stream: &str, tag: &str, text: &str| format!("2026-01-01T00:00:00Z {stream} {tag} {}\n", text.trim_end());
     fs::write(&path, [cri("stdout", "F", &line(0)), cri("stdout", "P", head), cri("stderr", "F", &line(2))].concat())
         .unwrap();
-    let mut role = start(&path, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
     role.receive_lines(1).await;
     let (mut numbers, positions) = role.stop().await;
     assert_eq!(numbers, [0], "a stop leaves the open line and what follows it to the next start");
@@ -441,7 +448,7 @@ async fn a_few_lines_behind_an_open_piece_come_soon_and_a_stop_before_loses_none
     file.write_all(cri("stdout", "F", tail).as_bytes()).unwrap();
     file.write_all(cri("stdout", "P", head).as_bytes()).unwrap();
     file.write_all(cri("stderr", "F", &line(3)).as_bytes()).unwrap();
-    let mut role = start(&path, &positions, |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&path, &positions, |file, _| file.poll_interval = Duration::from_secs(3600));
     role.receive_until(|role| role.counts.lines >= 5).await;
     assert_eq!(role.counts, Counts { lines: 5, unparsed: 1, oversized: 0, withheld: 0 });
     numbers.extend(role.stop().await.0);
@@ -454,7 +461,7 @@ async fn a_copy_that_matches_too_counts_once() {
     let (pattern, copy) = (directory.path().join("access*.log"), |n| directory.path().join(format!("access-{n}.log")));
     let copies = |report: &NodeReport| report.problems.iter().filter(|p| p.text.contains("is a copy")).count();
     append(&path, 0..100);
-    let mut role = start(&pattern, &Positions::new(), |_| {});
+    let mut role = start(&pattern, &Positions::new(), |_, _| {});
     role.receive_lines(100).await;
     fs::copy(&path, copy(1)).unwrap();
     role.report(|report| copies(report) == 1).await;
@@ -472,7 +479,7 @@ async fn a_copy_that_matches_too_counts_once() {
     let (mut numbers, positions) = role.stop().await;
 
     append(&path, 300..301);
-    let mut role = start(&pattern, &positions, |_| {});
+    let mut role = start(&pattern, &positions, |_, _| {});
     role.report(|report| copies(report) == 2).await;
     role.receive_lines(1).await;
     numbers.extend(role.stop().await.0);
@@ -484,7 +491,7 @@ async fn other_files_with_the_same_first_line_are_read() {
     let (directory, path) = log();
     let other = |n| directory.path().join(format!("access-{n}.log"));
     append(&path, [0, 1]);
-    let mut role = start(&directory.path().join("access*.log"), &Positions::new(), |_| {});
+    let mut role = start(&directory.path().join("access*.log"), &Positions::new(), |_, _| {});
     role.receive_lines(2).await;
     fs::write(other(1), line(0) + &line(2)).unwrap();
     role.receive_lines(4).await;
@@ -522,7 +529,7 @@ async fn a_directory_that_is_made_again_is_watched_again() {
     fs::create_dir(&sub).unwrap();
     append(&sub.join("access.log"), 0..1);
     let pattern = directory.path().join("*/access.log");
-    let mut role = start(&pattern, &Positions::new(), |file| file.poll_interval = Duration::from_secs(3600));
+    let mut role = start(&pattern, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
     role.receive_lines(1).await;
     fs::remove_dir_all(&sub).unwrap();
     role.report(|report| report.sources[0].lines == 1).await;
@@ -537,7 +544,7 @@ async fn a_missing_file_with_open_windows_is_reported() {
     let (_directory, path) = log();
     append(&path, 0..1);
     let gone = Positions::from([(("traefik".to_owned(), 7), Position { offset: 100, needed: true })]);
-    let mut role = start(&path, &gone, |_| {});
+    let mut role = start(&path, &gone, |_, _| {});
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert_eq!(report.problems[0].severity, Severity::Warning);
     assert!(report.problems[0].text.contains("could not be rebuilt"), "{:?}", report.problems);
@@ -549,7 +556,7 @@ async fn a_missing_file_with_open_windows_is_reported() {
 async fn without_a_receiver_the_role_ends_with_an_error() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     // A source that has nothing to send must notice it too.
     role.receive_lines(1).await;
     drop(role.batches);
@@ -562,7 +569,7 @@ async fn without_a_receiver_the_role_ends_with_an_error() {
 async fn a_silent_source_is_reported() {
     let (_directory, path) = log();
     append(&path, 0..1);
-    let mut role = start(&path, &Positions::new(), |file| file.silent_after = Duration::from_millis(1));
+    let mut role = start(&path, &Positions::new(), |_, lines| lines.silent_after = Duration::from_millis(1));
     role.receive_lines(1).await;
     let report = role.report(|report| !report.problems.is_empty()).await;
     assert!(report.problems[0].text.contains("silent"), "{:?}", report.problems);
@@ -573,7 +580,7 @@ async fn a_silent_source_is_reported() {
 async fn lines_that_no_rule_can_match_are_withheld_unless_their_client_is_banned() {
     let (_directory, path) = log();
     append(&path, 0..2);
-    let mut role = start(&path, &Positions::new(), |_| {});
+    let mut role = start(&path, &Positions::new(), |_, _| {});
     role.receive_lines(2).await;
     assert_eq!(role.filter, 0);
     let statuses = Some(StatusSet::new([(401, 404)]));

@@ -6,12 +6,14 @@
 
 mod batch;
 mod interest;
+mod receipt;
 
 use std::net::IpAddr;
 
 pub use batch::{AccessBatch, EVENTS_MAX, HEADERS_MAX, LineCounts, TEXT_BYTES_MAX};
 pub(crate) use batch::{Record, Span};
 pub use interest::{Interest, StatusSet};
+pub use receipt::Receipt;
 
 use crate::client_ip::{Client, NoClient};
 use crate::time::Timestamp;

@@ -1,7 +1,7 @@
 //! What all parts of Portcullis agree on: time, addresses, events, bans, the operator API's types, and the bus.
 //!
-//! This crate decides nothing and knows no log format, rule or firewall. Every module but [`bus`], [`secret`], [`shutdown`]
-//! and the system clock in [`time`] is pure: no I/O, no clock, no hash order.
+//! This crate decides nothing and knows no log format, rule or firewall. Every module but [`bus`], [`places`], [`secret`],
+//! [`shutdown`], [`tls`] and the system clock in [`time`] is pure: no I/O, no clock, no hash order.
 
 pub mod api;
 pub mod ban;
@@ -11,6 +11,7 @@ pub mod envelope;
 pub mod event;
 pub mod head;
 pub mod net;
+pub mod places;
 pub mod report;
 pub mod schema;
 pub mod secret;
@@ -18,4 +19,5 @@ pub mod settings;
 pub mod shutdown;
 pub mod subject;
 pub mod time;
+pub mod tls;
 pub mod wire;

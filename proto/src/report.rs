@@ -97,6 +97,14 @@ pub struct SourceReport {
     pub behind_bytes: u64,
     /// Bytes that could not be read any more (deleted or truncated files).
     pub lost_bytes: u64,
+    /// Connections open now.
+    pub connections: u64,
+    /// Lines that came when there was no room, of senders that cannot wait.
+    pub dropped: u64,
+    /// Lines that were turned away because of a limit.
+    pub limited: u64,
+    /// Connections, datagrams and requests of those who may not send.
+    pub refused: u64,
 }
 
 /// One rule.

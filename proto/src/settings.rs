@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -229,6 +229,13 @@ impl FromValue for IpAddr {
     fn from_value(value: Value) -> Result<Self, String> {
         let text = value.as_str().and_then(|text| text.parse().ok());
         text.ok_or_else(|| expected("an IP address", &value))
+    }
+}
+
+impl FromValue for SocketAddr {
+    fn from_value(value: Value) -> Result<Self, String> {
+        let addr = value.as_str().and_then(|text| text.parse().ok());
+        addr.ok_or_else(|| expected("an address and a port such as \"127.0.0.1:9477\"", &value))
     }
 }
 

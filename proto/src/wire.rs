@@ -58,6 +58,7 @@ pub enum WireError {
 struct Head<'a> {
     node: &'a str,
     source: &'a str,
+    origin: Option<&'a str>,
     span: Option<WireSpan>,
     counts: WireCounts,
     /// Nanoseconds since the epoch.
@@ -133,6 +134,7 @@ pub fn encode_batch(batch: &AccessBatch) -> Vec<u8> {
     let head = Head {
         node: &batch.node,
         source: &batch.source,
+        origin: batch.origin.as_deref(),
         span,
         counts: WireCounts { lines, unparsed, oversized, withheld },
         read_at: base.time,
@@ -276,7 +278,7 @@ struct Decoder {
 
 impl Decoder {
     fn new(head: &Head<'_>) -> Result<Self, WireError> {
-        if !is_name(head.node) || !is_name(head.source) {
+        if ![Some(head.node), Some(head.source), head.origin].into_iter().flatten().all(is_name) {
             return Err(WireError::Damaged("a node or source that is no name"));
         }
         if head.events as usize > EVENTS_MAX {
@@ -293,6 +295,7 @@ impl Decoder {
         let WireCounts { lines, unparsed, oversized, withheld } = head.counts;
         batch.counts = LineCounts { lines, unparsed, oversized, withheld };
         batch.filter = head.filter;
+        batch.origin = head.origin.map(Into::into);
         batch.text.push_str(head.text);
         batch.records.reserve_exact(head.events as usize);
         let base = Base { time: head.read_at, offset: batch.span.map_or(0, |span| span.start) };

@@ -65,6 +65,27 @@ fn the_example_configuration_passes_check() {
 }
 
 #[test]
+fn check_refuses_a_listener_whose_senders_are_strangers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("portcullis.toml");
+    for (mode, more, code) in [
+        ("udp", "", 64),
+        ("tcp", "", 64),
+        ("udp", "allowed_senders = ['10.0.0.0/8']", 0),
+        ("tcp", "allowed_senders = ['10.0.0.0/8']", 0),
+        ("tcp", "tls = { cert_file = '/c', key_file = '/k' }", 64),
+        ("tcp", "tls = { cert_file = '/c', key_file = '/k', client_ca_file = '/a' }", 0),
+    ] {
+        let source = format!("type = 'syslog'\nmode = '{mode}'\nlisten = '0.0.0.0:5514'\n{more}\n");
+        std::fs::write(&path, format!("[ingest.sources.edge]\n{source}")).unwrap();
+        let answer = portcullis(["check", "-c", &path.display().to_string()]).unwrap().expect(code).unwrap();
+        let said = if code == 0 { &answer.stdout } else { &answer.stderr };
+        let wanted = if code == 0 { "edge: syslog over" } else { "ingest.sources.edge.allowed_senders: is required" };
+        assert!(said.contains(wanted), "{source}: {answer:?}");
+    }
+}
+
+#[test]
 fn a_verb_without_a_service_says_so_and_ends_with_1() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("api.sock").display().to_string();

@@ -3,6 +3,8 @@
 //! Times here are states too: a ban is over when the client is answered again, and how long that took is compared with
 //! what was promised.
 
+mod syslog;
+
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -47,6 +49,11 @@ struct World {
 
 impl World {
     fn new(variant: Variant, config: &str) -> Self {
+        Self::with_source(variant, "type = \"file\"\ninclude = [\"FOLDER/access.log\"]\n", config)
+    }
+
+    /// In `source`, FOLDER stands for the world's own.
+    fn with_source(variant: Variant, source: &str, config: &str) -> Self {
         let [server, visitor, attacker] = [(); 3].map(|()| Namespace::new().unwrap());
         server.join(&visitor, &VISITOR).unwrap();
         server.join(&attacker, &ATTACKER).unwrap();
@@ -58,10 +65,10 @@ impl World {
         let path = |name: &str| folder.path().join(name).display().to_string();
         let mut text = format!(
             "node = \"edge\"\nstate_dir = \"{}\"\n[api]\nsocket = \"{}\"\n[telemetry]\nlog_format = \"json\"\n\
-             [ingest.sources.traefik]\ntype = \"file\"\ninclude = [\"{}\"]\n",
+             [ingest.sources.traefik]\n{}",
             path("state"),
             path("api.sock"),
-            path("access.log"),
+            source.replace("FOLDER", &folder.path().display().to_string()),
         );
         text.push_str("[detect.escalation]\njitter = \"0%\"\n");
         text.push_str(config);

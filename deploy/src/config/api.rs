@@ -1,5 +1,6 @@
 //! `[api]`: where operators come in, and who is believed over TCP.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use detect::api::tcp::{TcpConfig, TlsFiles};
@@ -7,7 +8,6 @@ use proto::section;
 use proto::settings::{Field, Mistakes, Unknown};
 use serde::Deserialize;
 
-use super::ListenAddr;
 use crate::socket;
 
 const KEYS: &[&str] = &["socket", "listen", "tokens_file", "tls"];
@@ -29,7 +29,7 @@ pub struct ApiConfig {
 #[serde(default)]
 pub(super) struct RawApi {
     socket: Field<PathBuf>,
-    listen: Field<ListenAddr>,
+    listen: Field<SocketAddr>,
     tokens_file: Field<PathBuf>,
     tls: Field<RawApiTls>,
     #[serde(flatten)]
@@ -67,7 +67,7 @@ impl RawApi {
         }
         let listen = self.listen.take("listen", mistakes);
         let tokens_file = self.tokens_file.required("tokens_file", mistakes);
-        if let Some(ListenAddr(addr)) = listen
+        if let Some(addr) = listen
             && !addr.ip().to_canonical().is_loopback()
             && !has_tls
         {
@@ -76,7 +76,7 @@ impl RawApi {
             mistakes.add("tls", text);
         }
         let tcp = listen.zip(tokens_file);
-        ApiConfig { socket, tcp: tcp.map(|(ListenAddr(listen), tokens_file)| TcpConfig { listen, tokens_file, tls }) }
+        ApiConfig { socket, tcp: tcp.map(|(listen, tokens_file)| TcpConfig { listen, tokens_file, tls }) }
     }
 }
 
@@ -85,6 +85,6 @@ impl RawApiTls {
         self.unknown.check(TLS_KEYS, mistakes);
         let cert_file = self.cert_file.required("cert_file", mistakes);
         let key_file = self.key_file.required("key_file", mistakes);
-        cert_file.zip(key_file).map(|(cert_file, key_file)| TlsFiles { cert_file, key_file })
+        cert_file.zip(key_file).map(|(cert_file, key_file)| TlsFiles { cert_file, key_file, client_ca_file: None })
     }
 }

@@ -2,7 +2,7 @@
 
 use detect::engine::rule::{Mode, Rule, Threshold};
 use enforce::config::{BackendKind, Chains, FirewallConfig};
-use ingest::config::{SourceConfig, SourceKind};
+use ingest::config::{ListenConfig, SourceConfig, SourceKind, SyslogConfig, Transport};
 use proto::bus::config::{BusConfig, Login};
 use proto::time::render_duration;
 
@@ -64,9 +64,35 @@ fn describe_bus(bus: &BusConfig) -> String {
 }
 
 fn describe_source(source: &SourceConfig) -> String {
-    let SourceKind::File(file) = &source.kind;
-    let include: Vec<String> = file.include.iter().map(|path| path.display().to_string()).collect();
-    format!("{}: {}", source.name, include.join(", "))
+    let from = match &source.kind {
+        SourceKind::File(file) => {
+            file.include.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+        }
+        SourceKind::Stdin => "standard input".to_owned(),
+        SourceKind::Syslog(syslog) => describe_syslog(syslog),
+    };
+    format!("{}: {from}", source.name)
+}
+
+fn describe_syslog(syslog: &SyslogConfig) -> String {
+    let (mode, listen) = match &syslog.transport {
+        Transport::Unix { path, .. } => return format!("syslog at {}", path.display()),
+        Transport::Udp(listen) => ("UDP", listen),
+        Transport::Tcp(listen @ ListenConfig { tls: Some(_), .. }) => ("TLS", listen),
+        Transport::Tcp(listen) => ("TCP", listen),
+    };
+    format!("syslog over {mode} at {} from {}", listen.addr, describe_senders(listen))
+}
+
+fn describe_senders(listen: &ListenConfig) -> String {
+    let mut whom = match &listen.allowed_senders {
+        Some(allowed) => format!("{} networks", allowed.nets().len()),
+        None => "anybody".to_owned(),
+    };
+    if listen.tls.as_ref().is_some_and(|tls| tls.client_ca_file.is_some()) {
+        whom.push_str(" with a certificate");
+    }
+    whom
 }
 
 fn describe_rule(rule: &Rule) -> String {

@@ -12,7 +12,6 @@ use detect::engine::rule::Rule;
 use detect::engine::visitors::Visitors;
 use detect::engine::{Engine, Output as Decision, Source, hidden_text};
 use indicatif::{ProgressBar, ProgressStyle};
-use ingest::config::{FileConfig, SourceKind};
 use ingest::parse::Format;
 use ingest::replay::{LineKind, ReplayFile, ReplayItem, ReplayLine, ReplayReader, ReplaySettings, ReplayStats};
 use proto::ban::Ban;
@@ -80,12 +79,9 @@ fn matches(rule: &Rule, event: &Event<'_>, node: &str) -> bool {
 
 fn reader(args: &ReplayArgs, config: &Config) -> ReplayReader {
     let node: Arc<str> = config.node.as_str().into();
-    let defaults = FileConfig::new(Vec::new());
     let first = config.ingest.sources.first();
     let source: Arc<str> = first.map_or("traefik", |source| source.name.as_str()).into();
-    let line_bytes_max = first.map_or(defaults.line_bytes_max, |source| match &source.kind {
-        SourceKind::File(file) => file.line_bytes_max,
-    });
+    let line_bytes_max = first.map(|source| source.lines).unwrap_or_default().line_bytes_max;
     let file =
         |path: &std::path::PathBuf| ReplayFile { path: path.clone(), node: node.clone(), source: source.clone() };
     let settings = ReplaySettings {

@@ -186,6 +186,15 @@ fn show_sources(sources: &[(&str, &SourceReport)], at: Timestamp, out: &mut Outp
         for (reason, count) in &source.no_client {
             out.line(&format!("{}: {count} events without a client: {reason}", source.name))?;
         }
+        let figures = [
+            (source.connections, "connections"),
+            (source.dropped, "lines dropped for want of room, of senders that cannot wait"),
+            (source.limited, "lines turned away, as their sender exceeded a limit"),
+            (source.refused, "connections, datagrams or requests refused, of those who may not send"),
+        ];
+        for (count, what) in figures.iter().filter(|(count, _)| *count > 0) {
+            out.line(&format!("{}: {count} {what}", source.name))?;
+        }
         if source.lost_bytes > 0 {
             let lost = bytes(source.lost_bytes);
             out.line(&format!("{}: {lost} lost in files that were deleted or cut before they were read", source.name))?;

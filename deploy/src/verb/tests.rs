@@ -243,6 +243,21 @@ fn status_shows_every_part_and_is_well() {
 }
 
 #[test]
+fn status_shows_what_a_source_turned_away_and_nothing_where_it_did_not() {
+    let (text, ..) = status(well());
+    assert!(!text.contains("connections") && !text.contains("dropped for"), "{text}");
+    let mut reply = well();
+    let source = &mut reply.nodes[0].sources[0];
+    (source.connections, source.dropped, source.limited, source.refused) = (3, 41, 52, 63);
+    let (text, ..) = status(reply);
+    for part in
+        ["traefik: 3 connections", "traefik: 41 lines dropped", "traefik: 52 lines turned away", "traefik: 63 conn"]
+    {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[test]
 fn status_is_degraded_by_a_problem_a_silent_role_or_a_missing_one() {
     let mut warned = well();
     warned.nodes[0].problems.push(Problem::warning("silent for 10m"));

@@ -4,7 +4,7 @@
 //! guessing a token of 128 bits; what the limit holds down is work, log lines and connections. A failure ends its
 //! connection. Peers are IPv4 addresses and IPv6 networks of 64 bits, and the memory for them is bounded.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,6 +20,7 @@ use governor::nanos::Nanos;
 use governor::state::keyed::HashMapStateStore;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
+use proto::places::peer_key;
 use proto::time::Clock;
 use tokio::sync::watch;
 
@@ -39,14 +40,6 @@ const LOGGED_PERIOD: Duration = Duration::from_secs(3);
 /// How long a request may take from its head to the head of its answer. Slower than the slowest handler, which waits
 /// three times for others.
 const REQUEST_MAX: Duration = Duration::from_secs(15);
-
-/// Peers as limits see them: who has one IPv6 address has all of its network.
-pub(super) fn peer_key(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
-        v4 @ IpAddr::V4(_) => v4,
-    }
-}
 
 /// Our clock, as governor asks for it.
 #[derive(Clone, Debug)]
@@ -257,7 +250,6 @@ mod tests {
         }
         failures.note("2001:db8::ffff".parse().unwrap()).unwrap_err();
         failures.note("2001:db8:0:1::1".parse().unwrap()).unwrap();
-        assert_eq!(peer_key("::ffff:192.0.2.1".parse().unwrap()), IpAddr::from([192, 0, 2, 1]));
     }
 
     #[test]

@@ -4,11 +4,9 @@
 //! request, the request as a whole, and failures. Nobody waits for somebody else's bytes. SIGHUP reads tokens and
 //! certificates again; files with mistakes change nothing and say so.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::{Router, middleware};
@@ -16,18 +14,19 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
+use proto::places::{Place, Places, is_of_peer};
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
+pub use proto::tls::TlsFiles;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
-use super::access::{Failures, Guard, check_token, peer_key};
+use super::access::{Failures, Guard, check_token};
 use super::metrics::{Metrics, Refusal};
-pub use super::tls::TlsFiles;
 use super::tokens::Tokens;
 use crate::error::{ApiFileError, DetectError};
 
@@ -73,7 +72,7 @@ impl TcpConfig {
         if tokens.count() == 0 {
             tracing::warn!(path = %self.tokens_file.display(), "No token, so nobody can use the operator API over TCP");
         }
-        let tls = self.tls.as_ref().map(TlsFiles::load).transpose()?;
+        let tls = self.tls.as_ref().map(|tls| tls.load(&["http/1.1"])).transpose()?;
         Ok(Secrets { tokens: Arc::new(tokens), tls })
     }
 }
@@ -86,6 +85,7 @@ pub struct Server {
     secrets: watch::Sender<Secrets>,
     places: Arc<Places>,
     failures: Arc<Failures>,
+    metrics: Metrics,
 }
 
 impl Server {
@@ -97,9 +97,9 @@ impl Server {
         let secrets = watch::Sender::new(config.load()?);
         let address = config.listen;
         let listener = TcpListener::bind(address).await.map_err(|source| DetectError::ListenTcp { address, source })?;
-        let places = Arc::new(Places::new(metrics.clone()));
-        let failures = Arc::new(Failures::new(clock, metrics));
-        Ok(Self { config, listener, secrets, places, failures })
+        let places = Places::new(CONNECTIONS_MAX, CONNECTIONS_PEER_MAX);
+        let failures = Arc::new(Failures::new(clock, metrics.clone()));
+        Ok(Self { config, listener, secrets, places, failures, metrics })
     }
 
     /// Where it listens.
@@ -126,11 +126,12 @@ impl Server {
         loop {
             tokio::select! {
                 (stream, place) = self.accept() => {
-                    let guard = Guard::new(place.peer, self.secrets.subscribe(), self.failures.clone());
+                    let guard = Guard::new(place.peer(), self.secrets.subscribe(), self.failures.clone());
                     let connection = Connection {
                         tls: self.secrets.borrow().tls.clone(),
                         guard: Arc::new(guard),
                         failures: self.failures.clone(),
+                        _open: Open::new(self.metrics.clone()),
                         place,
                     };
                     connections.spawn(connection.serve(stream, api.clone(), shutdown.clone()));
@@ -185,72 +186,29 @@ impl Server {
     }
 }
 
-/// Whether a failure to accept is of that one connection, and the next may go well.
-fn is_of_peer(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
-}
-
-/// Places for connections, in all and by peer.
-#[derive(Debug)]
-struct Places {
-    free: Arc<Semaphore>,
-    /// Open connections by peer; as many entries as connections at most.
-    peers: Mutex<BTreeMap<IpAddr, usize>>,
-    metrics: Metrics,
-}
-
-impl Places {
-    fn new(metrics: Metrics) -> Self {
-        Self { free: Arc::new(Semaphore::new(CONNECTIONS_MAX)), peers: Mutex::default(), metrics }
-    }
-
-    /// Waits for a free place. The semaphore is never closed; without a permit the peer's share still holds.
-    async fn wait(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.free).acquire_owned().await.ok()
-    }
-
-    /// Gives the place to `peer`, unless it has its share.
-    fn take(self: &Arc<Self>, permit: Option<OwnedSemaphorePermit>, peer: SocketAddr) -> Option<Place> {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = peers.entry(peer_key(peer.ip())).or_default();
-        if *open >= CONNECTIONS_PEER_MAX {
-            return None;
-        }
-        *open += 1;
-        self.metrics.opened();
-        Some(Place { peer, places: Arc::clone(self), _permit: permit })
-    }
-}
-
-/// The place of one connection, given back when dropped.
-#[derive(Debug)]
-struct Place {
-    peer: SocketAddr,
-    places: Arc<Places>,
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut peers = self.places.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = peer_key(self.peer.ip());
-        if let Some(open) = peers.get_mut(&key) {
-            *open -= 1;
-            if *open == 0 {
-                peers.remove(&key);
-            }
-        }
-        self.places.metrics.closed();
-    }
-}
-
 /// One connection.
 struct Connection {
     tls: Option<Arc<ServerConfig>>,
     guard: Arc<Guard>,
     failures: Arc<Failures>,
     place: Place,
+    _open: Open,
+}
+
+/// Counted as open until it is dropped.
+struct Open(Metrics);
+
+impl Open {
+    fn new(metrics: Metrics) -> Self {
+        metrics.opened();
+        Self(metrics)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.closed();
+    }
 }
 
 impl Connection {
@@ -268,7 +226,7 @@ impl Connection {
         };
         match shaken {
             Ok(Ok(stream)) => self.serve_http(stream, api, shutdown).await,
-            Ok(Err(_)) | Err(_) => self.failures.refuse(self.place.peer.ip(), Refusal::Handshake),
+            Ok(Err(_)) | Err(_) => self.failures.refuse(self.place.peer().ip(), Refusal::Handshake),
         }
     }
 
@@ -289,7 +247,7 @@ impl Connection {
             tokio::select! {
                 ended = connection.as_mut() => {
                     if ended.is_err_and(|error| error.is_timeout()) {
-                        self.failures.refuse(self.place.peer.ip(), Refusal::Late);
+                        self.failures.refuse(self.place.peer().ip(), Refusal::Late);
                     }
                     return;
                 }

@@ -45,7 +45,7 @@ impl Engine {
             return;
         }
         self.end_due(sequence, stamp);
-        let source: Source = self.open(&batch.node, &batch.source, batch.span.as_ref().map(|span| span.generation));
+        let source: Source = self.open_batch(batch);
         self.covered = self.covered_by(batch.filter);
         self.stream.locate(sequence, 0, stamp);
         for (index, event) in batch.events().enumerate() {

@@ -75,7 +75,7 @@ struct OpenFile {
 impl FileSource {
     /// A source that begins at `positions`. Must run inside a tokio runtime.
     pub(crate) fn new(
-        config: FileConfig,
+        (config, line_bytes_max): (FileConfig, usize),
         positions: BTreeMap<u64, Position>,
         mut rules: Rules,
         mut batcher: Batcher,
@@ -84,8 +84,8 @@ impl FileSource {
         let interest = rules.interest.borrow_and_update().clone();
         batcher.set_rules(policy, interest);
         let skip_existing = config.skip_existing && positions.is_empty();
-        let settings = TailSettings { line_bytes_max: config.line_bytes_max, skip_existing };
-        let read_bytes = READ_BYTES.max(config.line_bytes_max + 1);
+        let settings = TailSettings { line_bytes_max, skip_existing };
+        let read_bytes = READ_BYTES.max(line_bytes_max + 1);
         Self {
             tail: Tail::new(settings, positions),
             open: BTreeMap::new(),

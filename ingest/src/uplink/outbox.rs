@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::bus::publish::PublishError;
-use proto::event::{AccessBatch, FileSpan};
+use proto::event::{AccessBatch, FileSpan, Receipt};
 use proto::time::Timestamp;
 use proto::wire::encode_batch;
 
@@ -26,7 +26,7 @@ pub(crate) const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
 const JOINED_TEXT_BYTES_MAX: usize = 256 << 10;
 /// How long a batch waits for others while something is under way.
 const JOIN_WAIT: Duration = Duration::from_millis(3);
-/// The same for a batch without events, of which nobody waits for anything.
+/// The same for a batch without events, when nobody waits for it.
 const QUIET_WAIT: Duration = Duration::from_secs(1);
 /// Batches that wait, and bytes of memory that they take, beyond which no more are taken.
 const WAITING_MAX: usize = 64;
@@ -89,6 +89,8 @@ struct Parcel {
     events: u64,
     /// Where it comes from, for positions.
     origin: Option<Origin>,
+    /// Who waits for it.
+    receipts: Vec<Receipt>,
     tries: u32,
     /// When to try again; `None` while a try is under way.
     again_at: Option<Timestamp>,
@@ -129,12 +131,12 @@ impl Outbox {
     }
 
     /// Takes a batch. Batches of one file come in the order of the file.
-    pub(crate) fn push(&mut self, batch: AccessBatch, now: Timestamp) {
+    pub(crate) fn push(&mut self, mut batch: AccessBatch, now: Timestamp) {
         if let Some(span) = batch.span {
             self.progress.handle_begun(&batch.source, span);
         }
         let is_idle = self.under_way.is_empty() && self.packed.is_empty();
-        let wait = if batch.is_empty() {
+        let wait = if batch.is_empty() && batch.receipts.is_empty() {
             QUIET_WAIT
         } else if is_idle {
             Duration::ZERO
@@ -144,7 +146,7 @@ impl Outbox {
         let mut due = now.saturating_add(wait);
         match self.waiting.iter_mut().rfind(|waiting| lane(waiting) == lane(&batch)) {
             Some(before) => {
-                if !before.append(&batch, JOINED_TEXT_BYTES_MAX) {
+                if !before.append(&mut batch, JOINED_TEXT_BYTES_MAX) {
                     // Nothing more can be joined to the one before.
                     due = now;
                     self.waiting.push_back(batch);
@@ -247,6 +249,7 @@ impl Outbox {
     fn handle_delivered(&mut self, number: u64, now: Timestamp) -> Option<Delivered> {
         let parcel = self.under_way.remove(&number)?;
         self.under_way_bytes -= parcel.payload.len();
+        parcel.receipts.into_iter().for_each(Receipt::deliver);
         if let Some(Origin { source, generation, .. }) = &parcel.origin {
             self.progress.handle_acknowledged(number, source, *generation);
         }
@@ -270,11 +273,14 @@ impl Outbox {
     }
 
     fn pack_next(&mut self) {
-        let Some(batch) = self.waiting.pop_front() else { return };
+        let Some(mut batch) = self.waiting.pop_front() else { return };
         if self.waiting.is_empty() {
             self.due = None;
         }
         self.pack(&batch);
+        self.packed.iter_mut().for_each(|parcel| parcel.receipts.clone_from(&batch.receipts));
+        // Each part has its own share now.
+        batch.deliver();
         if let (Some(span), Some(last)) = (batch.span, self.packed.back_mut())
             && let Some(origin) = &mut last.origin
         {
@@ -297,7 +303,7 @@ impl Outbox {
         });
         let origin = |span: FileSpan| Origin { source: batch.source.clone(), generation: span.generation, end: None };
         let (events, origin) = (batch.len() as u64, batch.span.map(origin));
-        self.packed.push_back(Parcel { payload, events, origin, tries: 0, again_at: None });
+        self.packed.push_back(Parcel { payload, events, origin, receipts: Vec::new(), tries: 0, again_at: None });
     }
 
     fn payload_of(&self, batch: &AccessBatch) -> Option<Vec<u8>> {
@@ -319,9 +325,9 @@ impl Parcel {
     }
 }
 
-/// What is sent in order: one generation of a file, or a source without offsets.
-fn lane(batch: &AccessBatch) -> (&str, Option<u64>) {
-    (&batch.source, batch.span.map(|span| span.generation))
+/// What is sent in order: one generation of a file, or a source without offsets as far as it reads one node's lines.
+fn lane(batch: &AccessBatch) -> (&str, Option<u64>, Option<&str>) {
+    (&batch.source, batch.span.map(|span| span.generation), batch.origin.as_deref())
 }
 
 /// Whether the moment has come. No pause is longer than [`BACKOFF_MAX`]: when more is left the clock was set back.

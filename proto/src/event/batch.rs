@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{ABSENT, Event, FileSpan, HeaderSource, Headers, TEXT_FIELDS, Text};
+use super::{ABSENT, Event, FileSpan, HeaderSource, Headers, Receipt, TEXT_FIELDS, Text};
 use crate::client_ip::{Client, NoClient};
 use crate::time::Timestamp;
 
@@ -45,6 +45,8 @@ pub struct AccessBatch {
     pub node: Arc<str>,
     /// Source that read the lines.
     pub source: Arc<str>,
+    /// Node whose Traefik wrote the lines, where that is another: the word of whoever sent them, and only a name.
+    pub origin: Option<Arc<str>>,
     /// Covered stretch; `None` for sources without offsets.
     pub span: Option<FileSpan>,
     /// What was read.
@@ -54,6 +56,8 @@ pub struct AccessBatch {
     /// [`Interest::version`](super::Interest::version) that was in force for every line it covers. 0 as long as none is
     /// known, when nothing is withheld and no request header kept, and always within one process.
     pub filter: u64,
+    /// For senders who wait until it is safe. They do not travel.
+    pub receipts: Vec<Receipt>,
     pub(crate) text: String,
     pub(crate) records: Vec<Record>,
     pub(crate) headers: Vec<(Span, Span)>,
@@ -89,8 +93,18 @@ impl AccessBatch {
     pub fn new(node: Arc<str>, source: Arc<str>, read_at: Timestamp) -> Self {
         let counts = LineCounts::default();
         let text = ABSENT.to_owned();
-        let (records, headers) = Default::default();
-        Self { node, source, span: None, counts, read_at, filter: 0, text, records, headers }
+        let (origin, receipts, records, headers) = Default::default();
+        Self { node, source, origin, span: None, counts, read_at, filter: 0, receipts, text, records, headers }
+    }
+
+    /// The node that events are shown under, and that rules see.
+    pub fn shown_node(&self) -> &Arc<str> {
+        self.origin.as_ref().unwrap_or(&self.node)
+    }
+
+    /// Whoever waits for it is told that it is safe.
+    pub fn deliver(&mut self) {
+        self.receipts.drain(..).for_each(Receipt::deliver);
     }
 
     /// Appends a copy of `event`. Its headers are all kept: the caller selects them.
@@ -158,12 +172,13 @@ impl AccessBatch {
             (None, None) => true,
             _ => false,
         };
-        touches && self.node == next.node && self.source == next.source && self.filter == next.filter
+        let is_same = self.node == next.node && self.source == next.source && self.origin == next.origin;
+        touches && is_same && self.filter == next.filter
     }
 
-    /// Joins `next` to this batch. Returns whether it did: not when it does not follow, or when more than
+    /// Joins `next` to this batch, its receipts as well. Returns whether it did: not when it does not follow, or when more than
     /// `text_bytes_max` bytes of text or too many events would be in one batch.
-    pub fn append(&mut self, next: &Self, text_bytes_max: usize) -> bool {
+    pub fn append(&mut self, next: &mut Self, text_bytes_max: usize) -> bool {
         let text_bytes = self.text.len() + next.text.len() - ABSENT.len();
         let is_small = self.records.len() + next.records.len() <= EVENTS_MAX
             && self.headers.len() + next.headers.len() <= HEADERS_MAX
@@ -187,11 +202,13 @@ impl AccessBatch {
         }
         self.counts.add(next.counts);
         self.read_at = self.read_at.max(next.read_at);
+        self.receipts.append(&mut next.receipts);
         true
     }
 
     /// The batch in two halves by events, the first of which covers everything up to the second's first event; `None` with
-    /// fewer than two events. All counts but those of the first half's own lines go to the second.
+    /// fewer than two events. All counts but those of the first half's own lines go to the second. The
+    /// receipts stay with the whole.
     pub fn halve(&self) -> Option<(Self, Self)> {
         let middle = self.len() / 2;
         let border = self.records.get(middle).filter(|_| middle > 0)?.offset;
@@ -204,7 +221,8 @@ impl AccessBatch {
         Some((first, second))
     }
 
-    /// The batch with every text, header names aside, cut to `bytes_max` bytes, at the end of a character.
+    /// The batch with every text, header names aside, cut to `bytes_max` bytes, at the end of a character, and without
+    /// receipts.
     #[must_use]
     pub fn cut_fields(&self, bytes_max: usize) -> Self {
         let mut cut = self.part(0..0);
@@ -221,6 +239,7 @@ impl AccessBatch {
     fn part(&self, events: Range<usize>) -> Self {
         let mut part = Self::new(self.node.clone(), self.source.clone(), self.read_at);
         (part.span, part.counts, part.filter) = (self.span, self.counts, self.filter);
+        part.origin.clone_from(&self.origin);
         self.events().skip(events.start).take(events.len()).for_each(|event| part.push(&event));
         part
     }
@@ -295,7 +314,7 @@ mod tests {
     #[test]
     fn consecutive_batches_join_to_what_they_were() {
         let mut first = batch(&["/a", "-"], (10, 20));
-        assert!(first.append(&batch(&["/b", "/ü"], (20, 40)), 1000));
+        assert!(first.append(&mut batch(&["/b", "/ü"], (20, 40)), 1000));
         assert_eq!(paths(&first), ["/a", "-", "/b", "/ü"]);
         assert_eq!(first.events().map(|event| event.text.method).collect::<Vec<_>>(), ["GET"; 4]);
         assert_eq!(first.span, Some(FileSpan { generation: 7, start: 10, end: 40 }));
@@ -305,14 +324,15 @@ mod tests {
 
     #[test]
     fn batches_with_a_gap_of_other_filters_or_too_large_stay_apart() {
-        let next = batch(&["/b"], (20, 40));
         let apart = |change: fn(&mut AccessBatch), text_bytes_max| {
+            let mut next = batch(&["/b"], (20, 40));
             let mut first = batch(&["/a"], (10, 20));
             change(&mut first);
-            !first.append(&next, text_bytes_max) && paths(&first) == ["/a"]
+            !first.append(&mut next, text_bytes_max) && paths(&first) == ["/a"]
         };
         assert!(apart(|first| first.filter = 1, 1000));
         assert!(apart(|first| first.source = "t".into(), 1000));
+        assert!(apart(|first| first.origin = Some("t".into()), 1000));
         assert!(apart(|first| first.span = None, 1000));
         assert!(apart(|first| first.span = Some(FileSpan { generation: 7, start: 10, end: 19 }), 1000));
         assert!(apart(|first| first.span = Some(FileSpan { generation: 8, start: 10, end: 20 }), 1000));
@@ -322,12 +342,24 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_one_of_joined_batches_waits_for_all() {
+        let (sender, told) = std::sync::mpsc::channel();
+        let (mut first, mut next) = (batch(&["/a"], (10, 20)), batch(&["/b"], (20, 40)));
+        next.receipts.push(Receipt::new(move |safe| sender.send(safe).unwrap()));
+        assert!(first.append(&mut next, 1000));
+        drop(next);
+        assert!(told.try_recv().is_err());
+        first.deliver();
+        assert_eq!(told.try_recv(), Ok(true));
+    }
+
+    #[test]
     fn halves_cover_what_the_whole_did() {
         let whole = batch(&["/a", "/b", "/c"], (10, 40));
-        let (mut first, second) = whole.halve().unwrap();
+        let (mut first, mut second) = whole.halve().unwrap();
         assert_eq!((paths(&first), paths(&second)), (vec!["/a"], vec!["/b", "/c"]));
         assert_eq!(first.span.unwrap().end, 11);
-        assert!(first.append(&second, 1000));
+        assert!(first.append(&mut second, 1000));
         assert_eq!((first.span, first.counts), (whole.span, whole.counts));
         assert!(batch(&["/a"], (10, 40)).halve().is_none());
     }

@@ -13,6 +13,7 @@ fn describe(batch: &AccessBatch) -> Value {
     let LineCounts { lines, unparsed, oversized, withheld } = batch.counts;
     json!({
         "node": &*batch.node,
+        "origin": batch.origin.as_deref(),
         "source": &*batch.source,
         "span": batch.span.map(|span| json!({"generation": span.generation, "start": span.start, "end": span.end})),
         "counts": {"lines": lines, "unparsed": unparsed, "oversized": oversized, "withheld": withheld},
@@ -144,6 +145,7 @@ fn content_that_contradicts_itself_is_refused() {
     };
     assert!(!refused(|_| {}));
     assert!(refused(|batch| batch.node = "Edge 1".into()));
+    assert!(refused(|batch| batch.origin = Some("Edge 1".into())));
     assert!(refused(|batch| batch.source = "".into()));
     assert!(refused(|batch| batch.span = Some(FileSpan { generation: 1, start: 1001, end: 2000 })));
     assert!(refused(|batch| batch.span = Some(FileSpan { generation: 1, start: 1000, end: 1999 })));
@@ -270,8 +272,8 @@ proptest! {
             owned.7 = batch.span.map_or(owned.7, |span| owned.7.clamp(span.start, u64::MAX - 1));
             push(&mut batch, &owned);
         }
-        if halves && batch.span.is_none() && let Some((mut first, second)) = batch.halve() {
-            prop_assert!(first.append(&second, TEXT_BYTES_MAX));
+        if halves && batch.span.is_none() && let Some((mut first, mut second)) = batch.halve() {
+            prop_assert!(first.append(&mut second, TEXT_BYTES_MAX));
             prop_assert_eq!(describe(&first), describe(&batch));
             batch = first;
         }

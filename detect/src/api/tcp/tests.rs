@@ -244,7 +244,8 @@ async fn files_with_mistakes_and_a_taken_address_are_named() {
     let free = "127.0.0.1:0".parse().unwrap();
     assert!(bind(running.address, "tokens", None).await.contains(&running.address.to_string()));
     assert!(bind(free, "none", None).await.contains("cannot read "));
-    let tls = TlsFiles { cert_file: running.dir.path().join("tokens"), key_file: running.dir.path().join("tokens") };
+    let no_pem = running.dir.path().join("tokens");
+    let tls = TlsFiles { cert_file: no_pem.clone(), key_file: no_pem, client_ca_file: None };
     assert!(bind(free, "tokens", Some(tls)).await.contains("cannot read PEM from "));
     set_permissions(running.dir.path().join("tokens"), Permissions::from_mode(0o644)).unwrap();
     assert!(bind(free, "tokens", None).await.contains("is open to others (mode 644)"));
