@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
+use super::nats::{NatsSource, RawNats};
 use super::stdin::RawStdin;
 use crate::parse::Format;
 use crate::source::limit::LimitConfig;
@@ -24,7 +25,7 @@ const SENDER_LINES: NonZeroU32 = NonZeroU32::new(50_000).expect("above zero");
 /// Default of `limits.burst`.
 const BURST: Duration = Duration::from_secs(5);
 /// Every kind, as written.
-const KINDS: &str = "`file` or `stdin`";
+const KINDS: &str = "`file`, `stdin` or `nats`";
 
 /// One source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub enum SourceKind {
     File(FileConfig),
     /// Standard input.
     Stdin,
+    /// What shippers publish on a subject.
+    Nats(NatsSource),
 }
 
 /// What every source says of its lines.
@@ -71,6 +74,8 @@ pub enum RawSource {
     File(RawFile),
     /// `stdin`
     Stdin(RawStdin),
+    /// `nats`
+    Nats(RawNats),
     /// None of them.
     Unknown(Field<String>),
 }
@@ -80,6 +85,7 @@ impl FromValue for RawSource {
         Ok(match value.get("type").and_then(Value::as_str) {
             Some("file") => Self::File(RawFile::from_value(value)?),
             Some("stdin") => Self::Stdin(RawStdin::from_value(value)?),
+            Some("nats") => Self::Nats(RawNats::from_value(value)?),
             _ if !value.is_object() => return Err(format!("expected a table, got {value}")),
             _ => {
                 let kind = value.get("type").cloned().map(String::from_value);
@@ -98,6 +104,7 @@ impl RawSource {
         let (lines, kind) = match self {
             Self::File(file) => file.check(mistakes),
             Self::Stdin(stdin) => stdin.check(mistakes),
+            Self::Nats(nats) => nats.check(mistakes),
             Self::Unknown(kind) => {
                 if let Some(other) = kind.required("type", mistakes) {
                     mistakes.add("type", format!("expected {KINDS}, got {other:?}"));
@@ -163,6 +170,16 @@ pub struct RawLimits {
 proto::section!(RawLimits);
 
 impl RawLimits {
+    /// For a source that does not know its senders.
+    pub(super) fn check_whole(self, mistakes: &mut Mistakes) -> LimitConfig {
+        let sender_lines = !matches!(self.sender_lines, Field::Absent);
+        let sender_bytes = !matches!(self.sender_bytes, Field::Absent);
+        for (key, _) in [("sender_lines", sender_lines), ("sender_bytes", sender_bytes)].iter().filter(|(_, is)| *is) {
+            mistakes.add(key, "this source does not know its senders: limit `lines` and `bytes`");
+        }
+        LimitConfig { sender_lines: None, sender_bytes: None, ..self.check(mistakes) }
+    }
+
     pub(super) fn check(self, mistakes: &mut Mistakes) -> LimitConfig {
         self.unknown.check(&["sender_lines", "sender_bytes", "lines", "bytes", "burst"], mistakes);
         let bytes = |field: Field<ByteSize>, key: &str, mistakes: &mut Mistakes| {
