@@ -242,7 +242,7 @@ mod tests {
             ],
             "{mistakes:#?}"
         );
-        assert!(mistakes[6].contains("expected `file` or"), "{}", mistakes[6]);
+        assert!(mistakes[6].contains("expected `file`, "), "{}", mistakes[6]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 from accounts import CONFIG, NODES, Server, ask, passwords, settle
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPERS = ROOT / "deploy" / "shippers"
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
 DEADLINE_S = 60
@@ -169,6 +171,15 @@ def a_client_is_banned_from_what_fluent_bit_publishes(cluster):
     until("it would be banned", lambda: cluster.of("enforce", "edge-1").says("Would ban", PACKED))
 
 
+def the_examples_for_shippers_publish_what_a_source_listens_to(cluster):
+    sink = tomllib.loads((SHIPPERS / "vector-nats.toml").read_text())["sinks"]["portcullis"]
+    user = sink["auth"]["user_password"]["user"]
+    assert (sink["type"], sink["subject"], sink["encoding"]["codec"]) == ("nats", RAW, "text"), sink
+    assert f"user: {user}," in (CONFIG / "users" / "shippers.conf").read_text(), user
+    words = (SHIPPERS / "fluent-bit-nats.conf").read_text().split()
+    assert words[words.index("Tag") + 1] == words[words.index("Match") + 1] == RAW, words
+
+
 def explain_asks_the_enforcing_host(cluster):
     for detector in ("edge-1", "edge-2"):
         code, [answer], _ = cluster.verb("explain", CLIENT, through=detector)
@@ -224,6 +235,7 @@ TESTS = [
     a_client_spread_over_both_nodes_is_banned_on_the_enforcing_one,
     a_client_is_banned_from_lines_that_a_shipper_published,
     a_client_is_banned_from_what_fluent_bit_publishes,
+    the_examples_for_shippers_publish_what_a_source_listens_to,
     explain_asks_the_enforcing_host,
     unban_reaches_the_enforcing_host_also_through_a_standby,
     no_role_asks_for_what_it_may_not_have,

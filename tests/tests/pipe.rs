@@ -97,7 +97,10 @@ fn what_comes_out_is_what_the_log_says() {
     let told = pipe.read_rest();
     writer.join().unwrap();
     assert_eq!(pipe.ended().code(), Some(0));
-    let logged = sample.lines().map(|line| serde_json::from_str::<Value>(line).unwrap_or_default());
+    let logged = sample
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| serde_json::from_str::<Value>(line).unwrap_or_default());
     let (accesses, strange): (Vec<Value>, Vec<Value>) = logged.partition(|line| line["RequestMethod"].is_string());
     assert_eq!(told.len(), accesses.len(), "one for each access, whatever its status");
     assert!(!strange.is_empty() && pipe.log().contains(&format!("unparsed={}", strange.len())), "{}", pipe.log());
