@@ -33,7 +33,7 @@ pub enum Verb {
     /// Run all roles in one process: read logs, decide bans, enforce them
     Run(RunArgs),
     /// Read this host's logs and send what may matter to the cluster
-    Ingest(RoleArgs),
+    Ingest(IngestArgs),
     /// Decide bans for the whole cluster; any number may run, one is active
     Detect(RoleArgs),
     /// Keep this host's firewall equal to the cluster's ban set, or remove all that is ours
@@ -90,8 +90,33 @@ pub struct RunArgs {
     /// Report what would be done, and change no firewall
     #[arg(long)]
     pub dry_run: bool,
-    /// Access logs to follow, in place of the configured sources; `*` and `?` may stand in quotes
+    /// Access logs to follow, in place of the configured sources; `*` and `?` may stand in quotes, `-` is standard input
     #[arg(value_name = "LOG")]
+    pub logs: Vec<PathBuf>,
+}
+
+/// Of `ingest`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+As a role it works over NATS: `[bus]` with kind = \"nats\" and urls. With --stdout it needs neither bus nor state: each
+access becomes a JSON object on standard output (deploy/schema/access.v1.schema.json), whether a rule can match it or
+not; lines that are no accesses are counted on standard error. It ends when standard input does or its reader has gone;
+log files are followed until a signal. SIGHUP reloads what can be changed without a restart.
+
+Examples:
+  portcullis ingest                                       this host's part of a cluster
+  tail -F access.log | portcullis ingest --stdout - | jq .client
+  portcullis ingest --stdout - < access.log               and ends")]
+pub struct IngestArgs {
+    /// Which configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Write accesses to standard output, one JSON object a line, and send nothing
+    #[arg(long)]
+    pub stdout: bool,
+    /// Access logs to follow from their beginning, in place of the configured sources; `-` is standard input, which is also
+    /// read when there is no source at all
+    #[arg(value_name = "LOG", requires = "stdout")]
     pub logs: Vec<PathBuf>,
 }
 
@@ -360,6 +385,7 @@ mod tests {
             (&["allow", "--me", "192.0.2.1"], ArgumentConflict),
             (&["explain", "192.0.2.0/24"], ValueValidation),
             (&["replay"], MissingRequiredArgument),
+            (&["ingest", "access.log"], MissingRequiredArgument),
             (&["status", "--socket", "/x", "--url", "https://x"], ArgumentConflict),
             (&["status", "--socket", "/x", "--token-file", "/t"], ArgumentConflict),
         ] {

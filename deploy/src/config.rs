@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use detect::config::{DetectConfig, RawDetect};
 use enforce::config::{EnforceConfig, RawEnforce};
-use ingest::config::{IngestConfig, RawIngest};
+use ingest::config::{IngestConfig, RawIngest, SourceKind};
 use nix::unistd::gethostname;
 use proto::bus::config::{BusConfig, NatsConfig, RawBus};
 use proto::section;
@@ -64,6 +64,13 @@ impl Config {
                 Err(Invalid(vec![Mistake { key: "bus.kind".to_owned(), text }]))
             }
         }
+    }
+
+    /// Refuses to take from a queue group what is then not counted.
+    pub fn require_no_nats_source(&self) -> Result<(), Invalid> {
+        let text = "would take lines away from those who count them: name the logs, or `-` for standard input";
+        let mistakes = nats_sources(&self.ingest, text);
+        if mistakes.is_empty() { Ok(()) } else { Err(Invalid(mistakes)) }
     }
 
     /// Refuses a configuration that reads no log: `run` would do nothing.
@@ -187,11 +194,23 @@ fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config
     if !logs.is_empty() {
         ingest.set_files(logs.to_vec());
     }
+    if let BusConfig::Local = bus {
+        let wrong = nats_sources(&ingest, "works over NATS: set bus.kind = \"nats\" and bus.urls");
+        wrong.into_iter().for_each(|mistake| mistakes.add(&mistake.key, mistake.text));
+    }
     // One setting for two: whom ingest looks behind, and what enforcement refuses, detection may not ban.
     let enforce = enforce?;
     detect.engine.trusted_proxies = ingest.client_ip.proxies();
     detect.engine.operator_prefix_min = (enforce.firewall.prefix_min_v4, enforce.firewall.prefix_min_v6);
     Some(Config { node, state_dir, bus, api, telemetry, ingest, detect, enforce })
+}
+
+/// A mistake for each source that listens on NATS.
+fn nats_sources(ingest: &IngestConfig, text: &str) -> Vec<Mistake> {
+    let sources = ingest.sources.iter().filter(|source| matches!(source.kind, SourceKind::Nats(_)));
+    let mistake =
+        |name: &str| Mistake { key: format!("ingest.sources.{name}.type"), text: format!("a `nats` source {text}") };
+    sources.map(|source| mistake(&source.name)).collect()
 }
 
 fn check_node(given: Option<String>, mistakes: &mut Mistakes) -> String {

@@ -1,8 +1,10 @@
-//! The wiring of the roles: all of one host in one process ([`local`]), or any of them over NATS ([`cluster`]).
+//! The wiring of the roles: all of one host in one process ([`local`]), any of them over NATS ([`cluster`]), or reading
+//! alone ([`stdout`]).
 
 mod cluster;
 mod local;
 mod reload;
+pub mod stdout;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

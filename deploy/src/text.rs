@@ -40,7 +40,9 @@ pub fn escape(text: &str) -> Cow<'_, str> {
 /// still means the same.
 pub fn render_json(value: &impl Serialize) -> serde_json::Result<String> {
     let json = serde_json::to_string(value)?;
-    if !json.contains(is_unsafe) {
+    // Most lines, and quicker to tell.
+    let is_plain = json.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    if is_plain || !json.contains(is_unsafe) {
         return Ok(json);
     }
     let mut safe = String::with_capacity(json.len() + 16);

@@ -7,6 +7,7 @@ mod check;
 mod completions;
 mod enforce;
 mod explain;
+mod ingest;
 mod man;
 mod pause;
 mod replay;
@@ -74,7 +75,7 @@ impl std::error::Error for Misuse {}
 pub fn execute(verb: Verb, out: &mut Output<'_>) -> anyhow::Result<Exit> {
     match verb {
         Verb::Run(args) => run::run(args),
-        Verb::Ingest(args) => run::run_role(Role::Ingest, args.config.config, false),
+        Verb::Ingest(args) => ingest::run(args),
         Verb::Detect(args) => run::run_role(Role::Detect, args.config.config, false),
         Verb::Enforce(args) if args.teardown => block_on(enforce::run(args, out)),
         Verb::Enforce(args) => run::run_role(Role::Enforce, args.config.config, args.dry_run),

@@ -2,6 +2,7 @@
 
 mod file;
 mod listen;
+mod nats;
 mod source;
 mod stdin;
 mod syslog;
@@ -19,6 +20,7 @@ use serde::Deserialize;
 
 pub use file::FileConfig;
 pub use listen::ListenConfig;
+pub use nats::NatsSource;
 pub use source::{Lines, RawSource, SourceConfig, SourceKind};
 pub use syslog::{NodeFrom, SyslogConfig, Transport};
 
@@ -26,6 +28,10 @@ pub use syslog::{NodeFrom, SyslogConfig, Transport};
 const SOURCES_MAX: usize = 64;
 /// The source of log files given on the command line.
 const COMMAND_LINE_SOURCE: &str = "traefik";
+/// What stands for standard input among log files.
+pub const STDIN: &str = "-";
+/// The source of what it brings.
+const STDIN_SOURCE: &str = "stdin";
 /// The named set whose header is believed by default.
 const CLOUDFLARE: &str = "cloudflare";
 /// Cloudflare's header with the visitor's address.
@@ -79,10 +85,14 @@ impl IngestConfig {
         config
     }
 
-    /// Replaces the sources by one, `traefik`, of these files; the rest of the configuration stays.
+    /// Replaces the sources by one, `traefik`, of these files, where `-` is standard input as a source of its own; the rest
+    /// of the configuration stays.
     pub fn set_files(&mut self, paths: Vec<PathBuf>) {
-        let (name, lines) = (COMMAND_LINE_SOURCE.to_owned(), Lines::default());
-        self.sources = vec![SourceConfig { name, lines, kind: SourceKind::File(FileConfig::new(paths)) }];
+        let (stdin, files): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| path.as_os_str() == STDIN);
+        let source = |name: &str, kind| SourceConfig { name: name.to_owned(), lines: Lines::default(), kind };
+        let files = (!files.is_empty()).then(|| source(COMMAND_LINE_SOURCE, SourceKind::File(FileConfig::new(files))));
+        let stdin = (!stdin.is_empty()).then(|| source(STDIN_SOURCE, SourceKind::Stdin));
+        self.sources = files.into_iter().chain(stdin).collect();
     }
 }
 
@@ -100,7 +110,12 @@ impl RawIngest {
         let check = |(name, source): (String, RawSource)| {
             mistakes.within(&format!("sources.{name}"), |mistakes| source.check(&name, mistakes))
         };
-        let sources = raw.into_iter().filter_map(check).collect();
+        let sources: Vec<SourceConfig> = raw.into_iter().filter_map(check).collect();
+        let mut stdin = sources.iter().filter(|source| source.kind == SourceKind::Stdin);
+        if let (Some(first), Some(second)) = (stdin.next(), stdin.next()) {
+            let text = format!("reads standard input, as `{}` does; there is only one", first.name);
+            mistakes.add(&format!("sources.{}", second.name), text);
+        }
         mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip) })
     }
 }
@@ -161,6 +176,8 @@ fn is_header_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proto::subject::Subjects;
+
     use super::*;
 
     fn check(json: serde_json::Value) -> Result<IngestConfig, Vec<String>> {
@@ -191,6 +208,9 @@ mod tests {
                 "a": {"type": "file", "include": ["relative", "/a/**/b"], "format": "xml", "read_from": "middle",
                       "line_bytes_max": "1B", "poll_interval": "1ns", "inotify": 3, "pol_interval": "1s"},
                 "b": {},
+                "c": {"type": "stdin"},
+                "d": {"type": "stdin", "include": []},
+                "e": {"type": "nats", "subject": "a..b", "queue": "a b", "limits": {"sender_lines": 1, "bytes": "4GiB"}},
             },
             "client_ip": {"trusted_proxies": ["0.0.0.0/0", "nobody"], "cdn_headers": {"cloudflare": "a b"}},
         }))
@@ -215,10 +235,38 @@ mod tests {
                 "ingest.sources.a.poll_interval",
                 "ingest.sources.a.read_from",
                 "ingest.sources.b.type",
+                "ingest.sources.d",
+                "ingest.sources.d.include",
+                "ingest.sources.e.limits.bytes",
+                "ingest.sources.e.limits.sender_lines",
+                "ingest.sources.e.queue",
+                "ingest.sources.e.subject",
             ],
             "{mistakes:#?}"
         );
-        assert!(mistakes[6].contains("expected `file`,"), "{}", mistakes[6]);
+        assert!(mistakes[6].contains("expected `file`, "), "{}", mistakes[6]);
+    }
+
+    #[test]
+    fn a_nats_source_listens_to_its_own_name_unless_told() {
+        let config = check(serde_json::json!({"sources": {"shop": {"type": "nats"}}})).expect("good");
+        let SourceKind::Nats(nats) = &config.sources[0].kind else { panic!("another kind") };
+        let wanted = nats.wanted(&Subjects::new("edge"), "shop");
+        assert_eq!((wanted.subject.as_str(), wanted.queue.as_str()), ("edge.raw.v1.shop", "ingest"));
+        let given = serde_json::json!({"type": "nats", "subject": "logs.*.>", "queue": "two", "limits": {"lines": 9}});
+        let config = check(serde_json::json!({"sources": {"shop": given}})).expect("good");
+        let SourceKind::Nats(nats) = &config.sources[0].kind else { panic!("another kind") };
+        let wanted = nats.wanted(&Subjects::new("edge"), "shop");
+        assert_eq!((wanted.subject.as_str(), wanted.queue.as_str()), ("logs.*.>", "two"));
+        assert_eq!((nats.limits.lines.map(u32::from), nats.limits.sender_lines), (Some(9), None));
+    }
+
+    #[test]
+    fn a_dash_among_log_files_is_standard_input() {
+        let sources = IngestConfig::for_files(vec!["a.log".into(), "-".into()]).sources;
+        let kinds: Vec<_> = sources.iter().map(|source| (source.name.as_str(), &source.kind)).collect();
+        let file = SourceKind::File(FileConfig::new(vec!["a.log".into()]));
+        assert_eq!(kinds, [("traefik", &file), ("stdin", &SourceKind::Stdin)]);
     }
 
     #[test]

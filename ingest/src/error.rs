@@ -9,6 +9,12 @@ pub enum IngestError {
     /// No source is configured.
     #[error("no source of log lines is configured")]
     NoSources,
+    /// A source needs NATS and there is none.
+    #[error("source {source_name} needs NATS, and there is no connection to it")]
+    NoNats {
+        /// The source.
+        source_name: String,
+    },
     /// Nobody takes batches any more.
     #[error("source {source_name}: the receiver of access batches is gone")]
     ReceiverGone {

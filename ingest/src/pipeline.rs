@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::bus::banned::Banned;
+use proto::bus::config::NatsConfig;
 use proto::bus::memory::Nodes;
 use proto::client_ip::ClientIpPolicy;
 use proto::event::{AccessBatch, Interest, Position, Positions};
@@ -21,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
-use crate::source::{stdin, syslog};
+use crate::source::{nats, stdin, syslog};
 use crate::uplink;
 
 /// How often the role says how it is.
@@ -46,6 +47,8 @@ pub struct Inputs {
     pub banned: Banned,
     /// How clients are told from proxies; begins with the configuration's and changes on a reload.
     pub client_ip: watch::Receiver<Arc<ClientIpPolicy>>,
+    /// Where the subjects of `nats` sources are; `None` = nowhere, and there must be no such source.
+    pub nats: Option<Arc<NatsConfig>>,
     /// The time.
     pub clock: Clock,
     /// What the uplink has to say, where there is one.
@@ -113,6 +116,10 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
                 tasks.spawn(syslog::run(syslog, intake(&inputs, shared.clone(), source.lines))).id()
             }
             SourceKind::Stdin => tasks.spawn(stdin::run(intake(&inputs, shared.clone(), source.lines), only)).id(),
+            SourceKind::Nats(nats) => {
+                let bus = inputs.nats.clone().ok_or_else(|| IngestError::NoNats { source_name: source.name })?;
+                tasks.spawn(nats::run(intake(&inputs, shared.clone(), source.lines), nats, bus)).id()
+            }
         };
         running.push((id, shared));
     }
@@ -222,6 +229,7 @@ impl Shared {
             SourceKind::File(_) => "file",
             SourceKind::Stdin => "stdin",
             SourceKind::Syslog(_) => "syslog",
+            SourceKind::Nats(_) => "nats",
         };
         let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
         Arc::new(Self {

@@ -84,6 +84,7 @@ fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Ro
         interest: interest.subscribe(),
         banned: banned.clone(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
+        nats: None,
         clock: Clock::system(),
         uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),

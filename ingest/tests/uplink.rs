@@ -78,6 +78,7 @@ fn start(directory: &TempDir, bus: &Bus) -> Node {
         interest: watch::Sender::new(Arc::default()).subscribe(),
         banned: Banned::new(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
+        nats: None,
         clock: Clock::system(),
         uplink: status.clone(),
         nodes: nodes.clone(),

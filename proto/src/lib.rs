@@ -3,6 +3,7 @@
 //! This crate decides nothing and knows no log format, rule or firewall. Every module but [`bus`], [`places`], [`secret`],
 //! [`shutdown`], [`tls`] and the system clock in [`time`] is pure: no I/O, no clock, no hash order.
 
+pub mod access;
 pub mod api;
 pub mod ban;
 pub mod bus;

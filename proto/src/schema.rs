@@ -1,25 +1,27 @@
-//! What third parties read, described by the types themselves: JSON Schema (draft 7) of a public event and of a ban
-//! record, and an AsyncAPI document of where they travel.
+//! What third parties read, described by the types themselves: JSON Schema (draft 7) of a public event, of a ban record
+//! and of an access, and an AsyncAPI document of where the first two travel.
 //!
 //! The documents are committed in `deploy/schema/`, and a test holds them to this module. They describe what is
-//! written, so every field is required. Objects stay open: fields are only ever added within v1.
+//! written, so every field of an event and of a record is required. Objects stay open: fields are only ever added within v1.
 
 mod asyncapi;
 mod example;
 
 use schemars::generate::SchemaSettings;
-use schemars::transform::RecursiveTransform;
+use schemars::transform::{RecursiveTransform, Transform};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use crate::access::AccessLine;
 use crate::ban::BanRecord;
 use crate::envelope::CloudEvent;
 
 /// Every document by the name of its file.
-pub fn documents() -> [(&'static str, Value); 3] {
+pub fn documents() -> [(&'static str, Value); 4] {
     [
         ("event.v1.schema.json", event()),
         ("ban-record.v1.schema.json", ban_record()),
+        ("access.v1.schema.json", access()),
         ("asyncapi.json", asyncapi::document()),
     ]
 }
@@ -34,6 +36,28 @@ fn event() -> Value {
 /// Schema of a [`BanRecord`].
 fn ban_record() -> Value {
     titled(generator("/definitions").into_root_schema_for::<BanRecord>(), "Portcullis ban record, version 1")
+}
+
+/// Schema of an [`AccessLine`].
+fn access() -> Value {
+    let mut schema = generator("/definitions").into_root_schema_for::<AccessLine<'_>>();
+    RecursiveTransform(leave_out_null).transform(&mut schema);
+    titled(schema, "Portcullis access, version 1")
+}
+
+/// What is absent is left out and never null.
+fn leave_out_null(schema: &mut Schema) {
+    let null = json!("null");
+    if let Some(Value::Array(types)) = schema.get_mut("type") {
+        types.retain(|name| *name != null);
+        if let [one] = &types[..] {
+            let one = one.clone();
+            schema.insert("type".to_owned(), one);
+        }
+    }
+    if let Some(Value::Array(any)) = schema.get_mut("anyOf") {
+        any.retain(|schema| schema["type"] != null);
+    }
 }
 
 /// The schemas of an event, a record, and all they are made of, for a document that keeps them at `path`.
@@ -104,6 +128,15 @@ mod tests {
         assert_eq!(required(&schema), fields(&written));
         assert_eq!(required(&schema["definitions"]["Ban"]), fields(&written["data"]));
         assert_eq!(required(&schema["definitions"]["Evidence"]), fields(&written["data"]["evidence"]));
+    }
+
+    #[test]
+    fn an_access_has_a_client_or_says_why_not_and_nothing_is_null() {
+        let schema = access();
+        assert!(!schema.to_string().contains("null"), "{schema}");
+        assert_eq!(schema["required"], json!(["node", "source"]));
+        assert_eq!(schema["properties"]["status"]["type"], "integer");
+        assert_eq!(schema["oneOf"][1]["required"], json!(["no_client"]));
     }
 
     #[test]

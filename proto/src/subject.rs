@@ -77,6 +77,11 @@ impl Subjects {
         subject.strip_prefix(&self.access("")).filter(|node| is_name(node))
     }
 
+    /// Where shippers publish raw lines for the sources of this name.
+    pub fn raw(&self, source: &str) -> String {
+        format!("{}.raw.v1.{source}", self.prefix)
+    }
+
     /// Name of the stream of public events.
     pub fn events_stream(&self) -> String {
         format!("{}_EVENTS", self.upper())

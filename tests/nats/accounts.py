@@ -58,17 +58,20 @@ NAMES = [stream["name"] for stream in STREAMS]
 
 READ_BANS, READ_NODES = "$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.KV_portcullis_nodes"
 READ_EVENTS = "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS"
+RAW = "portcullis.raw.v1.shop"
 # What each user may publish. Of everything else in `everything()` it must be refused.
 RIGHTS = {
     "ingest-edge-1": ["portcullis.access.v1.edge-1", f"{NODES}.ingest.edge-1", READ_BANS, READ_NODES],
     "enforce-edge-1": [f"{NODES}.enforce.edge-1", READ_BANS, READ_NODES],
     "reader-1": [READ_BANS, READ_EVENTS],
+    "shipper-1": [RAW],
 }
 # What each user may subscribe to, its inbox aside.
 SUBSCRIPTIONS = {
-    "ingest-edge-1": ["portcullis.state.v1.>"],
+    "ingest-edge-1": ["portcullis.state.v1.>", "portcullis.raw.v1.>"],
     "enforce-edge-1": ["portcullis.state.v1.>", "portcullis.explain.v1.edge-1"],
     "reader-1": ["portcullis.state.v1.ban.>", "portcullis.events.v1.>"],
+    "shipper-1": [],
 }
 
 
@@ -82,7 +85,8 @@ def data_subjects():
         f"{LEASE}.detect", f"{LEASE}.other",
         "portcullis.access.v1.edge-1", "portcullis.access.v1.edge-2", "portcullis.log.v1.edge-1",
         "portcullis.events.v1.ban.forceful-browsing", "portcullis.events.v1.alarm.system",
-        "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2",
+        "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2", RAW,
+        "portcullis.raw.v1.other", "portcullis.raw.v1",
     ]
 
 
@@ -397,6 +401,7 @@ async def every_role_is_refused_all_that_is_not_its_own(server, detect):
         before = await state(detect)
         async with server.connect(user) as connection:
             answers = await connection.subscribe(connection.new_inbox())
+            await settle(connection)
             passed = [subject for subject, body in tried.items()
                       if subject not in rights and not await is_refused(connection, answers, subject, body)]
         assert not passed, f"{user} is not refused: {passed}"
@@ -408,7 +413,7 @@ async def nobody_listens_to_what_is_not_its_own(server, detect):
     foreign = [*(subject for subject in data_subjects()), ">", "*", "*.>", "_INBOX.>", "_INBOX.*.*", "_INBOX.*.*.*",
                "_INBOX.edge-2.>", "_INBOX.edge-3.>", "_R_.>", "$JS.API.>", "$JS.>", "$SYS.>", "$KV.>",
                "portcullis.>", "portcullis.state.v1.>", "portcullis.explain.v1.>", "portcullis.access.v1.*",
-               "portcullis.log.v1.>"]
+               "portcullis.log.v1.>", "portcullis.raw.v1.>"]
     for user, allowed in SUBSCRIPTIONS.items():
         own = {subject for subject in foreign for right in allowed
                if subject == right or (right.endswith(">") and subject.startswith(right[:-1]))}
@@ -443,10 +448,49 @@ async def a_header_cannot_make_a_heartbeat_empty_its_bucket(server, detect):
         assert not changes(before, await state(detect))
 
 
+async def raw_lines_of_a_shipper_go_to_one_ingest_each_and_nowhere_else(server, detect):
+    replies = [f"{BANS}.ban.192.0.2.99", f"{NODES}.ingest.edge-1", "portcullis.access.v1.edge-1",
+               "$JS.API.STREAM.PURGE.KV_portcullis_bans", "_INBOX.edge-2.x"]
+    before = await state(detect)
+    async with server.connect("ingest-edge-1") as one, server.connect("ingest-edge-2") as other, \
+            server.connect("shipper-1") as shipper:
+        members = [await member.subscribe("portcullis.raw.v1.*", "ingest") for member in (one, other)]
+        await settle(one)
+        await settle(other)
+        for number in range(200):
+            await shipper.publish(RAW, str(number).encode(), reply=replies[number % len(replies)])
+        await settle(shipper)
+
+        async def pending():
+            return sum(member.pending_msgs for member in members)
+
+        await until(pending, lambda count: count >= 200)
+        heard = [[int((await member.next_msg()).data) for _ in range(member.pending_msgs)] for member in members]
+        assert all(heard), "both have a share"
+        assert sorted(heard[0] + heard[1]) == list(range(200)), heard
+        assert not shipper.errors, shipper.errors
+    assert not changes(before, await state(detect))
+
+
+async def a_shipper_without_a_login_may_send_raw_lines_where_that_is_switched_on(server, detect):
+    reader, writer = await asyncio.open_connection(*server.url.removeprefix("nats://").split(":"))
+    # As Fluent Bit does.
+    connect = b'CONNECT {"verbose":false,"pedantic":false,"ssl_required":false,"name":"fluent-bit","lang":"c"}\r\n'
+    async with server.connect("ingest-edge-1") as ingest:
+        lines = await ingest.subscribe(RAW, "ingest")
+        await settle(ingest)
+        writer.write(connect + f"PUB {RAW} 3\r\n[7]\r\nPUB portcullis.access.v1.edge-1 1\r\nx\r\nPING\r\n".encode())
+        assert (await lines.next_msg(ANSWER_S)).data == b"[7]"
+        said = (await asyncio.wait_for(reader.readuntil(b"PONG"), ANSWER_S)).decode()
+        assert 'Permissions Violation for Publish to "portcullis.access.v1.edge-1"' in said, said
+    writer.close()
+
+
 async def accounts_hold_even_for_users_without_permissions(server, detect):
     within = {"INGEST": ("portcullis.access", f"{NODES}.ingest"),
-              "ENFORCE": (f"{NODES}.enforce", "portcullis.explain"), "THIRD_PARTIES": ()}
-    roles = {"INGEST": "ingest-edge-1", "ENFORCE": "enforce-edge-1", "THIRD_PARTIES": "reader-1"}
+              "ENFORCE": (f"{NODES}.enforce", "portcullis.explain"), "THIRD_PARTIES": (), "SHIPPERS": ("portcullis.raw.v1.",)}
+    roles = {"INGEST": "ingest-edge-1", "ENFORCE": "enforce-edge-1", "THIRD_PARTIES": "reader-1",
+             "SHIPPERS": "shipper-1"}
     for account, prefixes in within.items():
         own = [subject for subject in data_subjects() if subject.startswith(tuple(prefixes) or "-")]
         async with server.connect(f"careless-{account.lower()}") as careless:
@@ -457,7 +501,10 @@ async def accounts_hold_even_for_users_without_permissions(server, detect):
                 if subject not in rights:
                     await careless.publish(subject, body.encode(), reply="_INBOX.careless.x")
             await settle(careless)
-            await careless.request(READ_BANS, b'{"seq":1}', timeout=ANSWER_S)
+            try:
+                await careless.request(READ_BANS, b'{"seq":1}', timeout=ANSWER_S)
+            except nats.errors.NoRespondersError:
+                assert account == "SHIPPERS", account
             changed = changes(before, await state(detect))
             assert not changed, f"{account}: {changed}"
 
@@ -526,9 +573,11 @@ TESTS = [
     nobody_listens_to_what_is_not_its_own,
     no_answer_can_be_aimed_at_what_is_not_its_own,
     a_header_cannot_make_a_heartbeat_empty_its_bucket,
+    raw_lines_of_a_shipper_go_to_one_ingest_each_and_nowhere_else,
     snapshots_of_more_than_a_batch_are_complete_in_every_account,
 ]
 EDITED = [accounts_hold_even_for_users_without_permissions,
+          a_shipper_without_a_login_may_send_raw_lines_where_that_is_switched_on,
           a_host_is_added_by_a_reload_without_disturbing_the_others]
 
 
@@ -542,10 +591,13 @@ def passwords():
 
 
 def edited(scratch):
-    """A copy of the configuration with a user without permissions in each account."""
+    """A copy of the configuration with a user without permissions in each account, and one for those without a login."""
     folder = Path(scratch) / "nats"
     shutil.copytree(CONFIG, folder)
-    for file, account in (("ingest", "ingest"), ("enforce", "enforce"), ("third-parties", "third_parties")):
+    main = folder / "portcullis.conf"
+    main.write_text(main.read_text().replace("# no_auth_user:", "no_auth_user:"))
+    for file, account in (("ingest", "ingest"), ("enforce", "enforce"), ("third-parties", "third_parties"),
+                          ("shippers", "shippers")):
         users = folder / "users" / f"{file}.conf"
         user = f"users: [\n  {{ user: careless-{account}, password: careless-{account} }}\n"
         users.write_text(users.read_text().replace("users: [\n", user, 1))

@@ -15,18 +15,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
-from accounts import CONFIG, NODES, Server, ask, passwords
+from accounts import CONFIG, NODES, Server, ask, passwords, settle
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPERS = ROOT / "deploy" / "shippers"
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
 DEADLINE_S = 60
 """Whatever has not happened by then does not happen. No test waits for it to pass."""
-CLIENT, OTHER = "203.0.113.66", "203.0.113.67"
+CLIENT, OTHER, SHIPPED, PACKED = "203.0.113.66", "203.0.113.67", "203.0.113.68", "203.0.113.69"
+RAW = "portcullis.raw.v1.shop"
 OFFENCES = 15
 """As many as the built-in rule needs."""
 REFUSALS = ("Permissions Violation", "permissions violation", "Authorization Violation", "panicked")
@@ -98,7 +101,8 @@ class Cluster:
     def __init__(self, server, folder):
         self.server, self.folder, self.roles = server, folder, []
         self.config = folder / "portcullis.toml"
-        self.config.write_text(f'[bus]\nkind = "nats"\nurls = ["{server.url}"]\n[ingest.sources.traefik]\ntype = "file"\n')
+        self.config.write_text(f'[bus]\nkind = "nats"\nurls = ["{server.url}"]\n[ingest.sources.traefik]\ntype = "file"\n'
+                               '[ingest.sources.shop]\ntype = "nats"\n')
 
     def start(self, *role, **user):
         self.roles.append(Role(self, *role, **user))
@@ -116,6 +120,12 @@ class Cluster:
         command = [PORTCULLIS, *words, "--json", "--socket", self.of("detect", through).socket]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
         return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], ended.stderr
+
+    def shipped_lines(self):
+        """Lines of the NATS source, by node."""
+        _, printed, _ = self.verb("status")
+        return {node["node"]: source["lines"] for status in printed for node in status["nodes"]
+                for source in node["sources"] if source["kind"] == "nats"}
 
     def nodes(self):
         """Role and node of everybody that `status` knows."""
@@ -141,6 +151,35 @@ def a_client_spread_over_both_nodes_is_banned_on_the_enforcing_one(cluster):
     until("it would be banned", lambda: cluster.of("enforce", "edge-1").says("Would ban", CLIENT))
 
 
+def a_client_is_banned_from_lines_that_a_shipper_published(cluster):
+    lines = [offence(SHIPPED) for _ in range(OFFENCES)]
+    asyncio.run(ship(cluster.server, lines[:-1]))
+    until("both hosts have their share", lambda: sum(cluster.shipped_lines().values()) == OFFENCES - 1)
+    shares = cluster.shipped_lines()
+    assert len(shares) == 2 and all(shares.values()), shares
+    _, [answer], _ = cluster.verb("explain", SHIPPED)
+    counted = {rule["rule"]: rule["counted"] for rule in answer["rules"]}
+    assert counted["forceful-browsing"] == OFFENCES - 1, f"each line counts once: {answer}"
+    assert not cluster.of("enforce", "edge-1").says("Would ban", SHIPPED)
+    asyncio.run(ship(cluster.server, lines[-1:]))
+    until("it would be banned", lambda: cluster.of("enforce", "edge-1").says("Would ban", SHIPPED))
+
+
+def a_client_is_banned_from_what_fluent_bit_publishes(cluster):
+    records = [[time.time(), {"tag": RAW, "log": offence(PACKED).rstrip()}] for _ in range(OFFENCES)]
+    asyncio.run(ship(cluster.server, [json.dumps(records)]))
+    until("it would be banned", lambda: cluster.of("enforce", "edge-1").says("Would ban", PACKED))
+
+
+def the_examples_for_shippers_publish_what_a_source_listens_to(cluster):
+    sink = tomllib.loads((SHIPPERS / "vector-nats.toml").read_text())["sinks"]["portcullis"]
+    user = sink["auth"]["user_password"]["user"]
+    assert (sink["type"], sink["subject"], sink["encoding"]["codec"]) == ("nats", RAW, "text"), sink
+    assert f"user: {user}," in (CONFIG / "users" / "shippers.conf").read_text(), user
+    words = (SHIPPERS / "fluent-bit-nats.conf").read_text().split()
+    assert words[words.index("Tag") + 1] == words[words.index("Match") + 1] == RAW, words
+
+
 def explain_asks_the_enforcing_host(cluster):
     for detector in ("edge-1", "edge-2"):
         code, [answer], _ = cluster.verb("explain", CLIENT, through=detector)
@@ -155,7 +194,7 @@ def unban_reaches_the_enforcing_host_also_through_a_standby(cluster):
         assert code == 0, error
         code, _, error = cluster.verb("unban", OTHER, through=detector)
         assert code == 0, error
-    code, _, error = cluster.verb("unban", CLIENT, through="edge-2")
+    code, _, error = cluster.verb("unban", CLIENT, SHIPPED, PACKED, through="edge-2")
     assert code == 0, error
     until("it would be unbanned", lambda: cluster.of("enforce", "edge-1").says("Would unban", CLIENT))
     _, bans, _ = cluster.verb("bans")
@@ -194,6 +233,9 @@ def a_heartbeat_that_names_another_host_is_left_out(cluster):
 TESTS = [
     every_role_starts_and_status_finds_nothing_wrong,
     a_client_spread_over_both_nodes_is_banned_on_the_enforcing_one,
+    a_client_is_banned_from_lines_that_a_shipper_published,
+    a_client_is_banned_from_what_fluent_bit_publishes,
+    the_examples_for_shippers_publish_what_a_source_listens_to,
     explain_asks_the_enforcing_host,
     unban_reaches_the_enforcing_host_also_through_a_standby,
     no_role_asks_for_what_it_may_not_have,
@@ -201,6 +243,14 @@ TESTS = [
     a_host_with_a_wrong_password_says_so,
     a_heartbeat_that_names_another_host_is_left_out,
 ]
+
+
+async def ship(server, messages):
+    async with server.connect("shipper-1") as shipper:
+        for message in messages:
+            await shipper.publish(RAW, message.encode())
+        await settle(shipper)
+        assert not shipper.errors, shipper.errors
 
 
 async def subjects(server, stream):

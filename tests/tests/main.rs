@@ -6,6 +6,7 @@ mod api;
 mod cli;
 mod cluster;
 mod netns;
+mod pipe;
 mod replay;
 mod schema;
 mod tidy;

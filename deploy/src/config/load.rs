@@ -41,6 +41,12 @@ impl Location {
         Self { environment: Some(variables.into_iter().collect()), ..self }
     }
 
+    /// Reads other logs.
+    #[must_use]
+    pub(crate) fn with_logs(self, logs: Vec<PathBuf>) -> Self {
+        Self { logs, ..self }
+    }
+
     /// Reads and checks everything, now.
     pub fn load(&self) -> Result<Config, Invalid> {
         let mut mistakes = Mistakes::new();

@@ -129,6 +129,7 @@ impl Host {
             interest: bus.interest.subscribe(),
             banned: banned.clone(),
             client_ip,
+            nats: Some(Arc::new(self.nats.clone())),
             clock: self.clock.clone(),
             uplink: status.clone(),
             nodes: self.reports.clone(),

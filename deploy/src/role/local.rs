@@ -129,6 +129,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         // Nothing is withheld on one host.
         banned: Banned::new(),
         client_ip: client_ip_in,
+        nats: None,
         clock: clock.clone(),
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),

@@ -4,6 +4,7 @@ use detect::engine::rule::{Mode, Rule, Threshold};
 use enforce::config::{BackendKind, Chains, FirewallConfig};
 use ingest::config::{ListenConfig, SourceConfig, SourceKind, SyslogConfig, Transport};
 use proto::bus::config::{BusConfig, Login};
+use proto::subject::{PREFIX, Subjects};
 use proto::time::render_duration;
 
 use super::Exit;
@@ -31,7 +32,7 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
         say("telemetry", &listen.to_string())?;
     }
     for source in &config.ingest.sources {
-        say("source", &describe_source(source))?;
+        say("source", &describe_source(source, &config.bus))?;
     }
     if config.ingest.sources.is_empty() {
         say("source", "none: `portcullis run` needs LOG arguments")?;
@@ -63,13 +64,18 @@ fn describe_bus(bus: &BusConfig) -> String {
     }
 }
 
-fn describe_source(source: &SourceConfig) -> String {
+fn describe_source(source: &SourceConfig, bus: &BusConfig) -> String {
     let from = match &source.kind {
         SourceKind::File(file) => {
             file.include.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
         }
         SourceKind::Stdin => "standard input".to_owned(),
         SourceKind::Syslog(syslog) => describe_syslog(syslog),
+        SourceKind::Nats(nats) => {
+            let prefix = if let BusConfig::Nats(bus) = bus { &bus.prefix } else { PREFIX };
+            let wanted = nats.wanted(&Subjects::new(prefix), &source.name);
+            format!("raw lines on {}, shared by the queue group {}", wanted.subject, wanted.queue)
+        }
     };
     format!("{}: {from}", source.name)
 }

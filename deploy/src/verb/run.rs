@@ -1,8 +1,10 @@
 //! `run`: all roles in one process, until a signal; and each role by itself.
 
+use std::future::Future;
 use std::path::{self, PathBuf};
 
 use anyhow::Context;
+use ingest::config::STDIN;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proto::report::Role;
 use proto::shutdown::Shutdown;
@@ -40,6 +42,14 @@ fn start(roles: Vec<Role>, location: Location, config: Config, dry_run: bool) ->
         socket::prepare(&config.api.socket)?;
     }
     telemetry::install(&config.telemetry)?;
+    block_on((roles, location, config, dry_run), role::run)
+}
+
+/// Runs what `run` makes of a process to its end, under signals.
+pub(super) fn block_on<F: Future<Output = anyhow::Result<()>>>(
+    (roles, location, config, dry_run): (Vec<Role>, Location, Config, bool),
+    run: impl FnOnce(Process) -> F,
+) -> anyhow::Result<Exit> {
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;
     let result = runtime.block_on(async {
@@ -47,7 +57,7 @@ fn start(roles: Vec<Role>, location: Location, config: Config, dry_run: bool) ->
         let (hangups, reload) = watch::channel(0);
         let signals = Signals::install().context("cannot install the signal handlers")?;
         tokio::spawn(signals.run(shutdown.clone(), hangups));
-        role::run(Process { roles, config, location, dry_run, clock: Clock::system(), shutdown, reload }).await
+        run(Process { roles, config, location, dry_run, clock: Clock::system(), shutdown, reload }).await
     });
     // Everything in flight has ended or missed its deadline: wait for no thread.
     runtime.shutdown_background();
@@ -64,8 +74,13 @@ fn raise_open_files() {
     }
 }
 
-/// Log files as named from where we stand now; a reload reads the list again.
-fn absolute(logs: Vec<PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
-    let absolute = |log: PathBuf| path::absolute(&log).with_context(|| format!("cannot use the log {}", log.display()));
+/// Log files as named from where we stand now, standard input aside; a reload reads the list again.
+pub(super) fn absolute(logs: Vec<PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
+    let absolute = |log: PathBuf| {
+        if log.as_os_str() == STDIN {
+            return Ok(log);
+        }
+        path::absolute(&log).with_context(|| format!("cannot use the log {}", log.display()))
+    };
     logs.into_iter().map(absolute).collect()
 }

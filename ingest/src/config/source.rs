@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
+use super::nats::{NatsSource, RawNats};
 use super::stdin::RawStdin;
 use super::syslog::{RawSyslog, SyslogConfig};
 use crate::parse::Format;
@@ -25,7 +26,7 @@ const SENDER_LINES: NonZeroU32 = NonZeroU32::new(50_000).expect("above zero");
 /// Default of `limits.burst`.
 const BURST: Duration = Duration::from_secs(5);
 /// Every kind, as written.
-const KINDS: &str = "`file`, `stdin` or `syslog`";
+const KINDS: &str = "`file`, `stdin`, `syslog` or `nats`";
 
 /// One source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub enum SourceKind {
     Stdin,
     /// Syslog over the network or a unix socket.
     Syslog(SyslogConfig),
+    /// What shippers publish on a subject.
+    Nats(NatsSource),
 }
 
 /// What every source says of its lines.
@@ -76,6 +79,8 @@ pub enum RawSource {
     Stdin(RawStdin),
     /// `syslog`
     Syslog(Box<RawSyslog>),
+    /// `nats`
+    Nats(RawNats),
     /// None of them.
     Unknown(Field<String>),
 }
@@ -86,6 +91,7 @@ impl FromValue for RawSource {
             Some("file") => Self::File(RawFile::from_value(value)?),
             Some("stdin") => Self::Stdin(RawStdin::from_value(value)?),
             Some("syslog") => Self::Syslog(Box::new(RawSyslog::from_value(value)?)),
+            Some("nats") => Self::Nats(RawNats::from_value(value)?),
             _ if !value.is_object() => return Err(format!("expected a table, got {value}")),
             _ => {
                 let kind = value.get("type").cloned().map(String::from_value);
@@ -108,6 +114,7 @@ impl RawSource {
                 let (lines, kind) = syslog.check(mistakes);
                 (lines, kind?)
             }
+            Self::Nats(nats) => nats.check(mistakes),
             Self::Unknown(kind) => {
                 if let Some(other) = kind.required("type", mistakes) {
                     mistakes.add("type", format!("expected {KINDS}, got {other:?}"));

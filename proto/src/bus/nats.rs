@@ -14,6 +14,7 @@ pub mod events;
 pub mod follow;
 pub mod lease;
 pub mod nodes;
+pub mod raw;
 pub mod replica;
 pub mod servers;
 pub mod state;
@@ -174,6 +175,16 @@ impl Connection {
     /// # Errors
     /// When a file of the configuration cannot be read.
     pub async fn open(config: &NatsConfig, name: &str, node: &str, clock: Clock) -> Result<Self, BusError> {
+        Self::open_with(config, (name, node), clock, SUBSCRIPTION_MESSAGES_MAX).await
+    }
+
+    /// With room for so many messages of one subscription in the client.
+    async fn open_with(
+        config: &NatsConfig,
+        (name, node): (&str, &str),
+        clock: Clock,
+        messages_max: usize,
+    ) -> Result<Self, BusError> {
         let link =
             Arc::new(Link { up: AtomicBool::new(false), failure: Mutex::default(), connects: watch::Sender::new(0) });
         let events = link.clone();
@@ -185,7 +196,7 @@ impl Connection {
             .connection_timeout(REQUEST_TIMEOUT)
             .request_timeout(Some(REQUEST_TIMEOUT))
             .ping_interval(PING_INTERVAL)
-            .subscription_capacity(SUBSCRIPTION_MESSAGES_MAX)
+            .subscription_capacity(messages_max)
             .reconnect_delay_callback(|attempts| {
                 let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX).min(10);
                 RECONNECT_FIRST.saturating_mul(1 << doublings).min(RECONNECT_MAX)
@@ -323,7 +334,7 @@ impl Link {
                     tracing::warn!("Connection to NATS lost, it is tried again");
                 }
             }
-            Event::SlowConsumer(_) => tracing::debug!("A subscription fell behind, what it missed is fetched"),
+            Event::SlowConsumer(_) => tracing::debug!("A subscription fell behind"),
             Event::LameDuckMode => tracing::info!("NATS server is about to stop"),
             Event::Draining => {}
             // Permission errors name a subject, never a secret.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "this is how a test fails")]
 
 mod login;
+mod raw;
 mod server;
 
 use std::path::Path;
