@@ -13,13 +13,15 @@ use ipnet::IpNet;
 use proto::client_ip::{CdnHeader, ClientIpPolicy};
 use proto::net::{NamedSet, NetSet, Target};
 use proto::section;
-use proto::settings::{Field, Mistakes, Unknown};
+use proto::settings::{ByteSize, Field, Mistakes, Unknown};
 use serde::Deserialize;
 
 pub use file::FileConfig;
 pub use listen::ListenConfig;
 pub use source::{Lines, RawSource, SourceConfig, SourceKind};
 
+/// Least `spool_bytes_max`: some hundred files.
+const SPOOL_BYTES_MIN: u64 = 1 << 20;
 /// Sources in one configuration.
 const SOURCES_MAX: usize = 64;
 /// The source of log files given on the command line.
@@ -37,6 +39,8 @@ pub struct RawIngest {
     pub sources: Field<BTreeMap<String, RawSource>>,
     /// How clients are told from proxies.
     pub client_ip: Field<RawClientIp>,
+    /// Room on disk for lines of senders that cannot wait, while the bus is away.
+    pub spool_bytes_max: Field<ByteSize>,
     /// What nobody knows.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -66,13 +70,15 @@ pub struct IngestConfig {
     pub sources: Vec<SourceConfig>,
     /// How clients are told from proxies.
     pub client_ip: Arc<ClientIpPolicy>,
+    /// Bytes on disk for lines of senders that cannot wait, while the bus is away; `None` = they are dropped.
+    pub spool_bytes_max: Option<u64>,
 }
 
 impl IngestConfig {
     /// For log files given on the command line: one source, `traefik`, with defaults.
     pub fn for_files(paths: Vec<PathBuf>) -> Self {
         let client_ip = RawClientIp::default().check(&mut Mistakes::new());
-        let mut config = Self { sources: Vec::new(), client_ip: Arc::new(client_ip) };
+        let mut config = Self { sources: Vec::new(), client_ip: Arc::new(client_ip), spool_bytes_max: None };
         config.set_files(paths);
         config
     }
@@ -88,7 +94,7 @@ impl RawIngest {
     /// The checked section; `None` when `mistakes` holds any in the end. Notes every mistake, keys relative to `ingest`.
     /// A configuration without sources passes: files may be given on the command line.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<IngestConfig> {
-        self.unknown.check(&["sources", "client_ip"], mistakes);
+        self.unknown.check(&["sources", "client_ip", "spool_bytes_max"], mistakes);
         let client_ip = self.client_ip.or("client_ip", RawClientIp::default(), mistakes);
         let client_ip = mistakes.within("client_ip", |mistakes| client_ip.check(mistakes));
         let raw = self.sources.or("sources", BTreeMap::new(), mistakes);
@@ -99,7 +105,11 @@ impl RawIngest {
             mistakes.within(&format!("sources.{name}"), |mistakes| source.check(&name, mistakes))
         };
         let sources = raw.into_iter().filter_map(check).collect();
-        mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip) })
+        let spool_bytes_max = self.spool_bytes_max.take("spool_bytes_max", mistakes).map(|size| size.0);
+        if spool_bytes_max.is_some_and(|bytes| bytes < SPOOL_BYTES_MIN) {
+            mistakes.add("spool_bytes_max", "must be at least 1MiB");
+        }
+        mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip), spool_bytes_max })
     }
 }
 

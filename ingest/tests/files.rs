@@ -85,6 +85,7 @@ fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Ro
         banned: banned.clone(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         clock: Clock::system(),
+        spool: None,
         uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),
         metrics: Metrics::register(&mut registry),

@@ -79,6 +79,7 @@ fn start(directory: &TempDir, bus: &Bus) -> Node {
         banned: Banned::new(),
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         clock: Clock::system(),
+        spool: None,
         uplink: status.clone(),
         nodes: nodes.clone(),
         metrics: Metrics::default(),
