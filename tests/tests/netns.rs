@@ -3,6 +3,8 @@
 //! Times here are states too: a ban is over when the client is answered again, and how long that took is compared with
 //! what was promised.
 
+mod hostile;
+
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
