@@ -172,6 +172,7 @@ stage_packaging() {
   ! can_be_root || units=("${as_root[@]}" "${units[@]}")
   run_tests "systemd units" "${units[@]}"
   run_tests "logins of roles" "$python" tests/packaging/logins.py
+  run_tests "manifests for Kubernetes" "$python" tests/packaging/kubernetes.py
 }
 
 # The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.
