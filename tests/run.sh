@@ -206,6 +206,7 @@ stage_packaging() {
     run_tests "cluster in containers" "${as_root[@]}" env "PATH=$PATH" "PORTCULLIS=$PORTCULLIS" \
       "$python" tests/packaging/compose.py "$tools/docker"
   fi
+  run_tests "manifests for Kubernetes" "$python" tests/packaging/kubernetes.py
 }
 
 # The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.

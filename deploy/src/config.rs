@@ -233,7 +233,7 @@ impl RawTelemetry {
             mistakes.add("log_level", text);
         }
         TelemetryConfig {
-            listen: self.listen.take("listen", mistakes).map(|addr| addr),
+            listen: self.listen.take("listen", mistakes),
             log_format: self.log_format.or("log_format", LogFormat::Text, mistakes),
             log_level,
         }

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use proto::client_ip::{CdnHeader, ClientIpPolicy};
 use proto::net::{NamedSet, NetSet, Target};
 use proto::section;
-use proto::settings::{Field, Mistakes, Unknown};
+use proto::settings::{ByteSize, Field, Mistakes, Unknown};
 use serde::Deserialize;
 
 pub use file::FileConfig;
@@ -24,6 +24,8 @@ pub use nats::NatsSource;
 pub use source::{Lines, RawSource, SourceConfig, SourceKind};
 pub use syslog::{NodeFrom, SyslogConfig, Transport};
 
+/// Least `spool_bytes_max`: some hundred files.
+const SPOOL_BYTES_MIN: u64 = 1 << 20;
 /// Sources in one configuration.
 const SOURCES_MAX: usize = 64;
 /// The source of log files given on the command line.
@@ -45,6 +47,8 @@ pub struct RawIngest {
     pub sources: Field<BTreeMap<String, RawSource>>,
     /// How clients are told from proxies.
     pub client_ip: Field<RawClientIp>,
+    /// Room on disk for lines of senders that cannot wait, while the bus is away.
+    pub spool_bytes_max: Field<ByteSize>,
     /// What nobody knows.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -74,13 +78,15 @@ pub struct IngestConfig {
     pub sources: Vec<SourceConfig>,
     /// How clients are told from proxies.
     pub client_ip: Arc<ClientIpPolicy>,
+    /// Bytes on disk for lines of senders that cannot wait, while the bus is away; `None` = they are dropped.
+    pub spool_bytes_max: Option<u64>,
 }
 
 impl IngestConfig {
     /// For log files given on the command line: one source, `traefik`, with defaults.
     pub fn for_files(paths: Vec<PathBuf>) -> Self {
         let client_ip = RawClientIp::default().check(&mut Mistakes::new());
-        let mut config = Self { sources: Vec::new(), client_ip: Arc::new(client_ip) };
+        let mut config = Self { sources: Vec::new(), client_ip: Arc::new(client_ip), spool_bytes_max: None };
         config.set_files(paths);
         config
     }
@@ -100,7 +106,7 @@ impl RawIngest {
     /// The checked section; `None` when `mistakes` holds any in the end. Notes every mistake, keys relative to `ingest`.
     /// A configuration without sources passes: files may be given on the command line.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<IngestConfig> {
-        self.unknown.check(&["sources", "client_ip"], mistakes);
+        self.unknown.check(&["sources", "client_ip", "spool_bytes_max"], mistakes);
         let client_ip = self.client_ip.or("client_ip", RawClientIp::default(), mistakes);
         let client_ip = mistakes.within("client_ip", |mistakes| client_ip.check(mistakes));
         let raw = self.sources.or("sources", BTreeMap::new(), mistakes);
@@ -116,7 +122,11 @@ impl RawIngest {
             let text = format!("reads standard input, as `{}` does; there is only one", first.name);
             mistakes.add(&format!("sources.{}", second.name), text);
         }
-        mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip) })
+        let spool_bytes_max = self.spool_bytes_max.take("spool_bytes_max", mistakes).map(|size| size.0);
+        if spool_bytes_max.is_some_and(|bytes| bytes < SPOOL_BYTES_MIN) {
+            mistakes.add("spool_bytes_max", "must be at least 1MiB");
+        }
+        mistakes.is_empty().then(|| IngestConfig { sources, client_ip: Arc::new(client_ip), spool_bytes_max })
     }
 }
 

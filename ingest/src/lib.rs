@@ -20,4 +20,5 @@ pub mod parse;
 pub mod pipeline;
 pub mod replay;
 pub mod source;
+pub mod spool;
 pub mod uplink;

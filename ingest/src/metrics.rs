@@ -42,6 +42,8 @@ pub struct Metrics {
     refused: Family<SourceLabel, Counter>,
     /// Batches that wait for detect.
     pub(crate) queued_batches: Gauge,
+    /// Room that the spool takes.
+    pub(crate) spooled_bytes: Gauge,
     pub(crate) uplink: UplinkMetrics,
 }
 
@@ -77,6 +79,7 @@ impl Metrics {
         registry.register("limited_lines", "Lines turned away because of a limit", metrics.limited.clone());
         registry.register("refused", "Connections, datagrams and requests refused", metrics.refused.clone());
         registry.register("queued_batches", "Batches that wait for detect", metrics.queued_batches.clone());
+        registry.register_with_unit("spooled", "Lines on disk", Unit::Bytes, metrics.spooled_bytes.clone());
         metrics.uplink.register(registry);
         metrics
     }

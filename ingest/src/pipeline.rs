@@ -23,6 +23,7 @@ use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
 use crate::source::{nats, stdin, syslog};
+use crate::spool::{self, Spool};
 use crate::uplink;
 
 /// How often the role says how it is.
@@ -51,6 +52,8 @@ pub struct Inputs {
     pub nats: Option<Arc<NatsConfig>>,
     /// The time.
     pub clock: Clock,
+    /// Where lines of senders that cannot wait go while the bus is away; `None` = nowhere.
+    pub spool: Option<Spool>,
     /// What the uplink has to say, where there is one.
     pub uplink: uplink::Status,
     /// Takes the role's reports.
@@ -99,33 +102,33 @@ impl Shared {
 /// Runs all sources until the shutdown begins; what was read whole by then is handed over before this returns.
 ///
 /// Returns early with an error when nobody takes batches any more or a source panics.
-pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError> {
+pub async fn run(config: IngestConfig, mut inputs: Inputs) -> Result<(), IngestError> {
     if config.sources.is_empty() {
         return Err(IngestError::NoSources);
     }
     let reporter = Reporter::new(&inputs);
     let mut tasks = JoinSet::new();
+    let streams = start_spool(&mut tasks, &mut inputs, reporter.spool.clone());
     let mut running: Vec<(Id, Arc<Shared>)> = Vec::new();
     let open_files = Arc::new(Semaphore::new(OPEN_FILES_MAX));
     let only = config.sources.len() == 1;
     for source in config.sources {
         let shared = Shared::new(&source, &inputs, open_files.clone());
+        let stream = || intake(&inputs, &streams, shared.clone(), source.lines);
         let id = match source.kind {
             SourceKind::File(file) => start_file(&mut tasks, (file, source.lines), shared.clone(), &inputs),
-            SourceKind::Syslog(syslog) => {
-                tasks.spawn(syslog::run(syslog, intake(&inputs, shared.clone(), source.lines))).id()
-            }
-            SourceKind::Stdin => tasks.spawn(stdin::run(intake(&inputs, shared.clone(), source.lines), only)).id(),
+            SourceKind::Syslog(syslog) => tasks.spawn(syslog::run(syslog, stream())).id(),
+            SourceKind::Stdin => tasks.spawn(stdin::run(stream(), only)).id(),
             SourceKind::Nats(nats) => {
                 let bus = inputs.nats.clone().ok_or_else(|| IngestError::NoNats { source_name: source.name })?;
-                tasks.spawn(nats::run(intake(&inputs, shared.clone(), source.lines), nats, bus)).id()
+                tasks.spawn(nats::run(stream(), nats, bus)).id()
             }
         };
         running.push((id, shared));
     }
     let shutdown = inputs.shutdown.clone();
     // Only the sources hold the sender now: the channel closes when the last of them ends.
-    drop(inputs);
+    drop((inputs, streams));
     let mut ticks = tokio::time::interval(REPORT_INTERVAL);
     let mut ended = Ok(());
     loop {
@@ -156,6 +159,23 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
     ended
 }
 
+/// Where sources without offsets send: through the spool, where there is one.
+fn start_spool(
+    tasks: &mut JoinSet<Result<(), Stopped>>,
+    inputs: &mut Inputs,
+    status: uplink::Status,
+) -> mpsc::Sender<AccessBatch> {
+    let Some(spool) = inputs.spool.take() else { return inputs.batches.clone() };
+    let (sender, receiver) = mpsc::channel(spool::WAITING_MAX);
+    let (ends, said) = ((receiver, inputs.batches.clone()), (status, inputs.metrics.clone()));
+    let shutdown = inputs.shutdown.clone();
+    tasks.spawn(async move {
+        spool::run(spool, ends, said, shutdown).await;
+        Ok(())
+    });
+    sender
+}
+
 fn start_file(
     tasks: &mut JoinSet<Result<(), Stopped>>,
     (config, lines): (FileConfig, Lines),
@@ -175,11 +195,11 @@ fn start_file(
     task.id()
 }
 
-fn intake(inputs: &Inputs, shared: Arc<Shared>, lines: Lines) -> Intake {
+fn intake(inputs: &Inputs, streams: &mpsc::Sender<AccessBatch>, shared: Arc<Shared>, lines: Lines) -> Intake {
     Intake {
         metrics: inputs.metrics.of_source(&shared.source),
         shared,
-        batches: inputs.batches.clone(),
+        batches: streams.clone(),
         interest: inputs.interest.clone(),
         client_ip: inputs.client_ip.clone(),
         format: lines.format,
@@ -198,6 +218,7 @@ struct Reporter {
     nodes: Nodes,
     clock: Clock,
     uplink: uplink::Status,
+    spool: uplink::Status,
     started_at: Timestamp,
 }
 
@@ -205,7 +226,7 @@ impl Reporter {
     fn new(inputs: &Inputs) -> Self {
         let started_at = inputs.clock.now();
         let (node, nodes, clock) = (inputs.node.clone(), inputs.nodes.clone(), inputs.clock.clone());
-        Self { node, nodes, clock, uplink: inputs.uplink.clone(), started_at }
+        Self { node, nodes, clock, uplink: inputs.uplink.clone(), spool: uplink::Status::default(), started_at }
     }
 
     fn report(&self, running: &[(Id, Arc<Shared>)]) {
@@ -213,6 +234,7 @@ impl Reporter {
         let mut report = NodeReport::new(&self.node, Role::Ingest, self.started_at);
         report.at = now;
         report.problems.extend(self.uplink.problems());
+        report.problems.extend(self.spool.problems());
         for (_, shared) in running {
             let status = shared.status();
             report.sources.push(status.report.clone());

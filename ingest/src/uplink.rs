@@ -70,7 +70,7 @@ impl Status {
         self.lock().clone()
     }
 
-    fn set(&self, problems: Vec<Problem>) {
+    pub(crate) fn set(&self, problems: Vec<Problem>) {
         *self.lock() = problems;
     }
 

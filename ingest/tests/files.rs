@@ -86,6 +86,7 @@ fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Ro
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         nats: None,
         clock: Clock::system(),
+        spool: None,
         uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),
         metrics: Metrics::register(&mut registry),

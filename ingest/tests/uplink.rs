@@ -80,6 +80,7 @@ fn start(directory: &TempDir, bus: &Bus) -> Node {
         client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
         nats: None,
         clock: Clock::system(),
+        spool: None,
         uplink: status.clone(),
         nodes: nodes.clone(),
         metrics: Metrics::default(),

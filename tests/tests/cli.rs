@@ -59,9 +59,11 @@ fn a_bad_configuration_ends_with_64_and_names_every_mistake() {
 }
 
 #[test]
-fn the_example_configuration_passes_check() {
-    let answer = portcullis(["check", "-c", &format!("{ROOT}/deploy/example.toml")]).unwrap();
-    assert!(!answer.expect(0).unwrap().stdout.is_empty());
+fn the_configurations_in_deploy_pass_check() {
+    for file in ["example.toml", "kubernetes/portcullis.toml", "shippers/docker.toml"] {
+        let answer = portcullis(["check", "-c", &format!("{ROOT}/deploy/{file}")]).unwrap();
+        assert!(!answer.expect(0).unwrap().stdout.is_empty(), "{file}");
+    }
 }
 
 #[test]

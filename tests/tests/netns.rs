@@ -3,6 +3,7 @@
 //! Times here are states too: a ban is over when the client is answered again, and how long that took is compared with
 //! what was promised.
 
+mod hostile;
 mod syslog;
 
 use std::fmt::Write as _;

@@ -15,6 +15,7 @@ use detect::api::{Backing, router};
 use detect::resolve::Names;
 use detect::worker::{Outlets, REQUESTS_MAX, Request};
 use ingest::source::checkpoint::Checkpoint;
+use ingest::spool::Spool;
 use ingest::uplink::{self, PAYLOAD_BYTES_MAX, UplinkConfig, UplinkInputs};
 use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
@@ -122,6 +123,8 @@ impl Host {
         let checkpoint = Checkpoint::open(&state_dir)?;
         let metrics = ingest::metrics::Metrics::register(self.registry.sub_registry_with_prefix("portcullis"));
         let (status, banned) = (uplink::Status::default(), Banned::new());
+        let spool =
+            self.config.ingest.spool_bytes_max.map(|bytes_max| Spool::open(&state_dir, bytes_max)).transpose()?;
         let inputs = ingest::pipeline::Inputs {
             node: self.node.clone(),
             positions: checkpoint.positions(),
@@ -131,6 +134,7 @@ impl Host {
             client_ip,
             nats: Some(Arc::new(self.nats.clone())),
             clock: self.clock.clone(),
+            spool,
             uplink: status.clone(),
             nodes: self.reports.clone(),
             metrics: metrics.clone(),

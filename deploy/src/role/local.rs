@@ -12,6 +12,7 @@ use detect::api::tcp::Server;
 use detect::api::unix::Socket;
 use detect::resolve::Names;
 use detect::worker::{Outlets, Parts, REQUESTS_MAX, Worker};
+use ingest::spool::Spool;
 use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
 use proto::bus::memory::{Bus, Nodes};
@@ -121,6 +122,8 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
     if let Some(server) = server {
         tasks.spawn("api over tcp", server.run(api, reload.clone(), shutdown.clone()));
     }
+    let spool = config.ingest.spool_bytes_max.zip(state_dir.as_deref());
+    let spool = spool.map(|(bytes_max, dir)| Spool::open(dir, bytes_max)).transpose()?;
     let ingest_inputs = ingest::pipeline::Inputs {
         node: node.clone(),
         positions,
@@ -131,6 +134,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         client_ip: client_ip_in,
         nats: None,
         clock: clock.clone(),
+        spool,
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest_metrics,

@@ -50,6 +50,7 @@ impl Reloader {
             ("api", old.api != config.api),
             ("telemetry", old.telemetry != config.telemetry),
             ("ingest.sources", old.ingest.sources != config.ingest.sources),
+            ("ingest.spool_bytes_max", old.ingest.spool_bytes_max != config.ingest.spool_bytes_max),
             ("enforce", old.enforce != config.enforce),
         ] {
             if changed {
@@ -62,7 +63,11 @@ impl Reloader {
             let _ending = requests.send(Request::Reload(Box::new(config.detect.clone()))).await;
         }
         self.config = Config {
-            ingest: ingest::config::IngestConfig { sources: old.ingest.sources.clone(), ..config.ingest },
+            ingest: ingest::config::IngestConfig {
+                sources: old.ingest.sources.clone(),
+                spool_bytes_max: old.ingest.spool_bytes_max,
+                ..config.ingest
+            },
             ..config
         };
     }

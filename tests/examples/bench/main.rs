@@ -1,15 +1,15 @@
 //! The benchmark: how fast, how soon, how much memory; beside peers, in the same run, on the same machine.
 //!
 //! ```text
-//! cargo run --release -p tests --example bench -- [replay|latency|bulk|cluster|all] [--lines N] [--samples N]
+//! cargo run --release -p tests --example bench -- [replay|latency|bulk|sources|cluster|all] [--lines N] [--samples N]
 //! ```
 //!
 //! `replay` reads a log of N lines (default 1,000,000, about 1.1 GB in the directory for temporary files), `latency` takes
 //! N samples (default 200) from the last line in the log to the kernel that drops, `bulk` appends that log to a watched
-//! file. `cluster` does the like with three hosts, two detectors and NATS between them, and measures what travels there. All
-//! but the first need root, and send packets in network namespaces of their own only. fail2ban takes part where it is
-//! installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`. Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer
-//! is an error.
+//! file, `sources` sends it to every source that listens. `cluster` does the like with three hosts, two detectors and NATS
+//! between them, and measures what travels there. All but the first need root, and send packets in network namespaces of their
+//! own only. fail2ban takes part where it is installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`.
+//! Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer is an error.
 //!
 //! The work is done by a child of this process, so that whatever ends it (Ctrl-C too), what it started is stopped and
 //! what it made is removed.
@@ -26,6 +26,7 @@ mod kernel;
 mod latency;
 mod process;
 mod replay;
+mod sources;
 mod stream;
 mod table;
 mod wire;
@@ -42,7 +43,7 @@ use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::{Pid, Uid};
 use proto::time::Clock;
 
-const USAGE: &str = "usage: bench [replay|latency|bulk|cluster|all] [--lines N] [--samples N]";
+const USAGE: &str = "usage: bench [replay|latency|bulk|sources|cluster|all] [--lines N] [--samples N]";
 /// Set for the child: the folder for all that it writes.
 const FOLDER: &str = "PORTCULLIS_BENCH_FOLDER";
 /// Room for samples of 65,536 - 256 addresses.
@@ -66,6 +67,7 @@ struct Options {
     replay: bool,
     latency: bool,
     bulk: bool,
+    sources: bool,
     cluster: bool,
     lines: u64,
     samples: u64,
@@ -84,14 +86,14 @@ impl Options {
             match arg.as_str() {
                 "--lines" => lines = count(LINES_MAX)?,
                 "--samples" => samples = count(SAMPLES_MAX)?,
-                "replay" | "latency" | "bulk" | "cluster" | "all" if part.is_none() => part = Some(arg),
+                "replay" | "latency" | "bulk" | "sources" | "cluster" | "all" if part.is_none() => part = Some(arg),
                 _ => bail!("what is {arg}? {USAGE}"),
             }
         }
         let part = part.unwrap_or_else(|| "all".to_owned());
         let wants = |name| part == name || part == "all";
-        let [replay, latency, bulk, cluster] = ["replay", "latency", "bulk", "cluster"].map(wants);
-        Ok(Self { replay, latency, bulk, cluster, lines, samples })
+        let [replay, latency, bulk, sources, cluster] = ["replay", "latency", "bulk", "sources", "cluster"].map(wants);
+        Ok(Self { replay, latency, bulk, sources, cluster, lines, samples })
     }
 }
 
@@ -146,18 +148,19 @@ fn work(folder: &Path) -> Result<()> {
     tests::portcullis::binary()?;
     let mut summary = Vec::new();
     let root = Uid::effective().is_root();
-    if (options.latency || options.bulk || options.cluster) && !root {
-        println!("not root: without latency, bulk and cluster, which need network namespaces\n");
+    if (options.latency || options.bulk || options.sources || options.cluster) && !root {
+        println!("not root: without latency, bulk, sources and cluster, which need network namespaces\n");
     }
     let has_nats = std::env::var_os("NATS_SERVER").is_some() || process::is_installed("nats-server");
     if options.cluster && root && !has_nats {
         println!("nats-server is not installed: without cluster\n");
     }
-    let (bulk, cluster) = (options.bulk && root, options.cluster && root && has_nats);
+    let (bulk, sources) = (options.bulk && root, options.sources && root);
+    let cluster = options.cluster && root && has_nats;
     if cluster {
         summary.extend(cluster::run(options.samples)?);
     }
-    if options.replay || bulk || cluster {
+    if options.replay || bulk || sources || cluster {
         let now = Clock::system().now().as_nanos();
         let corpus = Corpus::write(&folder.join("corpus.log"), options.lines, now)?;
         println!(
@@ -171,6 +174,9 @@ fn work(folder: &Path) -> Result<()> {
         }
         if bulk {
             summary.extend(bulk::run(folder, &corpus)?);
+        }
+        if sources {
+            summary.extend(sources::run(folder, &corpus)?);
         }
         if cluster {
             summary.extend(wire::run()?);
