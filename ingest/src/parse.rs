@@ -1,4 +1,4 @@
-//! From the bytes of a line to an [`Event`]: envelope, format, client address.
+//! From the bytes of a line to an [`Event`]: envelopes, format, client address.
 //!
 //! The only place that knows log formats. It refuses lines that are no access entries and says why; it never panics,
 //! whatever the bytes, and never guesses. Memory: values are borrowed from the line, the few buffers are used again for
@@ -18,7 +18,7 @@ use proto::client_ip::{ClientIpPolicy, Origin};
 use proto::event::{ABSENT, AccessBatch, Event, Headers, Interest, Text};
 use proto::net::parse_peer;
 
-use envelope::{Envelope, Stream};
+use envelope::{DOCKER_START, Envelope, LEVELS_MAX, Stream};
 
 /// Characters of a line that is shown to people.
 const SAMPLE_CHARS_MAX: usize = 200;
@@ -66,7 +66,7 @@ pub enum Refusal {
     NotAccess,
     /// Not, to its last byte, the common log format.
     NotClf,
-    /// An envelope of a container runtime that cannot be opened.
+    /// An envelope of a container runtime or shipper that cannot be opened.
     BrokenEnvelope,
     /// Pieces of a line that together are longer than the limit.
     PiecesTooLong,
@@ -79,7 +79,7 @@ impl Refusal {
             Self::NotJson => "not a JSON object",
             Self::NotAccess => "JSON without the fields of an access entry",
             Self::NotClf => "not the common log format",
-            Self::BrokenEnvelope => "broken container envelope",
+            Self::BrokenEnvelope => "broken envelope",
             Self::PiecesTooLong => "longer than the limit when joined",
         }
     }
@@ -132,7 +132,8 @@ pub struct Parser {
     /// Headers that the rules or the client's address need, lower case.
     wanted: Vec<String>,
     seen_format: Option<SeenFormat>,
-    buffer: String,
+    /// Opened envelopes, by level.
+    buffers: [Vec<u8>; LEVELS_MAX],
     /// Pieces of unfinished lines: standard output, standard error.
     pieces: [Pieces; 2],
     headers: HeaderList<'static>,
@@ -156,7 +157,7 @@ impl Parser {
             interest,
             wanted: Vec::new(),
             seen_format: None,
-            buffer: String::new(),
+            buffers: <[Vec<u8>; LEVELS_MAX]>::default(),
             pieces: <[Pieces; 2]>::default(),
             headers: Vec::new(),
             pairs: Vec::new(),
@@ -201,26 +202,80 @@ impl Parser {
 
     /// Parses `line` (without its line end) and shows its event to `each`.
     pub fn with_event<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        let mut buffer = std::mem::take(&mut self.buffer);
+        self.read(line, (0, offset), each)
+    }
+
+    /// Reads what is inside so many envelopes.
+    fn read<T>(
+        &mut self,
+        text: &[u8],
+        (level, offset): (usize, u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        if level < LEVELS_MAX
+            && let Some(piece) = envelope::open_cri(text)
+        {
+            return self.read_piece(piece, (level, offset), each);
+        }
+        let line = text.trim_ascii();
+        match line.first() {
+            None => Outcome::Blank,
+            Some(b'{') => self.read_object(line, (level, offset), each),
+            Some(_) if self.format == Format::Json => Outcome::Unparsed(Refusal::NotJson),
+            Some(_) => self.read_clf(line, offset, each),
+        }
+    }
+
+    /// An access entry, or else an envelope: most objects are entries, and those are read once.
+    fn read_object<T>(
+        &mut self,
+        line: &[u8],
+        (level, offset): (usize, u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        let may_open = level < LEVELS_MAX;
+        let is_docker = may_open && line.starts_with(DOCKER_START);
+        let mut refusal = Refusal::NotClf;
+        if self.format != Format::Clf && !is_docker {
+            let headers = recycle(std::mem::take(&mut self.headers));
+            match traefik::parse(line, &self.wanted, headers) {
+                Ok(entry) => return Outcome::Event(self.show_json(entry, offset, each)),
+                Err(why) => refusal = why,
+            }
+        }
+        if !may_open || refusal == Refusal::NotJson {
+            return Outcome::Unparsed(refusal);
+        }
+        let mut buffer = std::mem::take(&mut self.buffers[level]);
+        let place = (level + 1, offset);
         let outcome = match envelope::open(line, &mut buffer) {
-            Envelope::Plain => self.read_line(line, offset, each),
+            Envelope::Text => self.read(&buffer, place, each),
+            Envelope::Object(object) => self.read(object.as_bytes(), place, each),
+            Envelope::Piece { stream, partial } => self.read_piece((stream, partial, &buffer), (level, offset), each),
             Envelope::Broken => Outcome::Unparsed(Refusal::BrokenEnvelope),
-            Envelope::Cri { stream, partial, text } => self.read_piece((stream, partial, text), offset, each),
-            Envelope::Docker { stream, partial } => self.read_piece((stream, partial, buffer.as_bytes()), offset, each),
+            // Its entry stands beside the line, as Fluent Bit merges them.
+            Envelope::Access if is_docker && self.format != Format::Clf => {
+                match traefik::parse(line, &self.wanted, Vec::new()) {
+                    Ok(entry) => Outcome::Event(self.show_json(entry, offset, each)),
+                    Err(refusal) => Outcome::Unparsed(refusal),
+                }
+            }
+            Envelope::Access | Envelope::Other => Outcome::Unparsed(refusal),
         };
-        self.buffer = buffer;
+        self.buffers[level] = buffer;
         outcome
     }
 
     fn read_piece<T>(
         &mut self,
         (stream, partial, text): (Stream, bool, &[u8]),
-        offset: u64,
+        (level, offset): (usize, u64),
         each: impl FnOnce(&Event<'_>) -> T,
     ) -> Outcome<T> {
+        let place = (level + 1, offset);
         let pieces = &mut self.pieces[stream as usize];
         if !partial && !pieces.open {
-            return self.read_line(text, offset, each);
+            return self.read(text, place, each);
         }
         pieces.open = partial;
         pieces.too_long |= pieces.bytes.len() + text.len() > self.line_bytes_max;
@@ -236,30 +291,13 @@ impl Parser {
         if whole.too_long {
             return Outcome::Unparsed(Refusal::PiecesTooLong);
         }
-        self.read_line(&whole.bytes, offset, each)
+        self.read(&whole.bytes, place, each)
     }
 
-    fn read_line<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        let line = line.trim_ascii();
-        let Some(first) = line.first() else { return Outcome::Blank };
-        let is_json = match self.format {
-            Format::Auto => *first == b'{',
-            Format::Json => true,
-            Format::Clf => false,
-        };
-        if is_json {
-            let headers = recycle(std::mem::take(&mut self.headers));
-            match traefik::parse(line, &self.wanted, headers) {
-                Ok(entry) => {
-                    self.seen_format = Some(SeenFormat::Json);
-                    let time = entry.time.as_deref().and_then(time::parse_rfc3339);
-                    Outcome::Event(self.show(entry, (time, offset), each))
-                }
-                Err(refusal) => Outcome::Unparsed(refusal),
-            }
-        } else {
-            self.read_clf(line, offset, each)
-        }
+    fn show_json<T>(&mut self, entry: Entry<'_>, offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> T {
+        self.seen_format = Some(SeenFormat::Json);
+        let time = entry.time.as_deref().and_then(time::parse_rfc3339);
+        self.show(entry, (time, offset), each)
     }
 
     fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {

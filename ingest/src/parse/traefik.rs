@@ -24,6 +24,12 @@ pub(crate) fn parse<'a>(line: &'a [u8], wanted: &[String], headers: HeaderList<'
     if entry.is_access() { Ok(entry) } else { Err(Refusal::NotAccess) }
 }
 
+/// Whether Traefik writes `key` in access entries and nobody else would. `time` and `entryPointName` stand in its own log
+/// too.
+pub(crate) fn is_own_key(key: &str) -> bool {
+    Key::known(key).is_some_and(|key| !matches!(key, Key::Time | Key::EntryPointName)) || key.starts_with("request_")
+}
+
 impl Entry<'_> {
     fn is_access(&self) -> bool {
         self.status != 0
