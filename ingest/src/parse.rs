@@ -7,6 +7,7 @@
 //! A [`Parser`] belongs to one file, as it joins pieces of lines that a container runtime has cut.
 
 mod clf;
+mod clf_guard;
 mod envelope;
 pub mod time;
 mod traefik;
@@ -17,7 +18,11 @@ use std::sync::Arc;
 use proto::client_ip::{ClientIpPolicy, Origin};
 use proto::event::{ABSENT, AccessBatch, Event, Headers, Interest, Text};
 use proto::net::parse_peer;
+use proto::time::Timestamp;
 
+pub use clf_guard::Suspicion;
+
+use clf_guard::{Guard, Mark};
 use envelope::{DOCKER_START, Envelope, LEVELS_MAX, Stream};
 
 /// Characters of a line that is shown to people.
@@ -96,6 +101,8 @@ pub enum Outcome<T = ()> {
     Partial,
     /// No access entry.
     Unparsed(Refusal),
+    /// An access that may be forged.
+    Suspect(Suspicion),
 }
 
 /// Request headers of one entry, name and value.
@@ -138,6 +145,9 @@ pub struct Parser {
     pieces: [Pieces; 2],
     headers: HeaderList<'static>,
     pairs: Vec<(&'static str, &'static str)>,
+    guard: Guard,
+    /// When the line at hand came; `None` for finished logs.
+    now: Option<Timestamp>,
 }
 
 #[derive(Debug, Default)]
@@ -161,6 +171,8 @@ impl Parser {
             pieces: <[Pieces; 2]>::default(),
             headers: Vec::new(),
             pairs: Vec::new(),
+            guard: Guard::default(),
+            now: None,
         };
         parser.collect_wanted();
         parser
@@ -177,6 +189,21 @@ impl Parser {
         self.wanted = self.interest.headers.iter().cloned().chain(cdn).collect();
         self.wanted.sort_unstable();
         self.wanted.dedup();
+    }
+
+    /// The next lines come at `now`: their order and counts are looked at, and suspects are no events. Without it, as with
+    /// finished logs, none are: what came together is not known of them.
+    pub fn set_now(&mut self, now: Timestamp) {
+        self.now = Some(now);
+    }
+
+    /// There was a line that was too long to be read.
+    pub fn note_oversized(&mut self) {
+        self.guard.note_oversized();
+    }
+
+    fn judge(&mut self, mark: Mark, line: &[u8]) -> Option<Suspicion> {
+        self.now.and_then(|now| self.guard.judge(mark, line.len(), now))
     }
 
     /// What the newest event was written in; `None` before the first.
@@ -239,7 +266,7 @@ impl Parser {
         if self.format != Format::Clf && !is_docker {
             let headers = recycle(std::mem::take(&mut self.headers));
             match traefik::parse(line, &self.wanted, headers) {
-                Ok(entry) => return Outcome::Event(self.show_json(entry, offset, each)),
+                Ok(entry) => return self.show_json(entry, (line, offset), each),
                 Err(why) => refusal = why,
             }
         }
@@ -256,7 +283,7 @@ impl Parser {
             // Its entry stands beside the line, as Fluent Bit merges them.
             Envelope::Access if is_docker && self.format != Format::Clf => {
                 match traefik::parse(line, &self.wanted, Vec::new()) {
-                    Ok(entry) => Outcome::Event(self.show_json(entry, offset, each)),
+                    Ok(entry) => self.show_json(entry, (line, offset), each),
                     Err(refusal) => Outcome::Unparsed(refusal),
                 }
             }
@@ -294,19 +321,33 @@ impl Parser {
         self.read(&whole.bytes, place, each)
     }
 
-    fn show_json<T>(&mut self, entry: Entry<'_>, offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> T {
+    fn show_json<T>(
+        &mut self,
+        entry: Entry<'_>,
+        (line, offset): (&[u8], u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        if let Some(suspicion) = self.judge(Mark::Json, line) {
+            return Outcome::Suspect(suspicion);
+        }
         self.seen_format = Some(SeenFormat::Json);
         let time = entry.time.as_deref().and_then(time::parse_rfc3339);
-        self.show(entry, (time, offset), each)
+        Outcome::Event(self.show(entry, (time, offset), each))
     }
 
     fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
         // Clients may send any bytes; a line must not escape by not being UTF-8.
-        let line = String::from_utf8_lossy(line);
-        let Some(line) = clf::parse(&line, self.policy.clf_behind_proxy) else {
+        let text = String::from_utf8_lossy(line);
+        let Some(parsed) = clf::parse(&text, self.policy.clf_behind_proxy) else {
+            self.guard.note_unparsed(line);
             return Outcome::Unparsed(Refusal::NotClf);
         };
-        self.seen_format = Some(if line.router.is_some() { SeenFormat::Clf } else { SeenFormat::GenericClf });
+        let count = |end: clf::TraefikEnd<'_>| Mark::Counted(end.request_count.unwrap_or(0), parsed.request.time);
+        if let Some(suspicion) = self.judge(parsed.traefik.map_or(Mark::Generic, count), line) {
+            return Outcome::Suspect(suspicion);
+        }
+        let line = parsed;
+        self.seen_format = Some(if line.traefik.is_some() { SeenFormat::Clf } else { SeenFormat::GenericClf });
         let mut headers = recycle(std::mem::take(&mut self.headers));
         let request = line.request;
         for (name, value) in [("Referer", &request.referer), ("User-Agent", &request.user_agent)] {
@@ -321,7 +362,7 @@ impl Parser {
             path: present(request.path).map(Cow::Borrowed),
             protocol: present(request.protocol).map(Cow::Borrowed),
             user_agent: present(&request.user_agent).is_some().then_some(request.user_agent),
-            router: line.router.and_then(present).map(Cow::Borrowed),
+            router: line.traefik.and_then(|end| present(end.router)).map(Cow::Borrowed),
             username: present(line.username).map(Cow::Borrowed),
             headers,
             ..Entry::default()
@@ -333,7 +374,7 @@ impl Parser {
     fn show<T>(
         &mut self,
         entry: Entry<'_>,
-        (time, offset): (Option<proto::time::Timestamp>, u64),
+        (time, offset): (Option<Timestamp>, u64),
         each: impl FnOnce(&Event<'_>) -> T,
     ) -> T {
         let peer = entry.client_addr.as_deref().and_then(parse_peer);

@@ -208,6 +208,7 @@ impl Reporter {
             report.sources.push(status.report.clone());
             report.problems.extend(status.problems.iter().cloned());
             report.problems.extend(shared.silence(&status.report, now));
+            report.problems.extend(suspects(&status.report));
         }
         self.nodes.put(report);
     }
@@ -240,6 +241,17 @@ impl Shared {
             Problem::warning(format!("source {name} has been silent for {silent}; does Traefik still write its log?"))
         })
     }
+}
+
+fn suspects(report: &SourceReport) -> Option<Problem> {
+    (report.suspect > 0).then(|| {
+        Problem::warning(format!(
+            "{} lines of source {} may be forged and do not count: their request counts do not fit, as after a restart of \
+             Traefik, where several write into one log, or where a client forges lines; let Traefik write JSON \
+             (accessLog.format: json), where nobody can",
+            report.suspect, report.name
+        ))
+    })
 }
 
 #[cfg(test)]

@@ -25,6 +25,9 @@ use super::traefik;
 /// How Docker's json-file driver begins every line.
 pub(super) const DOCKER_START: &[u8] = b"{\"log\":";
 
+/// How it begins with the text itself, which is then unescaped as it is read.
+const DOCKER_TEXT_START: &[u8] = b"{\"log\":\"";
+
 /// Envelopes around each other: a container runtime's inside a shipper's.
 pub(super) const LEVELS_MAX: usize = 2;
 
@@ -78,7 +81,8 @@ pub(crate) fn open_cri(line: &[u8]) -> Option<(Stream, bool, &[u8])> {
 pub(crate) fn open<'a>(object: &'a [u8], buffer: &mut Vec<u8>) -> Envelope<'a> {
     buffer.clear();
     let mut deserializer = serde_json::Deserializer::from_slice(object);
-    let keys = deserializer.deserialize_map(KeysVisitor);
+    let begins_with_text = object.starts_with(DOCKER_TEXT_START);
+    let keys = deserializer.deserialize_map(KeysVisitor { first: begins_with_text.then_some(&mut *buffer) });
     let Ok(keys) = keys.and_then(|keys| deserializer.end().map(|()| keys)) else { return Envelope::Broken };
     if keys.is_access {
         return Envelope::Access;
@@ -86,11 +90,13 @@ pub(crate) fn open<'a>(object: &'a [u8], buffer: &mut Vec<u8>) -> Envelope<'a> {
     // Elastic's `log` is an object beside the line: what is no object goes first.
     let found = keys.values.into_iter().flatten().filter(|value| value.get() != "null");
     let (objects, texts): (Vec<&RawValue>, Vec<&RawValue>) = found.partition(|value| value.get().starts_with('{'));
-    let Some(value) = texts.first() else {
+    if let Some(value) = texts.first() {
+        buffer.clear();
+        if Append(buffer).deserialize(&mut serde_json::Deserializer::from_str(value.get())).is_err() {
+            return Envelope::Broken;
+        }
+    } else if !begins_with_text {
         return objects.first().map_or(Envelope::Other, |object| Envelope::Object(object.get()));
-    };
-    if Append(buffer).deserialize(&mut serde_json::Deserializer::from_str(value.get())).is_err() {
-        return Envelope::Broken;
     }
     let is_full = buffer.last() == Some(&b'\n');
     let length = buffer.trim_ascii_end().len();
@@ -173,17 +179,25 @@ struct Event<'a> {
     original: Option<&'a RawValue>,
 }
 
-struct KeysVisitor;
+struct KeysVisitor<'b> {
+    /// Takes the text of the first key, where that is a `log`; any other that is found goes before it.
+    first: Option<&'b mut Vec<u8>>,
+}
 
-impl<'de> Visitor<'de> for KeysVisitor {
+impl<'de> Visitor<'de> for KeysVisitor<'_> {
     type Value = Keys<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a JSON object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Keys<'de>, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Keys<'de>, A::Error> {
         let mut keys = Keys::default();
+        let has_first = self.first.is_some();
+        if let Some(first) = self.first.take() {
+            map.next_key::<Key>()?;
+            map.next_value_seed(Append(first))?;
+        }
         while let Some(key) = map.next_key::<Key>()? {
             let value = map.next_value::<&RawValue>()?;
             let (holder, value) = match key {
@@ -216,9 +230,11 @@ impl<'de> Visitor<'de> for KeysVisitor {
             };
             keys.has_others |= !matches!(holder, Holder::Log);
             // Readers differ in which of two equal keys they take.
-            if value.is_some() && std::mem::replace(&mut keys.values[holder as usize], value).is_some() {
+            let is_second = has_first && matches!(holder, Holder::Log);
+            if value.is_some() && (is_second || keys.values[holder as usize].is_some()) {
                 return Err(A::Error::custom("the line is there twice"));
             }
+            keys.values[holder as usize] = value.or(keys.values[holder as usize]);
         }
         Ok(keys)
     }

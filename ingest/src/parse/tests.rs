@@ -330,6 +330,46 @@ fn every_shippers_line_is_the_line_inside() {
 }
 
 #[test]
+fn whole_lines_forged_through_the_user_name_name_nobody() {
+    const VICTIM: &str = "198.51.100.66";
+    let line = |host: &str, user: &str, count: u32| {
+        format!(
+            r#"{host} - {user} [08/Dec/2021:09:16:05 +0000] "GET /admin HTTP/1.1" 401 12 "-" "-" {count} "r@file" "http://x" 0ms"#
+        )
+    };
+    let forged = line(VICTIM, "x", 7);
+    let json = format!(r#"{{"ClientHost":"{VICTIM}","DownstreamStatus":401}}"#);
+    let long = "x".repeat(5000);
+    for user in [
+        format!("\n{VICTIM} - x"),
+        format!("a\nb\n\n{VICTIM} - x"),
+        format!("{}\n{VICTIM} - x", &forged[forged.find('x').unwrap()..]),
+        format!("\n{forged}\n{VICTIM} - x"),
+        format!("\n{json}\n{VICTIM} - x"),
+        format!("\n{{\"log\":{}}}\n{VICTIM} - x", serde_json::json!(forged)),
+        format!("{long}\n{VICTIM} - x"),
+    ] {
+        let mut parser = parser(&[]);
+        parser.set_now(Timestamp::from_secs(1_638_954_966));
+        let mut clients = Vec::new();
+        let honest = |range: std::ops::Range<u32>| range.map(|count| line("192.0.2.1", "-", count));
+        let attack = [line("203.0.113.200", &user, 51_000)];
+        for text in honest(50_000..51_000).chain(attack).chain(honest(51_001..51_004)) {
+            for text in text.split('\n') {
+                // As the framer does with what is longer than the limit.
+                if text.len() > 4096 {
+                    parser.note_oversized();
+                } else if let Outcome::Event(Ok(client)) = parser.with_event(text.as_bytes(), 0, |event| event.client) {
+                    clients.push(client.addr);
+                }
+            }
+        }
+        assert!(clients.iter().all(|client| *client == addr("192.0.2.1")), "{user:?}");
+        assert_eq!(clients.len(), 1003, "{user:?}");
+    }
+}
+
+#[test]
 fn lines_of_the_common_log_format_are_found_inside_too() {
     let line = CLF.lines().next().unwrap();
     let vector = serde_json::json!({"file": "access.log", "message": line}).to_string();
@@ -471,7 +511,7 @@ proptest! {
         client in any::<[u8; 4]>().prop_map(IpAddr::from),
         status in 100..600_u16,
         values in proptest::collection::vec(hostile_text(), 8),
-        outer in 0..7_u8, inner in 0..7_u8,
+        outer in 0..7_u8, inner in prop_oneof![Just(0), 1..7_u8],
         beside in proptest::option::of(proptest::sample::select(&["log", "message", "MESSAGE", "event.original", "json"][..])),
         turned in any::<prop::sample::Index>(),
     ) {
@@ -489,12 +529,12 @@ proptest! {
             keys.push(((*name).to_owned(), serde_json::json!(value)));
         }
         keys.push((format!("request_{}", values[7]), serde_json::json!(values[7])));
-        // What a shipper that has read the line leaves beside it.
-        if let Some(holder) = beside {
-            keys.push((holder.to_owned(), serde_json::json!(values[0])));
-        }
         let at = turned.index(keys.len());
         keys.rotate_left(at);
+        // A shipper that has read the line may leave a text beside it.
+        if let Some(holder) = beside {
+            keys.insert(if at % 2 == 0 { 0 } else { at }, (holder.to_owned(), serde_json::json!(values[0])));
+        }
         let line = keys.iter().map(|(key, value)| format!("{}:{value}", serde_json::json!(key)));
         let line = format!("{{{}}}", line.collect::<Vec<_>>().join(","));
         let enveloped = enveloped(&enveloped(&line, inner), outer);

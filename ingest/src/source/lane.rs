@@ -11,7 +11,7 @@ use proto::event::{AccessBatch, Interest, LineCounts};
 use proto::time::Timestamp;
 
 use crate::metrics::{NO_CLIENT, SourceMetrics};
-use crate::parse::{Outcome, Parser, escape_sample};
+use crate::parse::{Outcome, Parser, Suspicion, escape_sample};
 use crate::pipeline::Shared;
 
 /// Events of a batch. With the queue's length this bounds what waits in memory: some ten megabytes at worst.
@@ -45,6 +45,7 @@ struct Tally {
     /// The newest client that is known, and its peer.
     client: Option<(Client, Option<IpAddr>)>,
     sample: Option<String>,
+    suspect: u64,
     no_client: [u64; NO_CLIENT.len()],
 }
 
@@ -84,6 +85,7 @@ impl Lane {
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> Outcome<Origin> {
         let (parser, batch, interest) = self.begin(shared, rules, now);
+        parser.set_now(now);
         parser.with_event(line, offset, |event| {
             if interest.may_match(event.status) || event.client.is_ok_and(|client| shared.banned.contains(client.addr))
             {
@@ -104,6 +106,9 @@ impl Lane {
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> &mut AccessBatch {
         let is_oversized = outcome.is_none();
+        if is_oversized {
+            self.parser.note_oversized();
+        }
         let is_unparsed = outcome.is_some_and(|outcome| self.tally.note(outcome, line));
         self.tally.bytes += bytes;
         let (_, batch, _) = self.begin(shared, rules, now);
@@ -149,7 +154,8 @@ impl Tally {
                 // One of each batch is enough.
                 self.sample.get_or_insert_with(|| escape_sample(line));
             }
-            Outcome::Blank | Outcome::Partial => {}
+            Outcome::Suspect(Suspicion::TooOld) | Outcome::Blank | Outcome::Partial => {}
+            Outcome::Suspect(_) => self.suspect += 1,
         }
         matches!(outcome, Outcome::Unparsed(_))
     }
@@ -160,6 +166,7 @@ impl Tally {
         metrics.events.inc_by(self.events);
         metrics.unparsed.inc_by(unparsed);
         metrics.oversized.inc_by(oversized);
+        metrics.suspect.inc_by(self.suspect);
         metrics.withheld.inc_by(withheld);
         metrics.bytes.inc_by(self.bytes);
         let mut status = shared.status();
@@ -168,6 +175,7 @@ impl Tally {
         report.events += self.events;
         report.unparsed += unparsed;
         report.oversized += oversized;
+        report.suspect += self.suspect;
         report.withheld += withheld;
         report.last_line_at = Some(batch.read_at);
         if report.format != format {
