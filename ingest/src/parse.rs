@@ -14,6 +14,7 @@ mod traefik;
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::client_ip::{ClientIpPolicy, Origin};
 use proto::event::{ABSENT, AccessBatch, Event, Headers, Interest, Text};
@@ -111,7 +112,9 @@ type HeaderList<'a> = Vec<(Cow<'a, str>, Cow<'a, str>)>;
 /// The values of one line before their meaning is known. Absent ones are `None`.
 #[derive(Debug, Default)]
 struct Entry<'a> {
-    time: Option<Cow<'a, str>>,
+    /// When the request began, and how long it took; zero where that is not known.
+    time: Option<Timestamp>,
+    duration: Duration,
     client_addr: Option<Cow<'a, str>>,
     client_host: Option<Cow<'a, str>>,
     forwarded_for: Option<Cow<'a, str>>,
@@ -146,6 +149,7 @@ pub struct Parser {
     headers: HeaderList<'static>,
     pairs: Vec<(&'static str, &'static str)>,
     guard: Guard,
+    written_at: Option<Timestamp>,
     /// When the line at hand came; `None` for finished logs.
     now: Option<Timestamp>,
 }
@@ -172,6 +176,7 @@ impl Parser {
             headers: Vec::new(),
             pairs: Vec::new(),
             guard: Guard::default(),
+            written_at: None,
             now: None,
         };
         parser.collect_wanted();
@@ -204,6 +209,11 @@ impl Parser {
 
     fn judge(&mut self, mark: Mark, line: &[u8]) -> Option<Suspicion> {
         self.now.and_then(|now| self.guard.judge(mark, line.len(), now))
+    }
+
+    /// When the newest event was written, by the writer's clock: at the end of its request. `None` where it does not say.
+    pub fn written_at(&self) -> Option<Timestamp> {
+        self.written_at
     }
 
     /// What the newest event was written in; `None` before the first.
@@ -331,8 +341,7 @@ impl Parser {
             return Outcome::Suspect(suspicion);
         }
         self.seen_format = Some(SeenFormat::Json);
-        let time = entry.time.as_deref().and_then(time::parse_rfc3339);
-        Outcome::Event(self.show(entry, (time, offset), each))
+        Outcome::Event(self.show(entry, offset, each))
     }
 
     fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
@@ -356,6 +365,8 @@ impl Parser {
             }
         }
         let entry = Entry {
+            time: Some(request.time),
+            duration: line.traefik.map_or(Duration::ZERO, |end| end.duration),
             client_host: present(line.host).map(Cow::Borrowed),
             status: request.status.parse().ok().filter(|status| *status <= 999).unwrap_or(0),
             method: present(request.method).map(Cow::Borrowed),
@@ -367,16 +378,12 @@ impl Parser {
             headers,
             ..Entry::default()
         };
-        Outcome::Event(self.show(entry, (Some(request.time), offset), each))
+        Outcome::Event(self.show(entry, offset, each))
     }
 
     /// Resolves the client and hands the event out.
-    fn show<T>(
-        &mut self,
-        entry: Entry<'_>,
-        (time, offset): (Option<Timestamp>, u64),
-        each: impl FnOnce(&Event<'_>) -> T,
-    ) -> T {
+    fn show<T>(&mut self, entry: Entry<'_>, offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> T {
+        self.written_at = entry.time.map(|time| time.saturating_add(entry.duration));
         let peer = entry.client_addr.as_deref().and_then(parse_peer);
         let chain = entry.forwarded_for.as_deref().or(entry.client_host.as_deref());
         let header = |name: &str| {
@@ -389,7 +396,7 @@ impl Parser {
         let kept = entry.headers.iter().filter(|(name, _)| asked_for(name));
         pairs.extend(kept.map(|(name, value)| (name.as_ref(), value.as_ref())));
         let event = Event {
-            time,
+            time: entry.time,
             client,
             peer,
             status: entry.status,

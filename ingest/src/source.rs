@@ -8,6 +8,7 @@ pub(crate) mod intake;
 pub(crate) mod lane;
 pub mod limit;
 mod listen;
+pub(crate) mod skew;
 pub(crate) mod stdin;
 pub mod tail;
 mod watch;

@@ -10,6 +10,7 @@
 //! forges a whole line; the format gives no way to tell.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use nom::branch::alt;
 use nom::bytes::complete::{tag, take_till1, take_until};
@@ -37,6 +38,7 @@ pub(crate) struct TraefikEnd<'a> {
     /// `None` for one that is no number.
     pub(crate) request_count: Option<u64>,
     pub(crate) router: &'a str,
+    pub(crate) duration: Duration,
 }
 
 /// What stands behind the user name.
@@ -83,11 +85,12 @@ fn times(front: &str) -> impl Iterator<Item = usize> {
 fn split_traefik(line: &str) -> Option<(&str, TraefikEnd<'_>)> {
     let digits = line.strip_suffix("ms")?;
     let rest = digits.trim_end_matches(|c: char| c.is_ascii_digit());
+    let duration = Duration::from_millis(digits[rest.len()..].parse().unwrap_or(0));
     let (rest, _url) = rest.strip_suffix("\" ").filter(|_| rest.len() < digits.len())?.rsplit_once(" \"")?;
     let (rest, router) = rest.strip_suffix('"')?.rsplit_once(" \"")?;
     let (front, request_count) = rest.rsplit_once(' ')?;
     let is_count = request_count == "-" || request_count.bytes().all(|b| b.is_ascii_digit());
-    is_count.then(|| (front, TraefikEnd { request_count: request_count.parse().ok(), router }))
+    is_count.then(|| (front, TraefikEnd { request_count: request_count.parse().ok(), router, duration }))
 }
 
 /// `[time] "method path protocol" status size "referer" "agent"`

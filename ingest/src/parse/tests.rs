@@ -171,6 +171,40 @@ fn start_utc_before_start_local_before_time() {
     assert_eq!(time(&mut parser, &format!("{written},{local}")), Outcome::Event(Some(2000)));
     assert_eq!(time(&mut parser, written), Outcome::Event(Some(3000)));
     assert_eq!(time(&mut parser, r#""time":"yesterday""#), Outcome::Event(None));
+    // What is no moment gives way to one that is.
+    assert_eq!(time(&mut parser, &format!(r#""StartUTC":"-","StartLocal":7,{written}"#)), Outcome::Event(Some(3000)));
+}
+
+#[test]
+fn no_time_zone_is_guessed() {
+    let mut parser = parser(&[]);
+    for key in ["StartUTC", "StartLocal", "time"] {
+        for text in ["2026-01-14T10:45:33", "2026-01-14 10:45:33.5", "2026-01-14T10:45:33 CET", "14/Jan/2026:10:45:33"]
+        {
+            let line = format!(r#"{{"ClientAddr":"192.0.2.1:1","{key}":"{text}"}}"#);
+            assert_eq!(parser.with_event(line.as_bytes(), 0, |event| event.time), Outcome::Event(None), "{line}");
+            assert_eq!(parser.written_at(), None);
+        }
+    }
+    let clf = r#"192.0.2.1 - - [08/Dec/2021:09:16:05] "GET / HTTP/1.1" 404 0 "-" "-""#;
+    assert_eq!(show(&mut parser, clf), Outcome::Unparsed(Refusal::NotClf));
+}
+
+#[test]
+fn lines_are_written_when_their_requests_end() {
+    let mut parser = parser(&[]);
+    for line in [
+        r#"{"ClientAddr":"192.0.2.1:1","StartUTC":"2021-12-08T09:16:05Z","Duration":2500000000}"#,
+        r#"192.0.2.1 - - [08/Dec/2021:09:16:05 +0000] "GET / HTTP/1.1" 404 0 "-" "-" 7 "r@file" "http://x" 2500ms"#,
+    ] {
+        assert!(matches!(show(&mut parser, line), Outcome::Event(_)), "{line}");
+        assert_eq!(parser.written_at(), Some(Timestamp::from_millis(1_638_954_967_500)), "{line}");
+    }
+    for duration in ["-1", "1.5", "\"7\"", "{}", "null"] {
+        let line = format!(r#"{{"ClientAddr":"192.0.2.1:1","StartUTC":"1970-01-01T00:00:01Z","Duration":{duration}}}"#);
+        let _ = show(&mut parser, &line);
+        assert_eq!(parser.written_at(), Some(Timestamp::from_secs(1)), "{line}");
+    }
 }
 
 #[test]
