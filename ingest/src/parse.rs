@@ -239,7 +239,12 @@ impl Parser {
 
     /// Parses `line` (without its line end) and shows its event to `each`.
     pub fn with_event<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        self.read(line, (0, offset), each)
+        let outcome = self.read(line, (0, offset), each);
+        // A forwarded chain may make the beginning of a broken line look like anything, a piece included.
+        if matches!(outcome, Outcome::Unparsed(_) | Outcome::Partial) {
+            self.guard.note_unparsed(line);
+        }
+        outcome
     }
 
     /// Reads what is inside so many envelopes.
@@ -348,7 +353,6 @@ impl Parser {
         // Clients may send any bytes; a line must not escape by not being UTF-8.
         let text = String::from_utf8_lossy(line);
         let Some(parsed) = clf::parse(&text, self.policy.clf_behind_proxy) else {
-            self.guard.note_unparsed(line);
             return Outcome::Unparsed(Refusal::NotClf);
         };
         let count = |end: clf::TraefikEnd<'_>| Mark::Counted(end.request_count.unwrap_or(0), parsed.request.time);

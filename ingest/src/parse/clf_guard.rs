@@ -32,7 +32,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use proto::net::parse_addr;
+use proto::net::{parse_addr, parse_peer};
 use proto::time::Timestamp;
 
 /// Newest counts of which it is known whether they were there: more than are under way at a time.
@@ -153,7 +153,7 @@ impl Guard {
         self.rival = Some(Rival { writer: Writer::new(mark), since: now, bytes, silent_lines: 0 });
     }
 
-    /// A line that is no access: if it may be the beginning of a broken one, the next ones are not trusted.
+    /// A line that is no access, or no whole one: if it may be the beginning of a broken one, the next ones are not trusted.
     pub(crate) fn note_unparsed(&mut self, line: &[u8]) {
         if self.is_forgeable() && begins_with_host(line) {
             self.taint = Some(Suspicion::AfterBroken);
@@ -179,7 +179,8 @@ fn begins_with_host(line: &[u8]) -> bool {
     let line = line.trim_end();
     line.match_indices(" -").any(|(at, _)| {
         let host = line[..at].rsplit([',', ' ']).next().unwrap_or_default();
-        matches!(line.as_bytes().get(at + 2), None | Some(b' ')) && parse_addr(host).is_some()
+        matches!(line.as_bytes().get(at + 2), None | Some(b' '))
+            && parse_addr(host).or_else(|| parse_peer(host)).is_some()
     })
 }
 

@@ -404,6 +404,32 @@ fn whole_lines_forged_through_the_user_name_name_nobody() {
 }
 
 #[test]
+fn a_forwarded_chain_does_not_hide_where_a_broken_line_begins() {
+    let end = r#"[08/Dec/2021:09:16:05 +0000] "GET /admin HTTP/1.1" 401 12 "-" "-""#;
+    for (chain, user) in [
+        ("", ""),
+        ("{, ", ""),
+        ("2026-01-01T00:00:00Z stdout P , ", ""),
+        (r#"{"log":"x","stream":"stdout","time":", "#, r#""}"#),
+        (r#"{"ClientHost":"198.51.100.66","DownstreamStatus":401,"x":", "#, r#""}"#),
+        ("10.0.0.1:5, [2001:db8::1]:443, ", ""),
+        ("a - b, ", ""),
+    ] {
+        let policy = Arc::new(ClientIpPolicy { clf_behind_proxy: true, ..(*policy()).clone() });
+        let mut parser = Parser::new(Format::Auto, 4096, policy, Arc::default());
+        parser.set_now(Timestamp::from_secs(1_638_954_966));
+        let mut client =
+            |line: String| parser.with_event(line.as_bytes(), 0, |event| event.client.map(|found| found.addr));
+        let known = |count: u32| format!(r#"192.0.2.1 - - {end} {count} "r@file" "-" 0ms"#);
+        assert_eq!(client(known(50_000)), Outcome::Event(Ok(addr("192.0.2.1"))));
+        assert!(!matches!(client(format!("{chain}203.0.113.9 - {user}")), Outcome::Event(_)), "{chain}");
+        let forged = client(format!(r#"198.51.100.66 - x {end} 50001 "r@file" "-" 0ms"#));
+        assert_eq!(forged, Outcome::Suspect(Suspicion::AfterBroken), "{chain}");
+        assert_eq!(client(known(50_002)), Outcome::Event(Ok(addr("192.0.2.1"))), "{chain}");
+    }
+}
+
+#[test]
 fn lines_of_the_common_log_format_are_found_inside_too() {
     let line = CLF.lines().next().unwrap();
     let vector = serde_json::json!({"file": "access.log", "message": line}).to_string();

@@ -198,6 +198,20 @@ fn forged_json_is_a_suspect_in_a_log_of_the_common_format_and_a_new_format_is_be
 }
 
 #[test]
+fn a_guess_that_fits_far_ahead_makes_no_suspects_of_the_true_ones() {
+    let mut guard = Guard::default();
+    let minute = |number: i64| 1_000_000_000 + number * 60_000;
+    for number in 0..4 {
+        let first = 50_000 + 10_000 * number as u64;
+        assert!(counted(&mut guard, (first..first + 10_000).step_by(50), minute(number)).iter().all(Option::is_none));
+    }
+    assert_eq!(counted(&mut guard, [100_000], minute(3)), [None], "a lucky guess");
+    let later: Vec<_> =
+        (4..9).flat_map(|number| counted(&mut guard, [50_000 + 10_000 * number as u64], minute(number))).collect();
+    assert_eq!(later, [None; 5]);
+}
+
+#[test]
 fn what_follows_the_beginning_of_a_line_is_a_suspect() {
     for head in
         ["192.0.2.66 - ", "192.0.2.66 -", "2001:db8::1 - a b", "x - y, 192.0.2.66 - a", "10.0.0.1, 192.0.2.66 - -"]
