@@ -30,6 +30,7 @@ pub struct Metrics {
     events: Family<SourceLabel, Counter>,
     unparsed: Family<SourceLabel, Counter>,
     oversized: Family<SourceLabel, Counter>,
+    suspect: Family<SourceLabel, Counter>,
     withheld: Family<SourceLabel, Counter>,
     bytes: Family<SourceLabel, Counter>,
     lost_bytes: Family<SourceLabel, Counter>,
@@ -67,6 +68,7 @@ impl Metrics {
         registry.register("events", "Lines that were accesses", metrics.events.clone());
         registry.register("unparsed", "Lines that were no accesses", metrics.unparsed.clone());
         registry.register("oversized", "Lines skipped for their length", metrics.oversized.clone());
+        registry.register("suspect_lines", "Accesses that may be forged", metrics.suspect.clone());
         let withheld = metrics.withheld.clone();
         registry.register("withheld_lines", "Accesses not sent, as no rule can match them", withheld);
         registry.register_with_unit("read", "Bytes of lines read", Unit::Bytes, metrics.bytes.clone());
@@ -95,6 +97,7 @@ impl Metrics {
             events: self.events.get_or_create_owned(&label),
             unparsed: self.unparsed.get_or_create_owned(&label),
             oversized: self.oversized.get_or_create_owned(&label),
+            suspect: self.suspect.get_or_create_owned(&label),
             withheld: self.withheld.get_or_create_owned(&label),
             bytes: self.bytes.get_or_create_owned(&label),
             lost_bytes: self.lost_bytes.get_or_create_owned(&label),
@@ -141,6 +144,7 @@ pub(crate) struct SourceMetrics {
     pub(crate) events: Counter,
     pub(crate) unparsed: Counter,
     pub(crate) oversized: Counter,
+    pub(crate) suspect: Counter,
     pub(crate) withheld: Counter,
     pub(crate) bytes: Counter,
     pub(crate) lost_bytes: Counter,

@@ -1,4 +1,4 @@
-//! From the bytes of a line to an [`Event`]: envelope, format, client address.
+//! From the bytes of a line to an [`Event`]: envelopes, format, client address.
 //!
 //! The only place that knows log formats. It refuses lines that are no access entries and says why; it never panics,
 //! whatever the bytes, and never guesses. Memory: values are borrowed from the line, the few buffers are used again for
@@ -7,6 +7,7 @@
 //! A [`Parser`] belongs to one file, as it joins pieces of lines that a container runtime has cut.
 
 mod clf;
+mod clf_guard;
 mod envelope;
 pub mod syslog;
 pub mod time;
@@ -14,12 +15,17 @@ mod traefik;
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::client_ip::{ClientIpPolicy, Origin};
 use proto::event::{ABSENT, AccessBatch, Event, Headers, Interest, Text};
 use proto::net::parse_peer;
+use proto::time::Timestamp;
 
-use envelope::{Envelope, Stream};
+pub use clf_guard::Suspicion;
+
+use clf_guard::{Guard, Mark};
+use envelope::{DOCKER_START, Envelope, LEVELS_MAX, Stream};
 
 /// Characters of a line that is shown to people.
 const SAMPLE_CHARS_MAX: usize = 200;
@@ -67,7 +73,7 @@ pub enum Refusal {
     NotAccess,
     /// Not, to its last byte, the common log format.
     NotClf,
-    /// An envelope of a container runtime that cannot be opened.
+    /// An envelope of a container runtime or shipper that cannot be opened.
     BrokenEnvelope,
     /// Pieces of a line that together are longer than the limit.
     PiecesTooLong,
@@ -80,7 +86,7 @@ impl Refusal {
             Self::NotJson => "not a JSON object",
             Self::NotAccess => "JSON without the fields of an access entry",
             Self::NotClf => "not the common log format",
-            Self::BrokenEnvelope => "broken container envelope",
+            Self::BrokenEnvelope => "broken envelope",
             Self::PiecesTooLong => "longer than the limit when joined",
         }
     }
@@ -97,6 +103,8 @@ pub enum Outcome<T = ()> {
     Partial,
     /// No access entry.
     Unparsed(Refusal),
+    /// An access that may be forged.
+    Suspect(Suspicion),
 }
 
 /// Request headers of one entry, name and value.
@@ -105,7 +113,9 @@ type HeaderList<'a> = Vec<(Cow<'a, str>, Cow<'a, str>)>;
 /// The values of one line before their meaning is known. Absent ones are `None`.
 #[derive(Debug, Default)]
 struct Entry<'a> {
-    time: Option<Cow<'a, str>>,
+    /// When the request began, and how long it took; zero where that is not known.
+    time: Option<Timestamp>,
+    duration: Duration,
     client_addr: Option<Cow<'a, str>>,
     client_host: Option<Cow<'a, str>>,
     forwarded_for: Option<Cow<'a, str>>,
@@ -133,11 +143,16 @@ pub struct Parser {
     /// Headers that the rules or the client's address need, lower case.
     wanted: Vec<String>,
     seen_format: Option<SeenFormat>,
-    buffer: String,
+    /// Opened envelopes, by level.
+    buffers: [Vec<u8>; LEVELS_MAX],
     /// Pieces of unfinished lines: standard output, standard error.
     pieces: [Pieces; 2],
     headers: HeaderList<'static>,
     pairs: Vec<(&'static str, &'static str)>,
+    guard: Guard,
+    written_at: Option<Timestamp>,
+    /// When the line at hand came; `None` for finished logs.
+    now: Option<Timestamp>,
 }
 
 #[derive(Debug, Default)]
@@ -157,10 +172,13 @@ impl Parser {
             interest,
             wanted: Vec::new(),
             seen_format: None,
-            buffer: String::new(),
+            buffers: <[Vec<u8>; LEVELS_MAX]>::default(),
             pieces: <[Pieces; 2]>::default(),
             headers: Vec::new(),
             pairs: Vec::new(),
+            guard: Guard::default(),
+            written_at: None,
+            now: None,
         };
         parser.collect_wanted();
         parser
@@ -177,6 +195,26 @@ impl Parser {
         self.wanted = self.interest.headers.iter().cloned().chain(cdn).collect();
         self.wanted.sort_unstable();
         self.wanted.dedup();
+    }
+
+    /// The next lines come at `now`: their order and counts are looked at, and suspects are no events. Without it, as with
+    /// finished logs, none are: what came together is not known of them.
+    pub fn set_now(&mut self, now: Timestamp) {
+        self.now = Some(now);
+    }
+
+    /// There was a line that was too long to be read.
+    pub fn note_oversized(&mut self) {
+        self.guard.note_oversized();
+    }
+
+    fn judge(&mut self, mark: Mark, line: &[u8]) -> Option<Suspicion> {
+        self.now.and_then(|now| self.guard.judge(mark, line.len(), now))
+    }
+
+    /// When the newest event was written, by the writer's clock: at the end of its request. `None` where it does not say.
+    pub fn written_at(&self) -> Option<Timestamp> {
+        self.written_at
     }
 
     /// What the newest event was written in; `None` before the first.
@@ -202,26 +240,85 @@ impl Parser {
 
     /// Parses `line` (without its line end) and shows its event to `each`.
     pub fn with_event<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        let mut buffer = std::mem::take(&mut self.buffer);
+        let outcome = self.read(line, (0, offset), each);
+        // A forwarded chain may make the beginning of a broken line look like anything, a piece included.
+        if matches!(outcome, Outcome::Unparsed(_) | Outcome::Partial) {
+            self.guard.note_unparsed(line);
+        }
+        outcome
+    }
+
+    /// Reads what is inside so many envelopes.
+    fn read<T>(
+        &mut self,
+        text: &[u8],
+        (level, offset): (usize, u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        if level < LEVELS_MAX
+            && let Some(piece) = envelope::open_cri(text)
+        {
+            return self.read_piece(piece, (level, offset), each);
+        }
+        let line = text.trim_ascii();
+        match line.first() {
+            None => Outcome::Blank,
+            Some(b'{') => self.read_object(line, (level, offset), each),
+            Some(_) if self.format == Format::Json => Outcome::Unparsed(Refusal::NotJson),
+            Some(_) => self.read_clf(line, offset, each),
+        }
+    }
+
+    /// An access entry, or else an envelope: most objects are entries, and those are read once.
+    fn read_object<T>(
+        &mut self,
+        line: &[u8],
+        (level, offset): (usize, u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        let may_open = level < LEVELS_MAX;
+        let is_docker = may_open && line.starts_with(DOCKER_START);
+        let mut refusal = Refusal::NotClf;
+        if self.format != Format::Clf && !is_docker {
+            let headers = recycle(std::mem::take(&mut self.headers));
+            match traefik::parse(line, &self.wanted, headers) {
+                Ok(entry) => return self.show_json(entry, (line, offset), each),
+                Err(why) => refusal = why,
+            }
+        }
+        if !may_open || refusal == Refusal::NotJson {
+            return Outcome::Unparsed(refusal);
+        }
+        let mut buffer = std::mem::take(&mut self.buffers[level]);
+        let place = (level + 1, offset);
         let outcome = match envelope::open(line, &mut buffer) {
-            Envelope::Plain => self.read_line(line, offset, each),
+            Envelope::Text => self.read(&buffer, place, each),
+            Envelope::Object(object) => self.read(object.as_bytes(), place, each),
+            Envelope::Piece { stream, partial } => self.read_piece((stream, partial, &buffer), (level, offset), each),
             Envelope::Broken => Outcome::Unparsed(Refusal::BrokenEnvelope),
-            Envelope::Cri { stream, partial, text } => self.read_piece((stream, partial, text), offset, each),
-            Envelope::Docker { stream, partial } => self.read_piece((stream, partial, buffer.as_bytes()), offset, each),
+            // Its entry stands beside the line, as Fluent Bit merges them.
+            Envelope::Access if is_docker && self.format != Format::Clf => {
+                match traefik::parse(line, &self.wanted, Vec::new()) {
+                    Ok(entry) => self.show_json(entry, (line, offset), each),
+                    Err(refusal) => Outcome::Unparsed(refusal),
+                }
+            }
+            Envelope::Access | Envelope::Other => Outcome::Unparsed(refusal),
         };
-        self.buffer = buffer;
+        self.buffers[level] = buffer;
         outcome
     }
 
     fn read_piece<T>(
         &mut self,
         (stream, partial, text): (Stream, bool, &[u8]),
-        offset: u64,
+        (level, offset): (usize, u64),
         each: impl FnOnce(&Event<'_>) -> T,
     ) -> Outcome<T> {
+        let place = (level + 1, offset);
         let pieces = &mut self.pieces[stream as usize];
         if !partial && !pieces.open {
-            return self.read_line(text, offset, each);
+            return self.read(text, place, each);
         }
         pieces.open = partial;
         pieces.too_long |= pieces.bytes.len() + text.len() > self.line_bytes_max;
@@ -237,39 +334,34 @@ impl Parser {
         if whole.too_long {
             return Outcome::Unparsed(Refusal::PiecesTooLong);
         }
-        self.read_line(&whole.bytes, offset, each)
+        self.read(&whole.bytes, place, each)
     }
 
-    fn read_line<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        let line = line.trim_ascii();
-        let Some(first) = line.first() else { return Outcome::Blank };
-        let is_json = match self.format {
-            Format::Auto => *first == b'{',
-            Format::Json => true,
-            Format::Clf => false,
-        };
-        if is_json {
-            let headers = recycle(std::mem::take(&mut self.headers));
-            match traefik::parse(line, &self.wanted, headers) {
-                Ok(entry) => {
-                    self.seen_format = Some(SeenFormat::Json);
-                    let time = entry.time.as_deref().and_then(time::parse_rfc3339);
-                    Outcome::Event(self.show(entry, (time, offset), each))
-                }
-                Err(refusal) => Outcome::Unparsed(refusal),
-            }
-        } else {
-            self.read_clf(line, offset, each)
+    fn show_json<T>(
+        &mut self,
+        entry: Entry<'_>,
+        (line, offset): (&[u8], u64),
+        each: impl FnOnce(&Event<'_>) -> T,
+    ) -> Outcome<T> {
+        if let Some(suspicion) = self.judge(Mark::Json, line) {
+            return Outcome::Suspect(suspicion);
         }
+        self.seen_format = Some(SeenFormat::Json);
+        Outcome::Event(self.show(entry, offset, each))
     }
 
     fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
         // Clients may send any bytes; a line must not escape by not being UTF-8.
-        let line = String::from_utf8_lossy(line);
-        let Some(line) = clf::parse(&line, self.policy.clf_behind_proxy) else {
+        let text = String::from_utf8_lossy(line);
+        let Some(parsed) = clf::parse(&text, self.policy.clf_behind_proxy) else {
             return Outcome::Unparsed(Refusal::NotClf);
         };
-        self.seen_format = Some(if line.router.is_some() { SeenFormat::Clf } else { SeenFormat::GenericClf });
+        let count = |end: clf::TraefikEnd<'_>| Mark::Counted(end.request_count.unwrap_or(0), parsed.request.time);
+        if let Some(suspicion) = self.judge(parsed.traefik.map_or(Mark::Generic, count), line) {
+            return Outcome::Suspect(suspicion);
+        }
+        let line = parsed;
+        self.seen_format = Some(if line.traefik.is_some() { SeenFormat::Clf } else { SeenFormat::GenericClf });
         let mut headers = recycle(std::mem::take(&mut self.headers));
         let request = line.request;
         for (name, value) in [("Referer", &request.referer), ("User-Agent", &request.user_agent)] {
@@ -278,27 +370,25 @@ impl Parser {
             }
         }
         let entry = Entry {
+            time: Some(request.time),
+            duration: line.traefik.map_or(Duration::ZERO, |end| end.duration),
             client_host: present(line.host).map(Cow::Borrowed),
             status: request.status.parse().ok().filter(|status| *status <= 999).unwrap_or(0),
             method: present(request.method).map(Cow::Borrowed),
             path: present(request.path).map(Cow::Borrowed),
             protocol: present(request.protocol).map(Cow::Borrowed),
             user_agent: present(&request.user_agent).is_some().then_some(request.user_agent),
-            router: line.router.and_then(present).map(Cow::Borrowed),
+            router: line.traefik.and_then(|end| present(end.router)).map(Cow::Borrowed),
             username: present(line.username).map(Cow::Borrowed),
             headers,
             ..Entry::default()
         };
-        Outcome::Event(self.show(entry, (Some(request.time), offset), each))
+        Outcome::Event(self.show(entry, offset, each))
     }
 
     /// Resolves the client and hands the event out.
-    fn show<T>(
-        &mut self,
-        entry: Entry<'_>,
-        (time, offset): (Option<proto::time::Timestamp>, u64),
-        each: impl FnOnce(&Event<'_>) -> T,
-    ) -> T {
+    fn show<T>(&mut self, entry: Entry<'_>, offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> T {
+        self.written_at = entry.time.map(|time| time.saturating_add(entry.duration));
         let peer = entry.client_addr.as_deref().and_then(parse_peer);
         let chain = entry.forwarded_for.as_deref().or(entry.client_host.as_deref());
         let header = |name: &str| {
@@ -311,7 +401,7 @@ impl Parser {
         let kept = entry.headers.iter().filter(|(name, _)| asked_for(name));
         pairs.extend(kept.map(|(name, value)| (name.as_ref(), value.as_ref())));
         let event = Event {
-            time,
+            time: entry.time,
             client,
             peer,
             status: entry.status,

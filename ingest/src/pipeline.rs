@@ -22,12 +22,16 @@ use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
+use crate::source::skew::Skew;
 use crate::source::{nats, stdin, syslog};
 use crate::spool::{self, Spool};
 use crate::uplink;
 
 /// How often the role says how it is.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A clock that is this far ahead or behind is a problem: windows are short, and other ways are not that long.
+const SKEW_PROBLEM_MS: u64 = 5000;
 
 /// Log files that all sources together have open at a time; more are refused and reported. Half of the descriptors that a
 /// process has by default, so that the rest of it never lacks one.
@@ -80,6 +84,7 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct SourceStatus {
     pub(crate) report: SourceReport,
+    pub(crate) skew: Skew,
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -237,9 +242,12 @@ impl Reporter {
         report.problems.extend(self.spool.problems());
         for (_, shared) in running {
             let status = shared.status();
-            report.sources.push(status.report.clone());
+            let source = SourceReport { skew_ms: status.skew.ahead_ms(now), ..status.report.clone() };
+            report.problems.extend(skewed(&source));
+            report.sources.push(source);
             report.problems.extend(status.problems.iter().cloned());
             report.problems.extend(shared.silence(&status.report, now));
+            report.problems.extend(suspects(&status.report));
         }
         self.nodes.put(report);
     }
@@ -262,7 +270,7 @@ impl Shared {
             open_files,
             banned: inputs.banned.clone(),
             silent_after: source.lines.silent_after,
-            status: Mutex::new(SourceStatus { report, problems: Vec::new() }),
+            status: Mutex::new(SourceStatus { report, skew: Skew::default(), problems: Vec::new() }),
         })
     }
 
@@ -274,6 +282,32 @@ impl Shared {
             Problem::warning(format!("source {name} has been silent for {silent}; does Traefik still write its log?"))
         })
     }
+}
+
+/// Events ahead of the clock are cut to their arrival, and those far behind come too late for the windows.
+fn skewed(report: &SourceReport) -> Option<Problem> {
+    let skew_ms = report.skew_ms.filter(|skew| skew.unsigned_abs() >= SKEW_PROBLEM_MS)?;
+    let (name, seconds) = (&report.name, skew_ms.unsigned_abs() / 1000);
+    Some(Problem::warning(if skew_ms > 0 {
+        format!(
+            "lines of source {name} are from {seconds}s ahead: set the clock of the host that writes them, or of this one"
+        )
+    } else {
+        format!(
+            "lines of source {name} come {seconds}s after their requests end: the clock of the host that writes them is behind, or their way is long"
+        )
+    }))
+}
+
+fn suspects(report: &SourceReport) -> Option<Problem> {
+    (report.suspect > 0).then(|| {
+        Problem::warning(format!(
+            "{} lines of source {} may be forged and do not count: their request counts do not fit, as after a restart of \
+             Traefik, where several write into one log, or where a client forges lines; let Traefik write JSON \
+             (accessLog.format: json), where nobody can",
+            report.suspect, report.name
+        ))
+    })
 }
 
 #[cfg(test)]

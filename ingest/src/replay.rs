@@ -25,7 +25,7 @@ use proto::time::Timestamp;
 
 use crate::error::ReplayError;
 use crate::frame::{Frame, Framer};
-use crate::parse::{Format, Outcome, Parser, Refusal, escape_sample};
+use crate::parse::{Format, Outcome, Parser, Refusal, Suspicion, escape_sample};
 use merge::{Merge, Progress};
 use open::OpenLog;
 
@@ -99,6 +99,8 @@ pub enum LineKind<'a> {
     Partial,
     /// No access entry.
     Unparsed(Refusal),
+    /// An access that may be forged.
+    Suspect(Suspicion),
     /// Longer than the limit.
     Oversized,
 }
@@ -223,6 +225,7 @@ impl ReplayReader {
                     Some(Outcome::Blank) => Some(LineKind::Blank),
                     Some(Outcome::Partial) => Some(LineKind::Partial),
                     Some(Outcome::Unparsed(refusal)) => Some(LineKind::Unparsed(refusal)),
+                    Some(Outcome::Suspect(suspicion)) => Some(LineKind::Suspect(suspicion)),
                 };
                 if let Some(what) = what {
                     each(ReplayLine::new(file, &frame, what));
@@ -336,7 +339,7 @@ impl ReplayStats {
                 self.unparsed += 1;
                 self.unparsed_sample.get_or_insert_with(|| escape_sample(frame.line.unwrap_or_default()));
             }
-            Some(Outcome::Blank | Outcome::Partial) => {}
+            Some(Outcome::Blank | Outcome::Partial | Outcome::Suspect(_)) => {}
         }
     }
 }

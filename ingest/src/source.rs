@@ -9,6 +9,7 @@ pub(crate) mod lane;
 pub mod limit;
 mod listen;
 pub(crate) mod nats;
+pub(crate) mod skew;
 pub(crate) mod stdin;
 pub mod syslog;
 pub mod tail;

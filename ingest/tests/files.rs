@@ -185,8 +185,8 @@ fn sorted(mut numbers: Vec<u64>) -> Vec<u64> {
     numbers
 }
 
-fn expect(numbers: Vec<u64>, range: std::ops::Range<u64>) {
-    assert_eq!(sorted(numbers), range.collect::<Vec<_>>());
+fn expect(numbers: Vec<u64>, range: impl IntoIterator<Item = u64>) {
+    assert_eq!(sorted(numbers), range.into_iter().collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -611,4 +611,67 @@ async fn lines_that_no_rule_can_match_are_withheld_unless_their_client_is_banned
     prometheus_client::encoding::text::encode(&mut text, &role.registry).unwrap();
     assert!(text.contains("portcullis_ingest_withheld_lines_total{source=\"traefik\"} 2"), "{text}");
     expect(role.stop().await.0, 0..number + 2);
+}
+
+/// A line of the common log format that tells of a failed login.
+fn clf(host: &str, user: &str, number: u64) -> String {
+    format!(
+        "{host} - {user} [08/Jan/2026:14:19:15 +0000] \"GET /n/{number} HTTP/1.1\" 401 12 \"-\" \"-\" {} \"r@file\" \
+         \"http://192.0.2.9\" 0ms\n",
+        number + 70_000
+    )
+}
+
+fn write(path: &Path, text: &str) {
+    OpenOptions::new().create(true).append(true).open(path).unwrap().write_all(text.as_bytes()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_that_may_be_forged_are_held_back_and_reported() {
+    let (_directory, path) = log();
+    write(&path, &(0..100).map(|number| clf("192.0.2.1", "-", number)).collect::<String>());
+    let mut role = start(&path, &Positions::new(), |_, _| {});
+    role.receive_lines(100).await;
+    // One request, whose user name ends the line, adds one, and begins another.
+    write(
+        &path,
+        &clf(
+            "203.0.113.7",
+            "x\n198.51.100.66 - y [08/Jan/2026:14:19:15 +0000] \"GET /n/1 HTTP/1.1\" 401 12 \"-\" \"-\" \
+        123456 \"r@file\" \"-\" 0ms\n198.51.100.66 - z",
+            100,
+        ),
+    );
+    write(&path, &(101..110).map(|number| clf("192.0.2.1", "-", number)).collect::<String>());
+    role.receive_lines(112).await;
+    assert_eq!(role.counts.unparsed, 1);
+    let report = role.report(|report| report.sources[0].lines == 112).await;
+    assert_eq!((report.sources[0].suspect, report.sources[0].events), (2, 109));
+    assert!(report.problems.iter().any(|problem| problem.text.contains("accessLog.format: json")), "{report:?}");
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &role.registry).unwrap();
+    assert!(text.contains("portcullis_ingest_suspect_lines_total{source=\"traefik\"} 2"), "{text}");
+    expect(role.stop().await.0, (0..100).chain(101..110));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clock_of_the_writer_is_compared_with_lines_as_they_come() {
+    let (_directory, path) = log();
+    let at = |number: u64, ahead: Duration| {
+        line(number).replace("2026-01-08T14:19:15.98Z", &Clock::system().now().saturating_add(ahead).to_string())
+    };
+    // What was there before the start is old and tells nothing.
+    append(&path, 0..20);
+    let mut role = start(&path, &Positions::new(), |_, _| {});
+    role.receive_lines(20).await;
+    let report = role.report(|report| report.sources[0].lines == 20).await;
+    assert_eq!(report.sources[0].skew_ms, None);
+    for number in 20..28 {
+        write(&path, &at(number, Duration::from_secs(100)));
+        role.receive_lines(number + 1).await;
+    }
+    let report = role.report(|report| report.sources[0].skew_ms.is_some()).await;
+    assert!(report.sources[0].skew_ms.is_some_and(|skew| (80_000..=100_000).contains(&skew)), "{report:?}");
+    assert!(report.problems.iter().any(|problem| problem.text.contains("set the clock")), "{report:?}");
+    expect(role.stop().await.0, 0..28);
 }

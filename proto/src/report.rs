@@ -85,6 +85,11 @@ pub struct SourceReport {
     pub unparsed_sample: Option<String>,
     /// Lines longer than the limit, skipped.
     pub oversized: u64,
+    /// Accesses in the common log format that may be forged and were not counted.
+    pub suspect: u64,
+    /// How far the clock that the newest lines were written by is ahead of this node's, in milliseconds; `None` while
+    /// nothing fresh has come.
+    pub skew_ms: Option<i64>,
     /// Events that were not sent to detect, because no rule can match them.
     pub withheld: u64,
     /// The newest client that was resolved, and its peer where that is another: shows that proxies are configured right.

@@ -295,6 +295,7 @@ fn shown<'a>(line: &ReplayLine<'_>, config: &'a Config) -> Option<Shown<'a>> {
         LineKind::Event(event) => return Some(shown_event(event, config, empty)),
         LineKind::Partial => "a piece of a line that goes on".to_owned(),
         LineKind::Unparsed(refusal) => format!("no access entry: {}", refusal.as_str()),
+        LineKind::Suspect(suspicion) => format!("may be forged: {}", suspicion.as_str()),
         LineKind::Oversized => "longer than line_bytes_max".to_owned(),
     };
     Some(Shown { why, ..empty })

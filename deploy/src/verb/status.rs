@@ -16,6 +16,9 @@ use crate::output::Output;
 /// A report older than this is no sign of life. Roles report every few seconds.
 const REPORT_AGE_MAX: Duration = Duration::from_secs(15);
 
+/// Skew of a source that is worth a line: more than whole seconds in its times explain.
+const SKEW_SHOWN_MS: u64 = 2000;
+
 /// What `--json` prints: the reports, and what follows from them.
 #[derive(Debug, Serialize)]
 struct Health<'a> {
@@ -182,6 +185,13 @@ fn show_sources(sources: &[(&str, &SourceReport)], at: Timestamp, out: &mut Outp
         }
         if let Some(sample) = &source.unparsed_sample {
             out.line(&format!("{}: newest line that is no access entry: {sample}", source.name))?;
+        }
+        if source.suspect > 0 {
+            out.line(&format!("{}: {} lines may be forged and do not count", source.name, source.suspect))?;
+        }
+        if let Some(skew_ms) = source.skew_ms.filter(|skew| skew.unsigned_abs() >= SKEW_SHOWN_MS) {
+            let side = if skew_ms > 0 { "ahead of" } else { "behind" };
+            out.line(&format!("{}: its times are {} ms {side} this clock", source.name, skew_ms.unsigned_abs()))?;
         }
         for (reason, count) in &source.no_client {
             out.line(&format!("{}: {count} events without a client: {reason}", source.name))?;

@@ -193,6 +193,8 @@ fn well() -> StatusReply {
         unparsed_sample: Some("level=error".to_owned()),
         last_line_at: Some(NOW.saturating_sub(Duration::from_secs(3))),
         behind_bytes: 1_600_000,
+        suspect: 17,
+        skew_ms: Some(-3100),
         ..SourceReport::default()
     };
     let rule = RuleReport { name: "forceful-browsing".to_owned(), matches: 77, ..RuleReport::default() };
@@ -232,6 +234,8 @@ fn status_shows_every_part_and_is_well() {
         "1.5 MiB",
         "level=error",
         "behind 104.16.0.1",
+        "17 lines may be forged",
+        "3100 ms behind",
         "forceful-browsing",
         "77",
         "iptables",

@@ -10,6 +10,7 @@
 //! forges a whole line; the format gives no way to tell.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use nom::branch::alt;
 use nom::bytes::complete::{tag, take_till1, take_until};
@@ -27,8 +28,17 @@ pub(crate) struct ClfLine<'a> {
     pub(crate) host: &'a str,
     pub(crate) username: &'a str,
     /// `None` in the generic format.
-    pub(crate) router: Option<&'a str>,
+    pub(crate) traefik: Option<TraefikEnd<'a>>,
     pub(crate) request: Request<'a>,
+}
+
+/// What Traefik adds to the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TraefikEnd<'a> {
+    /// `None` for one that is no number.
+    pub(crate) request_count: Option<u64>,
+    pub(crate) router: &'a str,
+    pub(crate) duration: Duration,
 }
 
 /// What stands behind the user name.
@@ -53,14 +63,14 @@ const TIME_BYTES: usize = 30;
 /// the host ends at the last ` - ` before the time; a user name with ` - ` then costs the line its client, but no
 /// client can name another. Elsewhere the host ends at the first one.
 pub(crate) fn parse(line: &str, behind_proxy: bool) -> Option<ClfLine<'_>> {
-    let (front, router) = split_traefik(line).map_or((line, None), |(front, router)| (front, Some(router)));
+    let (front, traefik) = split_traefik(line).map_or((line, None), |(front, traefik)| (front, Some(traefik)));
     let (at, request) = times(front).find_map(|at| {
         let (_, request) = all_consuming(after_user).parse(&front[at + 1..]).ok()?;
         Some((at, request))
     })?;
     let before = &front[..at];
     let (host, username) = if behind_proxy { before.rsplit_once(" - ") } else { before.split_once(" - ") }?;
-    (!host.is_empty()).then_some(ClfLine { host, username, router, request })
+    (!host.is_empty()).then_some(ClfLine { host, username, traefik, request })
 }
 
 /// Where ` [time] "` may stand, from the end: at most [`BARE_QUOTES_MAX`] places.
@@ -72,14 +82,15 @@ fn times(front: &str) -> impl Iterator<Item = usize> {
 }
 
 /// Cuts ` count "router" "url" 0ms` off the end. Those are Traefik's own words and hold no quotes.
-fn split_traefik(line: &str) -> Option<(&str, &str)> {
+fn split_traefik(line: &str) -> Option<(&str, TraefikEnd<'_>)> {
     let digits = line.strip_suffix("ms")?;
     let rest = digits.trim_end_matches(|c: char| c.is_ascii_digit());
+    let duration = Duration::from_millis(digits[rest.len()..].parse().unwrap_or(0));
     let (rest, _url) = rest.strip_suffix("\" ").filter(|_| rest.len() < digits.len())?.rsplit_once(" \"")?;
     let (rest, router) = rest.strip_suffix('"')?.rsplit_once(" \"")?;
     let (front, request_count) = rest.rsplit_once(' ')?;
     let is_count = request_count == "-" || request_count.bytes().all(|b| b.is_ascii_digit());
-    is_count.then_some((front, router))
+    is_count.then(|| (front, TraefikEnd { request_count: request_count.parse().ok(), router, duration }))
 }
 
 /// `[time] "method path protocol" status size "referer" "agent"`
@@ -153,10 +164,10 @@ mod tests {
     fn both_formats() {
         let generic = format!(r#"192.0.2.1 - - {TIME} "GET /a?b=c HTTP/1.1" 404 12 "-" "Nikto""#);
         expect(&generic, ["192.0.2.1", "-", "/a?b=c", "-", "Nikto"]);
-        assert_eq!(parse(&generic, false).and_then(|line| line.router), None);
+        assert_eq!(parse(&generic, false).and_then(|line| line.traefik.map(|end| end.router)), None);
         let common = format!("{generic}{TAIL}");
         expect(&common, ["192.0.2.1", "-", "/a?b=c", "-", "Nikto"]);
-        assert_eq!(parse(&common, false).and_then(|line| line.router), Some("test@docker"));
+        assert_eq!(parse(&common, false).and_then(|line| line.traefik.map(|end| end.router)), Some("test@docker"));
     }
 
     #[test]

@@ -9,6 +9,8 @@ use super::*;
 
 const JSON: &str = include_str!("../../testdata/traefik.json.log");
 const CLF: &str = include_str!("../../testdata/traefik.clf.log");
+/// The same line as it is, and in what each shipper puts around it by its documentation.
+const ENVELOPES: &str = include_str!("../../testdata/envelopes.log");
 
 fn parser(interest: &[&str]) -> Parser {
     let headers = interest.iter().map(ToString::to_string).collect();
@@ -169,6 +171,40 @@ fn start_utc_before_start_local_before_time() {
     assert_eq!(time(&mut parser, &format!("{written},{local}")), Outcome::Event(Some(2000)));
     assert_eq!(time(&mut parser, written), Outcome::Event(Some(3000)));
     assert_eq!(time(&mut parser, r#""time":"yesterday""#), Outcome::Event(None));
+    // What is no moment gives way to one that is.
+    assert_eq!(time(&mut parser, &format!(r#""StartUTC":"-","StartLocal":7,{written}"#)), Outcome::Event(Some(3000)));
+}
+
+#[test]
+fn no_time_zone_is_guessed() {
+    let mut parser = parser(&[]);
+    for key in ["StartUTC", "StartLocal", "time"] {
+        for text in ["2026-01-14T10:45:33", "2026-01-14 10:45:33.5", "2026-01-14T10:45:33 CET", "14/Jan/2026:10:45:33"]
+        {
+            let line = format!(r#"{{"ClientAddr":"192.0.2.1:1","{key}":"{text}"}}"#);
+            assert_eq!(parser.with_event(line.as_bytes(), 0, |event| event.time), Outcome::Event(None), "{line}");
+            assert_eq!(parser.written_at(), None);
+        }
+    }
+    let clf = r#"192.0.2.1 - - [08/Dec/2021:09:16:05] "GET / HTTP/1.1" 404 0 "-" "-""#;
+    assert_eq!(show(&mut parser, clf), Outcome::Unparsed(Refusal::NotClf));
+}
+
+#[test]
+fn lines_are_written_when_their_requests_end() {
+    let mut parser = parser(&[]);
+    for line in [
+        r#"{"ClientAddr":"192.0.2.1:1","StartUTC":"2021-12-08T09:16:05Z","Duration":2500000000}"#,
+        r#"192.0.2.1 - - [08/Dec/2021:09:16:05 +0000] "GET / HTTP/1.1" 404 0 "-" "-" 7 "r@file" "http://x" 2500ms"#,
+    ] {
+        assert!(matches!(show(&mut parser, line), Outcome::Event(_)), "{line}");
+        assert_eq!(parser.written_at(), Some(Timestamp::from_millis(1_638_954_967_500)), "{line}");
+    }
+    for duration in ["-1", "1.5", "\"7\"", "{}", "null"] {
+        let line = format!(r#"{{"ClientAddr":"192.0.2.1:1","StartUTC":"1970-01-01T00:00:01Z","Duration":{duration}}}"#);
+        let _ = show(&mut parser, &line);
+        assert_eq!(parser.written_at(), Some(Timestamp::from_secs(1)), "{line}");
+    }
 }
 
 #[test]
@@ -314,6 +350,150 @@ fn envelopes_are_opened_and_pieces_joined_for_each_stream() {
 }
 
 #[test]
+fn every_shippers_line_is_the_line_inside() {
+    let mut parser = parser(&[]);
+    let expected = event(
+        "2026-01-14T09:45:33.759Z 198.51.100.7 404/0 GET shop.example /wp-login.php?a=1&b=\"é\" HTTP/2.0 [curl/8.5.0] [-] - \
+         websecure -",
+    );
+    for line in ENVELOPES.lines() {
+        assert_eq!(show(&mut parser, line), expected, "{line}");
+        assert!(!parser.is_joining());
+    }
+    assert_eq!(ENVELOPES.lines().count(), 22);
+}
+
+#[test]
+fn whole_lines_forged_through_the_user_name_name_nobody() {
+    const VICTIM: &str = "198.51.100.66";
+    let line = |host: &str, user: &str, count: u32| {
+        format!(
+            r#"{host} - {user} [08/Dec/2021:09:16:05 +0000] "GET /admin HTTP/1.1" 401 12 "-" "-" {count} "r@file" "http://x" 0ms"#
+        )
+    };
+    let forged = line(VICTIM, "x", 7);
+    let json = format!(r#"{{"ClientHost":"{VICTIM}","DownstreamStatus":401}}"#);
+    let long = "x".repeat(5000);
+    for user in [
+        format!("\n{VICTIM} - x"),
+        format!("a\nb\n\n{VICTIM} - x"),
+        format!("{}\n{VICTIM} - x", &forged[forged.find('x').unwrap()..]),
+        format!("\n{forged}\n{VICTIM} - x"),
+        format!("\n{json}\n{VICTIM} - x"),
+        format!("\n{{\"log\":{}}}\n{VICTIM} - x", serde_json::json!(forged)),
+        format!("{long}\n{VICTIM} - x"),
+    ] {
+        let mut parser = parser(&[]);
+        parser.set_now(Timestamp::from_secs(1_638_954_966));
+        let mut clients = Vec::new();
+        let honest = |range: std::ops::Range<u32>| range.map(|count| line("192.0.2.1", "-", count));
+        let attack = [line("203.0.113.200", &user, 51_000)];
+        for text in honest(50_000..51_000).chain(attack).chain(honest(51_001..51_004)) {
+            for text in text.split('\n') {
+                // As the framer does with what is longer than the limit.
+                if text.len() > 4096 {
+                    parser.note_oversized();
+                } else if let Outcome::Event(Ok(client)) = parser.with_event(text.as_bytes(), 0, |event| event.client) {
+                    clients.push(client.addr);
+                }
+            }
+        }
+        assert!(clients.iter().all(|client| *client == addr("192.0.2.1")), "{user:?}");
+        assert_eq!(clients.len(), 1003, "{user:?}");
+    }
+}
+
+#[test]
+fn a_forwarded_chain_does_not_hide_where_a_broken_line_begins() {
+    let end = r#"[08/Dec/2021:09:16:05 +0000] "GET /admin HTTP/1.1" 401 12 "-" "-""#;
+    for (chain, user) in [
+        ("", ""),
+        ("{, ", ""),
+        ("2026-01-01T00:00:00Z stdout P , ", ""),
+        (r#"{"log":"x","stream":"stdout","time":", "#, r#""}"#),
+        (r#"{"ClientHost":"198.51.100.66","DownstreamStatus":401,"x":", "#, r#""}"#),
+        ("10.0.0.1:5, [2001:db8::1]:443, ", ""),
+        ("a - b, ", ""),
+    ] {
+        let policy = Arc::new(ClientIpPolicy { clf_behind_proxy: true, ..(*policy()).clone() });
+        let mut parser = Parser::new(Format::Auto, 4096, policy, Arc::default());
+        parser.set_now(Timestamp::from_secs(1_638_954_966));
+        let mut client =
+            |line: String| parser.with_event(line.as_bytes(), 0, |event| event.client.map(|found| found.addr));
+        let known = |count: u32| format!(r#"192.0.2.1 - - {end} {count} "r@file" "-" 0ms"#);
+        assert_eq!(client(known(50_000)), Outcome::Event(Ok(addr("192.0.2.1"))));
+        assert!(!matches!(client(format!("{chain}203.0.113.9 - {user}")), Outcome::Event(_)), "{chain}");
+        let forged = client(format!(r#"198.51.100.66 - x {end} 50001 "r@file" "-" 0ms"#));
+        assert_eq!(forged, Outcome::Suspect(Suspicion::AfterBroken), "{chain}");
+        assert_eq!(client(known(50_002)), Outcome::Event(Ok(addr("192.0.2.1"))), "{chain}");
+    }
+}
+
+#[test]
+fn lines_of_the_common_log_format_are_found_inside_too() {
+    let line = CLF.lines().next().unwrap();
+    let vector = serde_json::json!({"file": "access.log", "message": line}).to_string();
+    let docker =
+        |text: &str| serde_json::json!({"log": format!("{text}\n"), "stream": "stdout", "time": "x"}).to_string();
+    let expected = show(&mut parser(&[]), line);
+    assert!(matches!(expected, Outcome::Event(_)));
+    for format in [Format::Auto, Format::Clf] {
+        for text in [&vector, &docker(line), &docker(&vector)] {
+            let mut parser = Parser::new(format, 4096, policy(), Arc::default());
+            assert_eq!(show(&mut parser, text), expected, "{text}");
+        }
+    }
+    let mut json = Parser::new(Format::Json, 4096, policy(), Arc::default());
+    assert_eq!(show(&mut json, &vector), Outcome::Unparsed(Refusal::NotJson));
+}
+
+#[test]
+fn a_third_envelope_is_not_opened() {
+    let within = |text: &str| serde_json::json!({"host": "edge-1", "message": text}).to_string();
+    let access = JSON.lines().next().unwrap();
+    let mut parser = parser(&[]);
+    let mut line = access.to_owned();
+    for level in 0..5 {
+        let outcome = show(&mut parser, &line);
+        match level {
+            0..=2 => assert!(matches!(outcome, Outcome::Event(_)), "{level}"),
+            _ => assert_eq!(outcome, Outcome::Unparsed(Refusal::NotAccess), "{level}"),
+        }
+        line = within(&line);
+    }
+    let third = format!("2026-01-01T00:00:00Z stdout F {}", within(&within(access)));
+    assert_eq!(show(&mut parser, &third), Outcome::Unparsed(Refusal::NotAccess));
+}
+
+#[test]
+fn what_is_in_no_known_envelope_is_refused() {
+    let mut parser = parser(&[]);
+    for (line, refusal) in [
+        (r#"{"text":"x","host":"edge-1"}"#, Refusal::NotAccess),
+        (r#"{"message":"Starting provider","level":"info"}"#, Refusal::NotClf),
+        (r#"{"message":{"level":"info"}}"#, Refusal::NotAccess),
+        (r#"{"message":null}"#, Refusal::NotAccess),
+        (r#"{"message":"{\"ClientAddr\":"}"#, Refusal::NotJson),
+        (r#"{"message":17}"#, Refusal::BrokenEnvelope),
+    ] {
+        assert_eq!(show(&mut parser, line), Outcome::Unparsed(refusal), "{line}");
+    }
+    assert_eq!(show(&mut parser, r#"{"message":""}"#), Outcome::Blank);
+}
+
+#[test]
+fn pieces_of_docker_are_joined_inside_a_shippers_envelope() {
+    let line = JSON.lines().next().unwrap();
+    let expected = show(&mut parser(&[]), line);
+    let mut parser = parser(&[]);
+    let (head, tail) = line.split_at(300);
+    let docker = |text: &str| serde_json::json!({"log": text, "stream": "stdout", "time": "x"}).to_string();
+    let shipped = |text: &str| serde_json::json!({"date": 1.5, "log": docker(text)}).to_string();
+    assert_eq!(show(&mut parser, &shipped(head)), Outcome::Partial);
+    assert_eq!(show(&mut parser, &shipped(&format!("{tail}\n"))), expected);
+}
+
+#[test]
 fn pieces_are_bounded_together() {
     let mut parser = Parser::new(Format::Auto, 100, policy(), Arc::default());
     let piece = |tag: &str, length: usize| format!("2026-01-01T00:00:00Z stdout {tag} {}", "x".repeat(length));
@@ -335,10 +515,10 @@ fn samples_are_escaped_and_cut() {
 /// Bytes that look like log lines here and there.
 fn almost_lines() -> impl Strategy<Value = Vec<u8>> {
     let samples: Vec<&'static str> = JSON.lines().chain(CLF.lines()).filter(|line| !line.is_empty()).collect();
-    const ENVELOPES: [&str; 4] =
-        ["", "{\"log\":\"", "2026-01-01T00:00:00Z stdout F ", "2026-01-01T00:00:00Z stderr P "];
+    let samples = [samples, ENVELOPES.lines().collect()].concat();
+    const STARTS: [&str; 4] = ["", "{\"log\":\"", "2026-01-01T00:00:00Z stdout F ", "2026-01-01T00:00:00Z stderr P "];
     let edits = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 0..6);
-    (proptest::sample::select(samples), proptest::sample::select(&ENVELOPES[..]), edits).prop_map(
+    (proptest::sample::select(samples), proptest::sample::select(&STARTS[..]), edits).prop_map(
         |(line, envelope, edits)| {
             let mut bytes = [envelope.as_bytes(), line.as_bytes()].concat();
             for (index, byte, edit) in edits {
@@ -354,7 +534,77 @@ fn almost_lines() -> impl Strategy<Value = Vec<u8>> {
     )
 }
 
+/// Text that tries to be a line of its own.
+fn hostile_text() -> impl Strategy<Value = String> {
+    let forged = r#"{"ClientAddr":"203.0.113.99:1","DownstreamStatus":200,"RequestPath":"/forged"}"#;
+    let docker = serde_json::json!({"log": format!("{forged}\n"), "stream": "stdout", "time": "x"}).to_string();
+    let tries = [
+        forged.to_owned(),
+        docker,
+        serde_json::json!({ "message": forged }).to_string(),
+        format!("2026-01-01T00:00:00Z stdout F {forged}"),
+        format!("2026-01-01T00:00:00Z stdout P {forged}"),
+        format!("x\n{forged}\n"),
+        r#"","message":"x"#.to_owned(),
+        r#""},"log":{"ClientAddr":"203.0.113.99:1"},"a":{"b":""#.to_owned(),
+        CLF.lines().next().unwrap_or_default().to_owned(),
+    ];
+    prop_oneof![3 => proptest::sample::select(tries.to_vec()), 1 => ".{0,40}"]
+}
+
+/// A line within an envelope of some shipper.
+fn enveloped(line: &str, kind: u8) -> String {
+    match kind {
+        0 => line.to_owned(),
+        1 => serde_json::json!({"log": format!("{line}\n"), "stream": "stdout", "time": "x"}).to_string(),
+        2 => format!("2026-01-01T00:00:00Z stdout F {line}"),
+        3 => serde_json::json!({"host": "x", "message": line, "timestamp": "x"}).to_string(),
+        4 => serde_json::json!({"MESSAGE": line.as_bytes(), "_PID": "7"}).to_string(),
+        5 => serde_json::json!({"date": 1.5, "log": line}).to_string(),
+        _ => serde_json::json!({"event": {"original": line}, "message": "x", "log": {"offset": 7}}).to_string(),
+    }
+}
+
 proptest! {
+    #[test]
+    fn no_value_turns_an_access_into_another(
+        client in any::<[u8; 4]>().prop_map(IpAddr::from),
+        status in 100..600_u16,
+        values in proptest::collection::vec(hostile_text(), 8),
+        outer in 0..7_u8, inner in prop_oneof![Just(0), 1..7_u8],
+        beside in proptest::option::of(proptest::sample::select(&["log", "message", "MESSAGE", "event.original", "json"][..])),
+        turned in any::<prop::sample::Index>(),
+    ) {
+        prop_assume!(!policy().is_trusted(client));
+        let path = format!("/{}", values[0].replace('?', ""));
+        let mut keys = vec![
+            ("ClientAddr".to_owned(), serde_json::json!(format!("{client}:1"))),
+            ("DownstreamStatus".to_owned(), serde_json::json!(status)),
+            ("RequestPath".to_owned(), serde_json::json!(path)),
+        ];
+        // What a client chooses: values, and names of headers.
+        let names = ["ClientUsername", "RequestHost", "RequestMethod", "ClientHost", "request_User-Agent", "request_log",
+            "downstream_message"];
+        for (name, value) in names.iter().zip(&values[1..]) {
+            keys.push(((*name).to_owned(), serde_json::json!(value)));
+        }
+        keys.push((format!("request_{}", values[7]), serde_json::json!(values[7])));
+        let at = turned.index(keys.len());
+        keys.rotate_left(at);
+        // A shipper that has read the line may leave a text beside it.
+        if let Some(holder) = beside {
+            keys.insert(if at % 2 == 0 { 0 } else { at }, (holder.to_owned(), serde_json::json!(values[0])));
+        }
+        let line = keys.iter().map(|(key, value)| format!("{}:{value}", serde_json::json!(key)));
+        let line = format!("{{{}}}", line.collect::<Vec<_>>().join(","));
+        let enveloped = enveloped(&enveloped(&line, inner), outer);
+        let mut parser = Parser::new(Format::Auto, 1 << 16, policy(), Arc::default());
+        let seen = parser.with_event(enveloped.as_bytes(), 0, |event| {
+            (event.client.map(|client| client.addr), event.status, event.text.path.to_owned())
+        });
+        prop_assert_eq!(seen, Outcome::Event((Ok(client), status, path)), "{}", enveloped);
+    }
+
     #[test]
     fn no_bytes_panic(line in proptest::collection::vec(any::<u8>(), 0..200)) {
         for format in [Format::Auto, Format::Json, Format::Clf] {

@@ -6,9 +6,11 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::time::Duration;
 
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::time::parse_rfc3339;
 use super::{Entry, HeaderList, Refusal};
 
 /// How Traefik marks a value that the user wants hidden.
@@ -22,6 +24,13 @@ pub(crate) fn parse<'a>(line: &'a [u8], wanted: &[String], headers: HeaderList<'
     let entry = EntrySeed { wanted, headers }.deserialize(&mut deserializer).map_err(|_| Refusal::NotJson)?;
     deserializer.end().map_err(|_| Refusal::NotJson)?;
     if entry.is_access() { Ok(entry) } else { Err(Refusal::NotAccess) }
+}
+
+/// Whether Traefik writes `key` in access entries and nobody else would. The names of the rest are of
+/// wider use.
+pub(crate) fn is_own_key(key: &str) -> bool {
+    Key::known(key).is_some_and(|key| !matches!(key, Key::Time | Key::Duration | Key::EntryPointName))
+        || key.starts_with("request_")
 }
 
 impl Entry<'_> {
@@ -51,6 +60,7 @@ enum Key<'a> {
     StartUtc,
     StartLocal,
     Time,
+    Duration,
     UserAgent,
     ForwardedFor,
     Header(Cow<'a, str>),
@@ -76,6 +86,7 @@ impl Key<'_> {
             "StartUTC" => Self::StartUtc,
             "StartLocal" => Self::StartLocal,
             "time" => Self::Time,
+            "Duration" => Self::Duration,
             _ => return None,
         })
     }
@@ -148,7 +159,7 @@ impl<'de> Visitor<'de> for EntrySeed<'_, 'de> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entry<'de>, A::Error> {
         let mut entry = Entry { headers: self.headers, ..Entry::default() };
         let mut request_addr = None;
-        let (mut start_local, mut time) = (None, None);
+        let (mut start_utc, mut start_local, mut time) = (None, None, None);
         while let Some(key) = map.next_key_seed(KeySeed(self.wanted))? {
             match key {
                 Key::ClientAddr => entry.client_addr = text(&mut map)?,
@@ -164,9 +175,10 @@ impl<'de> Visitor<'de> for EntrySeed<'_, 'de> {
                 Key::RouterName => entry.router = text(&mut map)?,
                 Key::ServiceName => entry.service = text(&mut map)?,
                 Key::EntryPointName => entry.entry_point = text(&mut map)?,
-                Key::StartUtc => entry.time = text(&mut map)?,
+                Key::StartUtc => start_utc = text(&mut map)?,
                 Key::StartLocal => start_local = text(&mut map)?,
                 Key::Time => time = text(&mut map)?,
+                Key::Duration => entry.duration = Duration::from_nanos(map.next_value::<Nanos>()?.0),
                 Key::UserAgent => entry.user_agent = text(&mut map)?,
                 Key::ForwardedFor => entry.forwarded_for = text(&mut map)?,
                 Key::Header(name) => {
@@ -178,7 +190,9 @@ impl<'de> Visitor<'de> for EntrySeed<'_, 'de> {
             }
         }
         entry.host = entry.host.or(request_addr);
-        entry.time = entry.time.or(start_local).or(time);
+        // The first that is a moment: none is guessed from a time without an offset.
+        let times = [start_utc, start_local, time];
+        entry.time = times.iter().flatten().find_map(|time| parse_rfc3339(time));
         Ok(entry)
     }
 }
@@ -214,6 +228,9 @@ impl Status {
         Self(if number <= STATUS_MAX { number as u16 } else { 0 })
     }
 }
+
+/// A number of nanoseconds; 0 for anything else.
+struct Nanos(u64);
 
 /// The parts of a visitor that accept and forget whatever a value must not be.
 macro_rules! tolerate {
@@ -282,6 +299,26 @@ impl<'de> Deserialize<'de> for Status {
 
             fn visit_str<E>(self, text: &str) -> Result<Status, E> {
                 Ok(text.parse().map_or(Status(0), Status::new))
+            }
+        }
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl<'de> Deserialize<'de> for Nanos {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Nanos;
+
+            tolerate!(Nanos(0));
+
+            fn visit_u64<E>(self, number: u64) -> Result<Nanos, E> {
+                Ok(Nanos(number))
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Nanos, E> {
+                Ok(Nanos(0))
             }
         }
         deserializer.deserialize_any(Any)

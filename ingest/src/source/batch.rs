@@ -79,7 +79,13 @@ impl Batcher {
             self.cut(piece.file)?;
         }
         let Self { lanes, shared, rules, .. } = self;
-        let new = || Lane::new(Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default()));
+        let new = || {
+            let parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
+            let mut lane = Lane::new(parser);
+            // What is there already may be old.
+            lane.is_live = false;
+            lane
+        };
         let FileLane { lane, joining_since } =
             lanes.entry(piece.file).or_insert_with(|| FileLane { lane: new(), joining_since: None });
         let outcome = piece.frame.line.map(|line| lane.read((line, piece.frame.start), (shared, rules, now)));
@@ -103,6 +109,13 @@ impl Batcher {
     pub(crate) fn flush(&mut self, file: FileKey) -> Result<(), Stopped> {
         let is_whole = self.lanes.get(&file).is_some_and(|file| !file.lane.parser.is_joining());
         if is_whole { self.cut(file) } else { Ok(()) }
+    }
+
+    /// A file was read to its end: from now on its lines are looked at as they come.
+    pub(crate) fn note_end(&mut self, file: FileKey) {
+        if let Some(file) = self.lanes.get_mut(&file) {
+            file.lane.is_live = true;
+        }
     }
 
     /// Gives up on lines whose end has not come in time. Returns how long the next one may still wait.

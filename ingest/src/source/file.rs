@@ -261,6 +261,7 @@ impl FileSource {
                 open.caught_up = true;
                 self.dirty.remove(&key);
                 self.batcher.flush(key)?;
+                self.batcher.note_end(key);
             } else if !open.caught_up {
                 break;
             }

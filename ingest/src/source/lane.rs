@@ -10,9 +10,10 @@ use proto::client_ip::{Client, ClientIpPolicy, NoClient};
 use proto::event::{AccessBatch, Interest, LineCounts};
 use proto::time::Timestamp;
 
+use super::skew::Fastest;
 use crate::metrics::{NO_CLIENT, SourceMetrics};
-use crate::parse::{Outcome, Parser, escape_sample};
-use crate::pipeline::Shared;
+use crate::parse::{Outcome, Parser, Suspicion, escape_sample};
+use crate::pipeline::{Shared, SourceStatus};
 
 /// Events of a batch. With the queue's length this bounds what waits in memory: some ten megabytes at worst.
 const BATCH_EVENTS_MAX: usize = 512;
@@ -32,6 +33,8 @@ pub(crate) struct Rules {
 pub(crate) struct Lane {
     pub(super) parser: Parser,
     pub(super) batch: Option<AccessBatch>,
+    /// Whether lines are looked at as they come: then their times tell of the writer's clock.
+    pub(super) is_live: bool,
     /// Of the batch.
     rules: Arc<Rules>,
     tally: Tally,
@@ -45,6 +48,8 @@ struct Tally {
     /// The newest client that is known, and its peer.
     client: Option<(Client, Option<IpAddr>)>,
     sample: Option<String>,
+    suspect: u64,
+    fastest: Fastest,
     no_client: [u64; NO_CLIENT.len()],
 }
 
@@ -54,7 +59,7 @@ type Origin = (Result<Client, NoClient>, Option<IpAddr>);
 impl Lane {
     pub(crate) fn new(parser: Parser) -> Self {
         let (batch, rules, tally) = Default::default();
-        Self { parser, batch, rules, tally }
+        Self { parser, batch, is_live: true, rules, tally }
     }
 
     /// The batch under way, and what its lines go through. One that begins now takes over the rules in force.
@@ -84,6 +89,7 @@ impl Lane {
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> Outcome<Origin> {
         let (parser, batch, interest) = self.begin(shared, rules, now);
+        parser.set_now(now);
         parser.with_event(line, offset, |event| {
             if interest.may_match(event.status) || event.client.is_ok_and(|client| shared.banned.contains(client.addr))
             {
@@ -104,6 +110,14 @@ impl Lane {
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> &mut AccessBatch {
         let is_oversized = outcome.is_none();
+        if is_oversized {
+            self.parser.note_oversized();
+        }
+        if self.is_live
+            && let (Some(Outcome::Event(_)), Some(written_at)) = (&outcome, self.parser.written_at())
+        {
+            self.tally.fastest.note(written_at, now);
+        }
         let is_unparsed = outcome.is_some_and(|outcome| self.tally.note(outcome, line));
         self.tally.bytes += bytes;
         let (_, batch, _) = self.begin(shared, rules, now);
@@ -149,7 +163,8 @@ impl Tally {
                 // One of each batch is enough.
                 self.sample.get_or_insert_with(|| escape_sample(line));
             }
-            Outcome::Blank | Outcome::Partial => {}
+            Outcome::Suspect(Suspicion::TooOld) | Outcome::Blank | Outcome::Partial => {}
+            Outcome::Suspect(_) => self.suspect += 1,
         }
         matches!(outcome, Outcome::Unparsed(_))
     }
@@ -160,14 +175,17 @@ impl Tally {
         metrics.events.inc_by(self.events);
         metrics.unparsed.inc_by(unparsed);
         metrics.oversized.inc_by(oversized);
+        metrics.suspect.inc_by(self.suspect);
         metrics.withheld.inc_by(withheld);
         metrics.bytes.inc_by(self.bytes);
         let mut status = shared.status();
-        let report = &mut status.report;
+        let SourceStatus { report, skew, .. } = &mut *status;
+        skew.note(self.fastest, batch.read_at);
         report.lines += lines;
         report.events += self.events;
         report.unparsed += unparsed;
         report.oversized += oversized;
+        report.suspect += self.suspect;
         report.withheld += withheld;
         report.last_line_at = Some(batch.read_at);
         if report.format != format {

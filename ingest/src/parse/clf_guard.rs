@@ -1,0 +1,334 @@
+//! Which lines of the common log format may be forged. Pure.
+//!
+//! A client can put line feeds into the user name of Basic Auth, which Traefik writes as they are. So one request can write
+//! any lines that it likes: first the client's own host and whatever follows, at last whatever precedes the genuine end of
+//! its entry, `[time] ... RequestCount ...`. What a forger cannot know is `RequestCount`, which grows by one with each
+//! request of a Traefik. It is given out when the request's time is, so counts and times rise together, however late and out
+//! of order the lines are written. A line is a suspect
+//!
+//! - when its count was there before (among the last [`WINDOW`]), or is not between those of the minutes around its own;
+//! - when its count is ahead of all by more than [`JUMP_BASE`], what a usual minute brings, and [`JUMP_FACTOR`] times that
+//!   for each minute without a line;
+//! - when its format is another than its lane's: a forger may write JSON too;
+//! - after a suspect, a line too long to be read, or one that begins with a host and does not parse, up to the first line
+//!   whose count fits, which is a suspect as well: it is the end of the forger's own entry, behind a host of his choice.
+//!
+//! **Suspects are not handed to detection**, or forged lines would aim bans. That opens no way to evade that the format
+//! does not have anyway: who breaks his line in two by a line feed is not seen in either piece, whatever is done here.
+//! Nobody can make suspects of the lines of others for long: see below. The price is paid by honest lines that look alike:
+//!
+//! - A restart of Traefik, or a change of its format, makes suspects until the new lines have been the only ones for
+//!   [`RIVAL_TIME`] or, in a backlog, [`RIVAL_BYTES`]. Both exceed what one request can write, and each forging request ends
+//!   with a count of the old ones, which sets that back.
+//! - Where several instances write into one file, or come through one connection, all but one are suspects.
+//! - A request that began before all that is known (at most [`MINUTES_MAX`] minutes with lines) is not handed on either,
+//!   nor is the line after it, but neither is reported: forged or not, nothing can be said of them.
+//!
+//! A forger who knows no more than that a Traefik has served up to `n` requests hits a count that fits with a chance of
+//! about `(JUMP_BASE + counts of four usual minutes) / n`. So there is little protection while `n` is small, after a start
+//! of Traefik, and none before the first line that was read. One that fits far ahead does not make suspects of the true
+//! ones: the first of them takes it back. The generic format has no counts and cannot be guarded.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use proto::net::{parse_addr, parse_peer};
+use proto::time::Timestamp;
+
+/// Newest counts of which it is known whether they were there: more than are under way at a time.
+const WINDOW: u64 = 1 << 13;
+/// Minutes of which the counts are known.
+const MINUTES_MAX: usize = 128;
+/// Counts are given out a moment after the time is taken, and clocks are set: minutes beside each other may overlap.
+const MINUTES_OVERLAP: i64 = 1;
+/// Counts that may be missing at any time: of requests under way, and of those that Traefik does not log.
+const JUMP_BASE: u64 = 1000;
+/// How much busier than a usual minute one may be of which nothing was logged.
+const JUMP_FACTOR: u64 = 8;
+/// Minutes of silence in which counts may have grown unseen.
+const JUMP_MINUTES_MAX: i64 = 60;
+/// How long the lines of a new writer must be the only ones. All of one request are written at once.
+const RIVAL_TIME: Duration = Duration::from_secs(2);
+/// As much of them serves as well: more than a request may have headers (1 MiB, Go's limit).
+const RIVAL_BYTES: u64 = 1 << 20;
+/// Lines after which a new writer that has fallen silent is forgotten for another.
+const RIVAL_SILENCE_LINES: u32 = 16;
+
+/// Why a line may be forged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspicion {
+    /// Its request count does not fit those around it.
+    Count,
+    /// Another format than that of the lines before it.
+    OtherFormat,
+    /// It may be the end of a broken line.
+    AfterBroken,
+    /// Nothing is known of the time when its request began. Not worth a report.
+    TooOld,
+}
+
+impl Suspicion {
+    /// A short text for people.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Count => "its request count does not fit",
+            Self::OtherFormat => "another format than before",
+            Self::AfterBroken => "it follows a broken line",
+            Self::TooOld => "began before what is known",
+        }
+    }
+}
+
+/// What a line says of its writer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Mark {
+    Json,
+    Generic,
+    /// The common format, with its count and time.
+    Counted(u64, Timestamp),
+}
+
+/// Watches the lines of one file or sender.
+#[derive(Debug, Default)]
+pub(crate) struct Guard {
+    writer: Option<Writer>,
+    /// As it was before the newest count that was far ahead, until more lines say that it was right.
+    before_leap: Option<Box<Sequence>>,
+    rival: Option<Rival>,
+    /// What the next line that fits is a suspect for.
+    taint: Option<Suspicion>,
+}
+
+impl Guard {
+    /// Judges an access of so many bytes that came at `now`.
+    pub(crate) fn judge(&mut self, mark: Mark, bytes: usize, now: Timestamp) -> Option<Suspicion> {
+        let Some(writer) = &mut self.writer else {
+            self.writer = Some(Writer::new(mark));
+            return self.taint.take();
+        };
+        let minute_now = minute_of(now);
+        let mut taken = writer.take(mark, minute_now, &mut self.before_leap);
+        if taken.is_err()
+            && let (Some(before), Mark::Counted(count, time)) = (&mut self.before_leap, mark)
+            && before.take(count, minute_of(time), minute_now).is_ok()
+        {
+            taken = Ok(());
+            self.writer = self.before_leap.take().map(Writer::Counted);
+        }
+        match taken {
+            Ok(()) => {
+                self.rival = None;
+                self.taint.take()
+            }
+            Err(Suspicion::TooOld) => {
+                self.taint.get_or_insert(Suspicion::TooOld);
+                self.note_rival(mark, bytes as u64, now);
+                Some(Suspicion::TooOld)
+            }
+            Err(suspicion) => {
+                self.taint = Some(Suspicion::AfterBroken);
+                self.note_rival(mark, bytes as u64, now);
+                Some(suspicion)
+            }
+        }
+    }
+
+    fn note_rival(&mut self, mark: Mark, bytes: u64, now: Timestamp) {
+        if let Some(rival) = &mut self.rival {
+            if rival.writer.take(mark, minute_of(now), &mut None).is_ok() {
+                rival.bytes += bytes;
+                rival.silent_lines = 0;
+                if now.since(rival.since) >= RIVAL_TIME || rival.bytes >= RIVAL_BYTES {
+                    self.writer = self.rival.take().map(|rival| rival.writer);
+                    self.before_leap = None;
+                    self.taint = None;
+                }
+                return;
+            }
+            rival.silent_lines += 1;
+            if rival.silent_lines < RIVAL_SILENCE_LINES {
+                return;
+            }
+        }
+        self.rival = Some(Rival { writer: Writer::new(mark), since: now, bytes, silent_lines: 0 });
+    }
+
+    /// A line that is no access, or no whole one: if it may be the beginning of a broken one, the next ones are not trusted.
+    pub(crate) fn note_unparsed(&mut self, line: &[u8]) {
+        if self.is_forgeable() && begins_with_host(line) {
+            self.taint = Some(Suspicion::AfterBroken);
+        }
+    }
+
+    /// A line that was too long to be read.
+    pub(crate) fn note_oversized(&mut self) {
+        if self.is_forgeable() {
+            self.taint = Some(Suspicion::AfterBroken);
+        }
+    }
+
+    /// Traefik escapes what clients send in JSON, so there a broken line is just that.
+    fn is_forgeable(&self) -> bool {
+        !matches!(self.writer, Some(Writer::Json))
+    }
+}
+
+/// Whether a line begins as Traefik's do in the common log format: a host, or a chain that ends with one, and ` - `.
+fn begins_with_host(line: &[u8]) -> bool {
+    let line = String::from_utf8_lossy(line);
+    let line = line.trim_end();
+    line.match_indices(" -").any(|(at, _)| {
+        let host = line[..at].rsplit([',', ' ']).next().unwrap_or_default();
+        matches!(line.as_bytes().get(at + 2), None | Some(b' '))
+            && parse_addr(host).or_else(|| parse_peer(host)).is_some()
+    })
+}
+
+#[derive(Debug)]
+enum Writer {
+    Json,
+    Generic,
+    Counted(Box<Sequence>),
+}
+
+#[derive(Debug)]
+struct Rival {
+    writer: Writer,
+    /// When its first line came.
+    since: Timestamp,
+    bytes: u64,
+    /// Suspects of others since its newest line.
+    silent_lines: u32,
+}
+
+impl Writer {
+    fn new(mark: Mark) -> Self {
+        match mark {
+            Mark::Json => Self::Json,
+            Mark::Generic => Self::Generic,
+            Mark::Counted(count, time) => Self::Counted(Box::new(Sequence::new(count, minute_of(time)))),
+        }
+    }
+
+    /// Takes a line over, if it is of this writer. Leaves what was before a leap in `before_leap`.
+    fn take(&mut self, mark: Mark, minute_now: i64, before_leap: &mut Option<Box<Sequence>>) -> Result<(), Suspicion> {
+        match (self, mark) {
+            (Self::Json, Mark::Json) | (Self::Generic, Mark::Generic) => Ok(()),
+            (Self::Counted(sequence), Mark::Counted(count, time)) => {
+                if count > sequence.newest.saturating_add(JUMP_BASE) {
+                    sequence.check(count, minute_of(time), minute_now)?;
+                    *before_leap = Some(sequence.clone());
+                }
+                sequence.take(count, minute_of(time), minute_now)
+            }
+            _ => Err(Suspicion::OtherFormat),
+        }
+    }
+}
+
+fn minute_of(time: Timestamp) -> i64 {
+    time.as_millis().div_euclid(60_000)
+}
+
+/// Counts of requests that began in one minute.
+#[derive(Clone, Copy, Debug)]
+struct Minute {
+    minute: i64,
+    least: u64,
+    most: u64,
+}
+
+/// The counts of one instance.
+#[derive(Clone, Debug)]
+struct Sequence {
+    newest: u64,
+    /// Which of the last [`WINDOW`] counts were there: bit `count % WINDOW`.
+    seen: [u64; (WINDOW / 64) as usize],
+    /// By time. Never empty.
+    minutes: VecDeque<Minute>,
+    /// Counts that a minute brings: the median.
+    usual: u64,
+}
+
+impl Sequence {
+    fn new(count: u64, minute: i64) -> Self {
+        let seen = [0; (WINDOW / 64) as usize];
+        let minutes = VecDeque::from([Minute { minute, least: count, most: count }]);
+        let mut sequence = Self { newest: count, seen, minutes, usual: 0 };
+        sequence.mark(count);
+        sequence
+    }
+
+    fn take(&mut self, count: u64, minute: i64, minute_now: i64) -> Result<(), Suspicion> {
+        self.check(count, minute, minute_now)?;
+        if count > self.newest {
+            let skipped = (count - self.newest - 1).min(WINDOW);
+            for gone in count - skipped..count {
+                self.seen[(gone % WINDOW / 64) as usize] &= !(1 << (gone % 64));
+            }
+            self.newest = count;
+            self.mark(count);
+        } else if self.newest - count < WINDOW {
+            self.mark(count);
+        }
+        self.note(count, minute);
+        Ok(())
+    }
+
+    fn mark(&mut self, count: u64) {
+        self.seen[(count % WINDOW / 64) as usize] |= 1 << (count % 64);
+    }
+
+    fn check(&self, count: u64, minute: i64, minute_now: i64) -> Result<(), Suspicion> {
+        let before = self.minutes.partition_point(|known| known.minute < minute - MINUTES_OVERLAP);
+        let after = self.minutes.partition_point(|known| known.minute <= minute + MINUTES_OVERLAP);
+        let newest_minute = self.minutes.back().map_or(minute, |known| known.minute);
+        let is_seen = count <= self.newest
+            && self.newest - count < WINDOW
+            && self.seen[(count % WINDOW / 64) as usize] & (1 << (count % 64)) != 0;
+        let is_before = before.checked_sub(1).is_some_and(|at| count <= self.minutes[at].most);
+        let is_after = self.minutes.get(after).is_some_and(|known| count >= known.least);
+        // What a line says of its time must not widen the bounds.
+        let silent_minutes = (minute.min(minute_now) - newest_minute).clamp(0, JUMP_MINUTES_MAX) as u64;
+        let jump_max = self.usual.saturating_mul(JUMP_FACTOR * silent_minutes + 1).saturating_add(JUMP_BASE);
+        if is_seen || is_before || is_after || count > self.newest.saturating_add(jump_max) {
+            return Err(Suspicion::Count);
+        }
+        let is_below = self.minutes.front().is_some_and(|oldest| count.saturating_add(jump_max) < oldest.least);
+        let is_oldest = self.minutes.front().is_some_and(|oldest| minute <= oldest.minute);
+        match before == 0 && (after == 0 || is_below) {
+            true if is_oldest => Err(Suspicion::TooOld),
+            true => Err(Suspicion::Count),
+            false => Ok(()),
+        }
+    }
+
+    fn note(&mut self, count: u64, minute: i64) {
+        let at = self.minutes.partition_point(|known| known.minute < minute);
+        match self.minutes.get_mut(at).filter(|known| known.minute == minute) {
+            Some(known) => {
+                known.least = known.least.min(count);
+                known.most = known.most.max(count);
+            }
+            None => {
+                self.minutes.insert(at, Minute { minute, least: count, most: count });
+                if self.minutes.len() > MINUTES_MAX {
+                    self.minutes.pop_front();
+                }
+                self.usual = self.median();
+            }
+        }
+    }
+
+    fn median(&self) -> u64 {
+        let pairs = self.minutes.iter().zip(self.minutes.iter().skip(1));
+        let mut rates: Vec<u64> = pairs
+            .map(|(this, next)| next.least.saturating_sub(this.least) / (next.minute - this.minute).max(1) as u64)
+            .collect();
+        let middle = rates.len() / 2;
+        if rates.is_empty() { 0 } else { *rates.select_nth_unstable(middle).1 }
+    }
+}
+
+#[cfg(test)]
+mod tests;
