@@ -20,7 +20,8 @@
 //! - A restart of Traefik, or a change of its format, makes suspects until the new lines have been the only ones for
 //!   [`RIVAL_TIME`] or, in a backlog, [`RIVAL_BYTES`]. Both exceed what one request can write, and each forging request ends
 //!   with a count of the old ones, which sets that back.
-//! - Where several instances write into one file, or come through one connection, all but one are suspects.
+//! - Where several instances write into one file, or come through one connection, all but one are suspects: let syslog show
+//!   each under its own node, or write JSON. Sources that mix writers by their nature are not guarded at all.
 //! - A request that began before all that is known (at most [`MINUTES_MAX`] minutes with lines) is not handed on either,
 //!   nor is the line after it, but neither is reported: forged or not, nothing can be said of them.
 //!

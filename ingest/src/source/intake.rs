@@ -47,6 +47,14 @@ impl Intake {
         Inlet { intake: self.clone(), lane: Lane::new(parser), rules: Arc::default(), is_new: true, origin }
     }
 
+    /// For lines of any number of writers, whose request counts do not follow each other: forged lines of the common log
+    /// format cannot be told from others.
+    pub(crate) fn open_mixed(&self, origin: Option<Arc<str>>) -> Inlet {
+        let mut inlet = self.open(origin);
+        inlet.lane.is_mixed = true;
+        inlet
+    }
+
     /// Counts lines that were turned away because their sender exceeds a limit.
     pub(crate) fn note_limited(&self, lines: u64) {
         self.metrics.limited.inc_by(lines);

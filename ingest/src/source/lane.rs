@@ -35,6 +35,8 @@ pub(crate) struct Lane {
     pub(super) batch: Option<AccessBatch>,
     /// Whether lines are looked at as they come: then their times tell of the writer's clock.
     pub(super) is_live: bool,
+    /// Whether several write them, so that nothing is told by how they follow each other.
+    pub(super) is_mixed: bool,
     /// Of the batch.
     rules: Arc<Rules>,
     tally: Tally,
@@ -59,7 +61,7 @@ type Origin = (Result<Client, NoClient>, Option<IpAddr>);
 impl Lane {
     pub(crate) fn new(parser: Parser) -> Self {
         let (batch, rules, tally) = Default::default();
-        Self { parser, batch, is_live: true, rules, tally }
+        Self { parser, batch, is_live: true, is_mixed: false, rules, tally }
     }
 
     /// The batch under way, and what its lines go through. One that begins now takes over the rules in force.
@@ -88,8 +90,11 @@ impl Lane {
         (line, offset): (&[u8], u64),
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> Outcome<Origin> {
+        let is_mixed = self.is_mixed;
         let (parser, batch, interest) = self.begin(shared, rules, now);
-        parser.set_now(now);
+        if !is_mixed {
+            parser.set_now(now);
+        }
         parser.with_event(line, offset, |event| {
             if interest.may_match(event.status) || event.client.is_ok_and(|client| shared.banned.contains(client.addr))
             {

@@ -44,7 +44,7 @@ pub(crate) async fn run(intake: Intake, config: NatsSource, bus: Arc<NatsConfig>
         }
     };
     let limits = Limits::new(&config.limits, clock);
-    let mut inlet = intake.open(None);
+    let mut inlet = intake.open_mixed(None);
     let mut teller = Teller { intake: intake.clone(), ticks: interval(TELL_INTERVAL), shown: Duration::ZERO };
     loop {
         let message = tokio::select! {

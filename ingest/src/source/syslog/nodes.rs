@@ -1,4 +1,4 @@
-//! Messages into inlets, one for each node that they are shown under.
+//! Messages into inlets, one for each sender and each node that its lines are shown under.
 
 use std::net::IpAddr;
 
@@ -9,21 +9,20 @@ use crate::parse::syslog::parse_message;
 use crate::source::batch::Stopped;
 use crate::source::intake::{Inlet, Intake};
 
-/// Nodes of one sender for which lines are collected at a time. With one more, all are sent and begin anew.
-const NODES_MAX: usize = 64;
+/// Inlets for which lines are collected at a time. With one more, all are sent and begin anew.
+const INLETS_MAX: usize = 64;
 
 /// The lines of one connection or socket.
 pub(super) struct Nodes {
     intake: Intake,
     node_from: NodeFrom,
-    here: Inlet,
-    /// Those of other nodes. They are few, mostly one, so that they are looked through.
-    others: Vec<Inlet>,
+    /// By sender and node. They are few, mostly one, so that they are looked through.
+    inlets: Vec<(Option<IpAddr>, Inlet)>,
 }
 
 impl Nodes {
     pub(super) fn new(intake: Intake, node_from: NodeFrom) -> Self {
-        Self { here: intake.open(None), intake, node_from, others: Vec::new() }
+        Self { intake, node_from, inlets: Vec::new() }
     }
 
     /// Takes a message without its framing; `None` when it was too long to be kept. `bytes` is what it took on its way.
@@ -37,29 +36,26 @@ impl Nodes {
             NodeFrom::Sender => sender.map(render_name),
         };
         let name = name.filter(|name| **name != *self.intake.shared.node && name != OPERATOR && name != SYSTEM);
-        let inlet = match name {
-            None => &mut self.here,
-            Some(name) => {
-                let is_known = |inlet: &Inlet| inlet.origin().is_some_and(|origin| **origin == *name);
-                let index = self.others.iter().position(is_known).unwrap_or(self.others.len());
-                if index == self.others.len() {
-                    self.others.push(self.intake.open(Some(name.into())));
-                }
-                &mut self.others[index]
-            }
+        let is_known = |(known, inlet): &(Option<IpAddr>, Inlet)| {
+            *known == sender && inlet.origin().map(|origin| &**origin) == name.as_deref()
         };
+        let index = self.inlets.iter().position(is_known).unwrap_or(self.inlets.len());
+        if index == self.inlets.len() {
+            self.inlets.push((sender, self.intake.open(name.map(Into::into))));
+        }
+        let (_, inlet) = &mut self.inlets[index];
         inlet.push(line, bytes);
         inlet
     }
 
     /// Whether it is time to send.
     pub(super) fn is_full(&self) -> bool {
-        self.others.len() >= NODES_MAX || self.here.is_full() || self.others.iter().any(Inlet::is_full)
+        self.inlets.len() >= INLETS_MAX || self.inlets.iter().any(|(_, inlet)| inlet.is_full())
     }
 
     /// Sends what was pushed, and waits for room as long as it takes.
     pub(super) async fn send(&mut self) -> Result<(), Stopped> {
-        for inlet in std::iter::once(&mut self.here).chain(&mut self.others) {
+        for (_, inlet) in &mut self.inlets {
             inlet.send(None).await?;
         }
         self.make_room();
@@ -68,20 +64,20 @@ impl Nodes {
 
     /// Sends what was pushed, or drops and counts it.
     pub(super) fn try_send(&mut self) -> Result<(), Stopped> {
-        for inlet in std::iter::once(&mut self.here).chain(&mut self.others) {
+        for (_, inlet) in &mut self.inlets {
             inlet.try_send(None)?;
         }
         self.make_room();
         Ok(())
     }
 
-    /// Forgets nodes when there are too many, after all was sent; those that wait for the end of a line only if need be.
+    /// Forgets inlets when there are too many, after all was sent; those that wait for the end of a line only if need be.
     fn make_room(&mut self) {
-        if self.others.len() >= NODES_MAX {
-            self.others.retain(Inlet::is_joining);
+        if self.inlets.len() >= INLETS_MAX {
+            self.inlets.retain(|(_, inlet)| inlet.is_joining());
         }
-        if self.others.len() >= NODES_MAX {
-            self.others.clear();
+        if self.inlets.len() >= INLETS_MAX {
+            self.inlets.clear();
         }
     }
 }
