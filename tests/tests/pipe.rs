@@ -71,7 +71,8 @@ impl Pipe {
 impl Drop for Pipe {
     fn drop(&mut self) {
         // It may have ended. The signal is passed on; SIGKILL would not be.
-        let _sent = Command::new("kill").args(["-s", "TERM", &self.child.id().to_string()]).status();
+        let _sent =
+            Command::new("kill").args(["-s", "TERM", &self.child.id().to_string()]).stderr(Stdio::null()).status();
         (self.input, self.output) = (None, None);
         let _ended = self.child.wait();
     }
