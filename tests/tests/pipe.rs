@@ -15,7 +15,7 @@ use tests::portcullis::{binary, portcullis, wait_for};
 
 const SAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/samples/access.log");
 
-/// Portcullis with both ends of its pipe in our hands. Killed when dropped.
+/// Portcullis with both ends of its pipe in our hands. Ended when dropped.
 struct Pipe {
     child: Child,
     folder: tempfile::TempDir,
@@ -27,7 +27,9 @@ impl Pipe {
     fn start(args: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
-        let mut command = Command::new(binary().unwrap());
+        // What never comes would be waited for without an end.
+        let mut command = Command::new("timeout");
+        command.args(["--signal=KILL", "120"]).arg(binary().unwrap());
         command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().unwrap();
         let input = child.stdin.take();
@@ -68,8 +70,10 @@ impl Pipe {
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        // It may have ended.
-        let _ended = self.child.kill();
+        // It may have ended. The signal is passed on; SIGKILL would not be.
+        let _sent =
+            Command::new("kill").args(["-s", "TERM", &self.child.id().to_string()]).stderr(Stdio::null()).status();
+        (self.input, self.output) = (None, None);
         let _ended = self.child.wait();
     }
 }
