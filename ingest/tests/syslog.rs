@@ -490,6 +490,22 @@ async fn without_room_tcp_waits_and_udp_drops() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_in_the_kernel_is_taken_batch_by_batch() {
+    let mut role = start_with_queue(json!({"mode": "tcp", "connections_max": 1}), 1).await;
+    let first = role.connect().await;
+    role.reports("one is open", |report| report.connections == 1).await;
+    // All of it is there before the first byte is read.
+    let mut second = role.connect().await;
+    let text: String = (0..3000).map(counted).collect();
+    second.write_all(text.as_bytes()).unwrap();
+    drop(first);
+    role.reports("a batch has found no room", |report| report.lines > 512).await;
+    role.receive(3000).await;
+    assert_eq!(role.report().dropped, 0);
+    assert_eq!(role.stop().await, this_node(0..3000));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lines_are_shown_under_the_node_that_is_asked_for() {
     for (node_from, expected) in [("self", "edge-1"), ("header", "edge-7-example"), ("sender", "127-0-0-1")] {
         for mode in ["udp", "tcp"] {

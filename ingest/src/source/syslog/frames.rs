@@ -94,19 +94,22 @@ impl Frames {
     }
 
     fn by_line_feed(&mut self, buffer: &mut BytesMut) -> Option<Frame> {
+        // One more, for the `\r` of a line end.
+        let line_bytes_max = self.bytes_max + 1;
         let Some(at) = memchr(b'\n', &buffer[self.searched..]) else {
             self.searched = buffer.len();
-            // One more, for the `\r` of a line end whose `\n` is still to come.
-            return (buffer.len() > self.bytes_max + 1).then(|| {
+            return (buffer.len() > line_bytes_max).then(|| {
                 (self.skipping, self.searched) = (Skipping::Line, 0);
                 let seen = buffer.len();
                 buffer.clear();
                 Frame::Oversized(seen)
             });
         };
-        let line = without_end(buffer.split_to(self.searched + at + 1));
+        let bytes = self.searched + at;
+        let line = without_end(buffer.split_to(bytes + 1));
         self.searched = 0;
-        Some(if line.len() > self.bytes_max { Frame::Oversized(line.len()) } else { Frame::Message(line) })
+        let is_oversized = bytes > line_bytes_max || line.len() > self.bytes_max;
+        Some(if is_oversized { Frame::Oversized(bytes) } else { Frame::Message(line) })
     }
 }
 
@@ -237,6 +240,15 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_a_line_is_no_way_around_the_limit() {
+        let text = b"<1>4\0\0\0\0\0\n<2>\n";
+        for cut in 0..text.len() {
+            let found = decode(text, 5, &[cut]);
+            assert!(matches!(found[..], [Frame::Oversized(_), Frame::Message(_)]), "cut at {cut}: {found:?}");
+        }
+    }
+
+    #[test]
     fn after_one_that_is_too_long_all_goes_on() {
         let long = "x".repeat(50);
         let text = format!("53 <1>{long}<1>a\n<1>{long}\n5 <1>bc");
@@ -249,7 +261,7 @@ mod tests {
     proptest! {
         #[test]
         fn reads_cut_anywhere_give_the_same_messages(
-            text in "([a-c<>\n\r\\x00]|[0-9]{1,9} ?<?){0,40}",
+            text in "([a-c<>\n\r]|\\x00{1,9}|[0-9]{1,9} ?<?){0,40}",
             cuts in proptest::collection::vec(0..9_usize, 0..20),
             max in 1..30_usize,
         ) {
