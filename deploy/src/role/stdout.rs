@@ -45,6 +45,7 @@ pub async fn run(process: Process, out: impl Write + Send + 'static) -> anyhow::
         client_ip: client_ip_in,
         nats: None,
         clock,
+        spool: None,
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest::metrics::Metrics::register(&mut Registry::default()),
