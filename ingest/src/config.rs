@@ -1,7 +1,10 @@
 //! The `[ingest]` section: raw as it was written, then checked.
 
 mod file;
+mod http;
 mod listen;
+mod otlp;
+mod requests;
 mod source;
 mod stdin;
 
@@ -216,7 +219,7 @@ mod tests {
             ],
             "{mistakes:#?}"
         );
-        assert!(mistakes[6].contains("expected `file` or"), "{}", mistakes[6]);
+        assert!(mistakes[6].contains("expected `file`, "), "{}", mistakes[6]);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::error::IngestError;
 use crate::metrics::Metrics;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
+use crate::source::http;
 use crate::source::intake::Intake;
 use crate::source::stdin;
 use crate::uplink;
@@ -110,6 +111,9 @@ pub async fn run(config: IngestConfig, inputs: Inputs) -> Result<(), IngestError
         let id = match source.kind {
             SourceKind::File(file) => start_file(&mut tasks, (file, source.lines), shared.clone(), &inputs),
             SourceKind::Stdin => tasks.spawn(stdin::run(intake(&inputs, shared.clone(), source.lines), only)).id(),
+            SourceKind::Http(requests) | SourceKind::Otlp(requests) => {
+                tasks.spawn(http::run(requests, intake(&inputs, shared.clone(), source.lines))).id()
+            }
         };
         running.push((id, shared));
     }
@@ -218,6 +222,8 @@ impl Shared {
         let kind = match &source.kind {
             SourceKind::File(_) => "file",
             SourceKind::Stdin => "stdin",
+            SourceKind::Http(_) => "http",
+            SourceKind::Otlp(_) => "otlp",
         };
         let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
         Arc::new(Self {

@@ -3,6 +3,7 @@
 use detect::engine::rule::{Mode, Rule, Threshold};
 use enforce::config::{BackendKind, Chains, FirewallConfig};
 use ingest::config::{SourceConfig, SourceKind};
+use ingest::source::http::{Content, OTLP_PATH, RequestsConfig};
 use proto::bus::config::{BusConfig, Login};
 use proto::time::render_duration;
 
@@ -69,8 +70,24 @@ fn describe_source(source: &SourceConfig) -> String {
             file.include.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
         }
         SourceKind::Stdin => "standard input".to_owned(),
+        SourceKind::Http(requests) | SourceKind::Otlp(requests) => describe_requests(requests),
     };
     format!("{}: {from}", source.name)
+}
+
+fn describe_requests(requests: &RequestsConfig) -> String {
+    let scheme = if requests.listen.tls.is_some() { "https" } else { "http" };
+    let path = match &requests.content {
+        Content::Lines { path } => path,
+        Content::Otlp => OTLP_PATH,
+    };
+    let senders = match (&requests.listen.allowed_senders, requests.auth.is_given()) {
+        (Some(_), true) => "from allowed senders with a secret",
+        (Some(_), false) => "from allowed senders",
+        (None, true) => "from whoever has a secret",
+        (None, false) => "from everybody who reaches it",
+    };
+    format!("{scheme}://{}{path} {senders}", requests.listen.addr)
 }
 
 fn describe_rule(rule: &Rule) -> String {

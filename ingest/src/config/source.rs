@@ -9,8 +9,11 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
+use super::http::RawHttp;
+use super::otlp::RawOtlp;
 use super::stdin::RawStdin;
 use crate::parse::Format;
+use crate::source::http::RequestsConfig;
 use crate::source::limit::LimitConfig;
 
 /// Default of `line_bytes_max`: Traefik accepts request heads of 1 MiB, honest ones are far below 64 KiB.
@@ -24,7 +27,7 @@ const SENDER_LINES: NonZeroU32 = NonZeroU32::new(50_000).expect("above zero");
 /// Default of `limits.burst`.
 const BURST: Duration = Duration::from_secs(5);
 /// Every kind, as written.
-const KINDS: &str = "`file` or `stdin`";
+const KINDS: &str = "`file`, `stdin`, `http` or `otlp`";
 
 /// One source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +47,10 @@ pub enum SourceKind {
     File(FileConfig),
     /// Standard input.
     Stdin,
+    /// Requests that bring lines.
+    Http(RequestsConfig),
+    /// Requests that bring OTLP's logs.
+    Otlp(RequestsConfig),
 }
 
 /// What every source says of its lines.
@@ -71,6 +78,10 @@ pub enum RawSource {
     File(RawFile),
     /// `stdin`
     Stdin(RawStdin),
+    /// `http`
+    Http(RawHttp),
+    /// `otlp`
+    Otlp(RawOtlp),
     /// None of them.
     Unknown(Field<String>),
 }
@@ -80,6 +91,8 @@ impl FromValue for RawSource {
         Ok(match value.get("type").and_then(Value::as_str) {
             Some("file") => Self::File(RawFile::from_value(value)?),
             Some("stdin") => Self::Stdin(RawStdin::from_value(value)?),
+            Some("http") => Self::Http(RawHttp::from_value(value)?),
+            Some("otlp") => Self::Otlp(RawOtlp::from_value(value)?),
             _ if !value.is_object() => return Err(format!("expected a table, got {value}")),
             _ => {
                 let kind = value.get("type").cloned().map(String::from_value);
@@ -98,6 +111,14 @@ impl RawSource {
         let (lines, kind) = match self {
             Self::File(file) => file.check(mistakes),
             Self::Stdin(stdin) => stdin.check(mistakes),
+            Self::Http(http) => {
+                let (lines, kind) = http.check(mistakes);
+                (lines, kind?)
+            }
+            Self::Otlp(otlp) => {
+                let (lines, kind) = otlp.check(mistakes);
+                (lines, kind?)
+            }
             Self::Unknown(kind) => {
                 if let Some(other) = kind.required("type", mistakes) {
                     mistakes.add("type", format!("expected {KINDS}, got {other:?}"));
