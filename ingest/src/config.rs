@@ -1,8 +1,11 @@
 //! The `[ingest]` section: raw as it was written, then checked.
 
 mod file;
+mod http;
 mod listen;
 mod nats;
+mod otlp;
+mod requests;
 mod source;
 mod stdin;
 mod syslog;

@@ -23,7 +23,7 @@ use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
 use crate::source::skew::Skew;
-use crate::source::{nats, stdin, syslog};
+use crate::source::{http, nats, stdin, syslog};
 use crate::spool::{self, Spool};
 use crate::uplink;
 
@@ -127,6 +127,9 @@ pub async fn run(config: IngestConfig, mut inputs: Inputs) -> Result<(), IngestE
             SourceKind::Nats(nats) => {
                 let bus = inputs.nats.clone().ok_or_else(|| IngestError::NoNats { source_name: source.name })?;
                 tasks.spawn(nats::run(stream(), nats, bus)).id()
+            }
+            SourceKind::Http(requests) | SourceKind::Otlp(requests) => {
+                tasks.spawn(http::run(requests, stream())).id()
             }
         };
         running.push((id, shared));
@@ -260,6 +263,8 @@ impl Shared {
             SourceKind::Stdin => "stdin",
             SourceKind::Syslog(_) => "syslog",
             SourceKind::Nats(_) => "nats",
+            SourceKind::Http(_) => "http",
+            SourceKind::Otlp(_) => "otlp",
         };
         let report = SourceReport { name: source.name.clone(), kind: kind.to_owned(), ..SourceReport::default() };
         Arc::new(Self {

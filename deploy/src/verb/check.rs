@@ -3,6 +3,7 @@
 use detect::engine::rule::{Mode, Rule, Threshold};
 use enforce::config::{BackendKind, Chains, FirewallConfig};
 use ingest::config::{ListenConfig, SourceConfig, SourceKind, SyslogConfig, Transport};
+use ingest::source::http::{Content, OTLP_PATH, RequestsConfig};
 use proto::bus::config::{BusConfig, Login};
 use proto::subject::{PREFIX, Subjects};
 use proto::time::render_duration;
@@ -76,6 +77,7 @@ fn describe_source(source: &SourceConfig, bus: &BusConfig) -> String {
             let wanted = nats.wanted(&Subjects::new(prefix), &source.name);
             format!("raw lines on {}, shared by the queue group {}", wanted.subject, wanted.queue)
         }
+        SourceKind::Http(requests) | SourceKind::Otlp(requests) => describe_requests(requests),
     };
     format!("{}: {from}", source.name)
 }
@@ -99,6 +101,21 @@ fn describe_senders(listen: &ListenConfig) -> String {
         whom.push_str(" with a certificate");
     }
     whom
+}
+
+fn describe_requests(requests: &RequestsConfig) -> String {
+    let scheme = if requests.listen.tls.is_some() { "https" } else { "http" };
+    let path = match &requests.content {
+        Content::Lines { path } => path,
+        Content::Otlp => OTLP_PATH,
+    };
+    let senders = match (&requests.listen.allowed_senders, requests.auth.is_given()) {
+        (Some(_), true) => "from allowed senders with a secret",
+        (Some(_), false) => "from allowed senders",
+        (None, true) => "from whoever has a secret",
+        (None, false) => "from everybody who reaches it",
+    };
+    format!("{scheme}://{}{path} {senders}", requests.listen.addr)
 }
 
 fn describe_rule(rule: &Rule) -> String {

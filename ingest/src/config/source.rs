@@ -10,9 +10,12 @@ use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
 use super::nats::{NatsSource, RawNats};
+use super::http::RawHttp;
+use super::otlp::RawOtlp;
 use super::stdin::RawStdin;
 use super::syslog::{RawSyslog, SyslogConfig};
 use crate::parse::Format;
+use crate::source::http::RequestsConfig;
 use crate::source::limit::LimitConfig;
 
 /// Default of `line_bytes_max`: Traefik accepts request heads of 1 MiB, honest ones are far below 64 KiB.
@@ -26,7 +29,7 @@ const SENDER_LINES: NonZeroU32 = NonZeroU32::new(50_000).expect("above zero");
 /// Default of `limits.burst`.
 const BURST: Duration = Duration::from_secs(5);
 /// Every kind, as written.
-const KINDS: &str = "`file`, `stdin`, `syslog` or `nats`";
+const KINDS: &str = "`file`, `stdin`, `syslog`, `http`, `otlp` or `nats`";
 
 /// One source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +53,10 @@ pub enum SourceKind {
     Syslog(SyslogConfig),
     /// What shippers publish on a subject.
     Nats(NatsSource),
+    /// Requests that bring lines.
+    Http(RequestsConfig),
+    /// Requests that bring OTLP's logs.
+    Otlp(RequestsConfig),
 }
 
 /// What every source says of its lines.
@@ -81,6 +88,10 @@ pub enum RawSource {
     Syslog(Box<RawSyslog>),
     /// `nats`
     Nats(RawNats),
+    /// `http`
+    Http(RawHttp),
+    /// `otlp`
+    Otlp(RawOtlp),
     /// None of them.
     Unknown(Field<String>),
 }
@@ -92,6 +103,8 @@ impl FromValue for RawSource {
             Some("stdin") => Self::Stdin(RawStdin::from_value(value)?),
             Some("syslog") => Self::Syslog(Box::new(RawSyslog::from_value(value)?)),
             Some("nats") => Self::Nats(RawNats::from_value(value)?),
+            Some("http") => Self::Http(RawHttp::from_value(value)?),
+            Some("otlp") => Self::Otlp(RawOtlp::from_value(value)?),
             _ if !value.is_object() => return Err(format!("expected a table, got {value}")),
             _ => {
                 let kind = value.get("type").cloned().map(String::from_value);
@@ -115,6 +128,14 @@ impl RawSource {
                 (lines, kind?)
             }
             Self::Nats(nats) => nats.check(mistakes),
+            Self::Http(http) => {
+                let (lines, kind) = http.check(mistakes);
+                (lines, kind?)
+            }
+            Self::Otlp(otlp) => {
+                let (lines, kind) = otlp.check(mistakes);
+                (lines, kind?)
+            }
             Self::Unknown(kind) => {
                 if let Some(other) = kind.required("type", mistakes) {
                     mistakes.add("type", format!("expected {KINDS}, got {other:?}"));

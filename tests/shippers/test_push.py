@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Posts lines and OTLP's logs to `portcullis run`, from requests to bans.
+
+    tests/shippers/test_push.py     needs portcullis (PORTCULLIS, else target/debug/portcullis), curl and the package
+                                    opentelemetry-proto
+
+OTLP is written and read by OpenTelemetry's own classes. Changes no firewall. Prints one line a test, and ends with 1 when one
+failed.
+"""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+import urllib.error
+import urllib.request
+from datetime import datetime, timezone
+from pathlib import Path
+
+from google.protobuf import json_format
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
+PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
+SHIPPERS = ROOT / "deploy" / "shippers"
+DEADLINE_S = 60
+"""Whatever has not happened by then does not happen. No test waits for it to pass."""
+OFFENCES = 15
+"""As many as the built-in rule needs."""
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+def until(what, look):
+    """Looks again and again; what `look` found, once that is something."""
+    end = time.monotonic() + DEADLINE_S
+    while not (found := look()):
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def entry(client, number):
+    """An entry of Traefik's log: a request for what is not there, just now."""
+    now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+    return {"ClientAddr": f"{client}:40000", "ClientHost": client, "DownstreamStatus": 404, "OriginStatus": 404,
+            "Duration": 123456, "RequestMethod": "GET", "RequestPath": f"/wp-login.php?n={number}", "StartUTC": now,
+            "RequestHost": "shop.example.net", "level": "info", "msg": "", "time": now}
+
+
+def clf(client):
+    """The same in the common log format, as Traefik puts it into the text of a record."""
+    now = datetime.now(timezone.utc).strftime("%d/%b/%Y:%H:%M:%S +0000")
+    return f'{client} - - [{now}] "GET /wp-login.php HTTP/1.1" 404 0 "-" "-" 1 "r@file" "http://10.0.0.2:80" 1ms\n'
+
+
+def value(plain):
+    if isinstance(plain, int):
+        return AnyValue(int_value=plain)
+    return AnyValue(string_value=plain)
+
+
+def export(records):
+    """A request with `records`: each a text and attributes."""
+    request = ExportLogsServiceRequest()
+    resource_logs = request.resource_logs.add()
+    resource_logs.resource.attributes.append(KeyValue(key="service.name", value=value("traefik")))
+    resource_logs.resource.attributes.append(KeyValue(key="host.name", value=value("Web 1")))
+    scope_logs = resource_logs.scope_logs.add()
+    scope_logs.scope.name = "traefik"
+    for text, attributes in records:
+        record = scope_logs.log_records.add(time_unix_nano=time.time_ns(), severity_number=9, severity_text="info", flags=1,
+                                            trace_id=bytes(range(16)), span_id=bytes(range(8)))
+        if text is not None:
+            record.body.string_value = text
+        record.attributes.extend(KeyValue(key=key, value=value(plain)) for key, plain in attributes.items())
+    return request
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Service:
+    """`portcullis run` with a source of each kind."""
+
+    def __init__(self, folder):
+        self.socket, self.log = folder / "api.sock", folder / "log"
+        self.http, self.otlp = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        tokens, config = folder / "tokens", folder / "portcullis.toml"
+        tokens.write_text(TOKEN + "\n")
+        tokens.chmod(0o600)
+        config.write_text(f"""
+            node = "edge-1"
+            state_dir = "{folder}/state"
+            api.socket = "{self.socket}"
+            enforce.firewall.backend = "none"
+            [ingest.sources.push]
+            type = "http"
+            listen = "{self.http}"
+            auth.tokens_file = "{tokens}"
+            [ingest.sources.otlp]
+            type = "otlp"
+            listen = "{self.otlp}"
+            node_from = "host"
+        """)
+        self.output = self.log.open("w")
+        self.process = subprocess.Popen([PORTCULLIS, "run", "-c", config], stdout=self.output, stderr=self.output)
+        for address in (self.http, self.otlp):
+            until("it listens", lambda: self.is_healthy(address))
+
+    def is_healthy(self, address):
+        assert self.process.poll() is None, "portcullis ended"
+        try:
+            return urllib.request.urlopen(f"http://{address}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def post(self, url, body, headers):
+        """Status, headers and body of the answer."""
+        request = urllib.request.Request(url, data=body, headers=headers, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as answer:
+            return answer.code, answer.headers, answer.read()
+
+    def ask(self, verb):
+        done = subprocess.run([PORTCULLIS, verb, "--json", "--socket", self.socket], capture_output=True, text=True, check=False)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def ban_of(self, client):
+        return until(f"{client} is banned", lambda: [ban for ban in self.ask("bans") if client in json.dumps(ban)])
+
+    def end(self):
+        self.process.terminate()
+        try:
+            assert self.process.wait(DEADLINE_S) == 0
+        finally:
+            self.process.kill()
+            self.output.close()
+
+
+def curl_posts_a_log(service):
+    lines = "".join(json.dumps(entry("203.0.113.10", n)) + "\n" for n in range(OFFENCES))
+    curl = ["curl", "--silent", "--show-error", "--fail-with-body", "--data-binary", "@-", "-H", f"Authorization: Bearer {TOKEN}"]
+    done = subprocess.run([*curl, f"http://{service.http}/"], input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{OFFENCES} lines taken\n", done
+    service.ban_of("203.0.113.10")
+    curl[-1] = "Authorization: Bearer wrong"
+    done = subprocess.run([*curl, f"http://{service.http}/"], input=lines, capture_output=True, text=True, check=False)
+    assert done.returncode == 22 and "token" in done.stdout, done
+
+
+def shippers_as_their_settings_say(service):
+    """What the settings in deploy/shippers make these programs send, as their manuals have it."""
+    vector = tomllib.loads((SHIPPERS / "vector-http.toml").read_text())
+    sink = vector["sinks"]["portcullis"]
+    assert (sink["encoding"]["codec"], sink["compression"], sink["auth"]["strategy"]) == ("text", "gzip", "bearer")
+    assert sink["acknowledgements"]["enabled"] and sink["buffer"]["when_full"] == "block"
+    assert sink["batch"]["max_bytes"] <= 16 << 20
+    text = "\n".join(json.dumps(entry("203.0.113.11", n)) for n in range(OFFENCES))
+    path = sink["uri"].partition("//")[2].partition("/")[2]
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Encoding": "gzip", "Content-Type": "text/plain"}
+    assert service.post(f"http://{service.http}/{path}", gzip.compress(text.encode()), headers)[0] == 200
+    service.ban_of("203.0.113.11")
+
+    settings = [line.split(None, 1) for line in (SHIPPERS / "fluent-bit.conf").read_text().splitlines() if line.startswith(" ")]
+    output = dict(settings[[key for key, _ in settings].index("Match"):])
+    assert (output["Format"], output["compress"], output["Retry_Limit"]) == ("json_lines", "gzip", "no_limits"), output
+    # Its key `log` holds the line without its end.
+    lines = "".join(json.dumps({"log": json.dumps(entry("203.0.113.12", n)) + "\n"}) + "\n" for n in range(OFFENCES))
+    headers["Content-Type"] = "application/x-ndjson"
+    assert service.post(f"http://{service.http}{output['URI']}", gzip.compress(lines.encode()), headers)[0] == 200
+    service.ban_of("203.0.113.12")
+
+
+def otlp_in_protobuf_and_json(service):
+    url = f"http://{service.otlp}/v1/logs"
+    kinds = {"application/x-protobuf": lambda request: request.SerializeToString(),
+             "application/json": lambda request: json_format.MessageToJson(request).encode()}
+    client = 20
+    for content_type, write in kinds.items():
+        for packed in (False, True):
+            for what in ("text", "attributes", "both", "clf"):
+                client += 1
+                address = f"203.0.113.{client}"
+                entries = [entry(address, n) for n in range(OFFENCES)]
+                records = {"text": [(json.dumps(e) + "\n", {}) for e in entries], "attributes": [(None, e) for e in entries],
+                           "both": [(clf("198.51.100.1"), e) for e in entries], "clf": [(clf(address), {}) for _ in entries]}
+                body = write(export(records[what]))
+                headers = {"Content-Type": content_type}
+                if packed:
+                    headers["Content-Encoding"], body = "gzip", gzip.compress(body)
+                status, answered, answer = service.post(url, body, headers)
+                assert (status, answered["Content-Type"]) == (200, content_type), (status, answer)
+                response = ExportLogsServiceResponse()
+                if content_type == "application/json":
+                    json_format.Parse(answer, response)
+                else:
+                    response.ParseFromString(answer)
+                assert not response.HasField("partial_success"), response
+                service.ban_of(address)
+    assert "198.51.100.1" not in json.dumps(service.ask("bans")), "attributes count before a text that can be forged"
+
+
+def otlp_says_what_it_rejects(service):
+    url = f"http://{service.otlp}/v1/logs"
+    body = export([(None, {"message": "no access"}), ("hello", {}), (json.dumps(entry("203.0.113.99", 0)), {})])
+    status, _, answer = service.post(url, body.SerializeToString(), {"Content-Type": "application/x-protobuf"})
+    response = ExportLogsServiceResponse.FromString(answer)
+    assert (status, response.partial_success.rejected_log_records) == (200, 1), response
+    assert "no lines" in response.partial_success.error_message
+    status, _, answer = service.post(url, json_format.MessageToJson(body).encode(), {"Content-Type": "application/json"})
+    response = json_format.Parse(answer, ExportLogsServiceResponse())
+    assert (status, response.partial_success.rejected_log_records) == (200, 1), response
+    status, answered, answer = service.post(url, b"\xff", {"Content-Type": "application/x-protobuf"})
+    assert (status, answered["Content-Type"], answer[:2]) == (400, "application/x-protobuf", b"\x08\x03"), answer
+    status, _, answer = service.post(url, b"{", {"Content-Type": "application/json"})
+    assert (status, json.loads(answer)["code"]) == (400, 3), answer
+
+
+TESTS = [curl_posts_a_log, shippers_as_their_settings_say, otlp_in_protobuf_and_json, otlp_says_what_it_rejects]
+
+
+def main():
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="portcullis-push-") as folder:
+        service = Service(Path(folder))
+        for test in TESTS:
+            try:
+                test(service)
+                print(f"test push::{test.__name__} ... ok", flush=True)
+            except Exception:  # Whatever it is, the test failed.
+                failed = True
+                print(f"test push::{test.__name__} ... FAILED\n{traceback.format_exc()}", flush=True)
+        service.end()
+        if failed:
+            print(service.log.read_text()[-4000:], file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
