@@ -128,9 +128,7 @@ pub async fn run(config: IngestConfig, mut inputs: Inputs) -> Result<(), IngestE
                 let bus = inputs.nats.clone().ok_or_else(|| IngestError::NoNats { source_name: source.name })?;
                 tasks.spawn(nats::run(stream(), nats, bus)).id()
             }
-            SourceKind::Http(requests) | SourceKind::Otlp(requests) => {
-                tasks.spawn(http::run(requests, stream())).id()
-            }
+            SourceKind::Http(requests) | SourceKind::Otlp(requests) => tasks.spawn(http::run(requests, stream())).id(),
         };
         running.push((id, shared));
     }
@@ -176,9 +174,9 @@ fn start_spool(
     let Some(spool) = inputs.spool.take() else { return inputs.batches.clone() };
     let (sender, receiver) = mpsc::channel(spool::WAITING_MAX);
     let (ends, said) = ((receiver, inputs.batches.clone()), (status, inputs.metrics.clone()));
-    let shutdown = inputs.shutdown.clone();
+    let until = (inputs.clock.clone(), inputs.shutdown.clone());
     tasks.spawn(async move {
-        spool::run(spool, ends, said, shutdown).await;
+        spool::run(spool, ends, said, until).await;
         Ok(())
     });
     sender

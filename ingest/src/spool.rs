@@ -20,10 +20,10 @@ use std::time::Duration;
 use proto::event::{AccessBatch, Receipt};
 use proto::report::Problem;
 use proto::shutdown::Shutdown;
+use proto::time::{Clock, Timestamp};
 use proto::wire::{decode_batch, encode_batch};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::time::Instant;
 
 use crate::metrics::Metrics;
 use crate::uplink::Status;
@@ -166,7 +166,7 @@ impl Spool {
 /// Where a batch is that is on its way.
 enum Copy {
     /// Here, with whoever waits for it.
-    Memory(AccessBatch, Vec<Receipt>),
+    Memory(Box<AccessBatch>, Vec<Receipt>),
     /// In the folder, under this number.
     Disk(u64),
 }
@@ -176,7 +176,7 @@ pub(crate) async fn run(
     spool: Spool,
     (batches, out): (mpsc::Receiver<AccessBatch>, mpsc::Sender<AccessBatch>),
     (status, metrics): (Status, Metrics),
-    shutdown: Shutdown,
+    (clock, shutdown): (Clock, Shutdown),
 ) {
     let (acks, acks_in) = mpsc::unbounded_channel();
     let (on_way, held) = (BTreeMap::new(), None);
@@ -187,7 +187,8 @@ pub(crate) async fn run(
         on_way,
         tickets: 0,
         held,
-        due: Instant::now(),
+        due: clock.raw(),
+        clock,
         status,
         metrics,
         failing: false,
@@ -205,7 +206,8 @@ struct Relay {
     tickets: u64,
     /// What is to be written, and when at the latest.
     held: Option<AccessBatch>,
-    due: Instant,
+    due: Timestamp,
+    clock: Clock,
     status: Status,
     metrics: Metrics,
     /// Whether the folder could not be written.
@@ -229,7 +231,7 @@ impl Relay {
             tokio::select! {
                 biased;
                 Some((ticket, safe)) = acks.recv() => self.note(ticket, safe),
-                () = tokio::time::sleep_until(self.due), if self.held.is_some() => self.write_held(),
+                () = tokio::time::sleep(self.due.since(self.clock.raw())), if self.held.is_some() => self.write_held(),
                 // Before anything new, or what is old would wait for ever.
                 Some(Ok(permit)) = reserve(out.as_ref()), if out.is_some() => {
                     if let Some((number, batch)) = tokio::task::block_in_place(|| self.spool.read()) {
@@ -260,7 +262,7 @@ impl Relay {
             && let Some(out) = self.out.clone()
         {
             let receipts = std::mem::take(&mut batch.receipts);
-            let copy = Copy::Memory(batch.clone(), receipts);
+            let copy = Copy::Memory(Box::new(batch.clone()), receipts);
             let ticket = self.tickets;
             let sent = self.with_ticket(batch, copy);
             match out.try_send(sent) {
@@ -269,7 +271,7 @@ impl Relay {
             }
             // Its ticket is void: what it says is not heard.
             let Some(Copy::Memory(copy, receipts)) = self.on_way.remove(&ticket) else { return };
-            batch = copy;
+            batch = *copy;
             batch.receipts = receipts;
         }
         self.hold(batch);
@@ -292,7 +294,7 @@ impl Relay {
             (Some(Copy::Memory(_, receipts)), true) => receipts.into_iter().for_each(Receipt::deliver),
             (Some(Copy::Memory(mut batch, receipts)), false) => {
                 batch.receipts = receipts;
-                self.hold(batch);
+                self.hold(*batch);
                 self.write_held();
             }
             (Some(Copy::Disk(number)), true) => tokio::task::block_in_place(|| self.spool.remove(number)),
@@ -311,7 +313,7 @@ impl Relay {
         }
         if self.held.is_none() {
             self.held = Some(batch);
-            self.due = Instant::now() + JOIN_WAIT;
+            self.due = self.clock.raw().saturating_add(JOIN_WAIT);
         } else {
             // The folder cannot be written. Whoever waits is told that this is lost.
             tracing::error!(lines = batch.counts.lines, "Lines are lost, as neither bus nor spool takes them");
@@ -331,7 +333,7 @@ impl Relay {
                     tracing::error!(%error, cause, "Spool cannot be written, it is tried again");
                 }
                 self.held = Some(batch);
-                self.due = Instant::now() + RETRY;
+                self.due = self.clock.raw().saturating_add(RETRY);
             }
         }
     }

@@ -9,8 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::file::{FileConfig, RawFile};
-use super::nats::{NatsSource, RawNats};
 use super::http::RawHttp;
+use super::nats::{NatsSource, RawNats};
 use super::otlp::RawOtlp;
 use super::stdin::RawStdin;
 use super::syslog::{RawSyslog, SyslogConfig};

@@ -3,7 +3,6 @@ use std::sync::atomic::{AtomicI8, Ordering};
 
 use prometheus_client::registry::Registry;
 use proto::event::{Event, Text};
-use proto::time::Timestamp;
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -26,9 +25,10 @@ impl Waits {
 }
 
 async fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
+    let clock = Clock::system();
+    let end = clock.raw().saturating_add(PATIENCE);
     while !is_so() {
-        assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}");
+        assert!(clock.raw() < end, "{what}: not within {PATIENCE:?}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -49,7 +49,7 @@ impl Running {
         let (out, uplink) = mpsc::channel(queue);
         let (status, shutdown) = (Status::default(), Shutdown::new());
         let said = (status.clone(), Metrics::register(&mut Registry::default()));
-        let task = tokio::spawn(run(spool, (batches, out), said, shutdown.clone()));
+        let task = tokio::spawn(run(spool, (batches, out), said, (Clock::system(), shutdown.clone())));
         Self { source, uplink, status, shutdown, task }
     }
 

@@ -118,7 +118,7 @@ impl Work {
     }
 
     fn push(&self) -> Result<Taken, Failed> {
-        let mut outlet = Outlet { work: self, inlet: self.intake.open(self.origin()), failed: None };
+        let mut outlet = Outlet { work: self, inlet: self.intake.open_mixed(self.origin()), failed: None };
         let mut taken = Taken::default();
         let (bytes, line_bytes_max) = (self.body.bytes(), self.intake.line_bytes_max);
         let pushed = match self.written {
@@ -193,7 +193,7 @@ impl Outlet<'_> {
             return ControlFlow::Continue(());
         }
         self.end();
-        self.inlet = self.work.intake.open(origin);
+        self.inlet = self.work.intake.open_mixed(origin);
         if self.failed.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
