@@ -1,7 +1,8 @@
 //! Everything that listens, under everybody who means harm: whatever they send, the good sender beside them is served, memory
 //! stays within bounds, and nothing panics.
 //!
-//! `HOSTILE_SECONDS` is how long random bytes are sent, 15 by default; a minute and more are for the desk.
+//! `HOSTILE_SECONDS` is how long random bytes are sent, 15 by default, and `HOSTILE_CONNECTIONS` how many connections are
+//! opened, 20,000 by default; a minute and 100,000 are for the desk.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -16,7 +17,7 @@ use flate2::write::GzEncoder;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 use proto::time::Clock;
 use tests::netns::{Namespace, host};
-use tests::portcullis::{Service, wait_for};
+use tests::portcullis::{Service, wait_until};
 use tests::random::Random;
 
 const NETWORK: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 0));
@@ -28,23 +29,24 @@ const OTLP: u16 = 4318;
 /// What the whole process may hold at its worst, in KiB: the bodies of all requests have 64 MiB for each of two sources, the
 /// rest is lines, connections and the program.
 const MEMORY_KIB_MAX: u64 = 256 << 10;
-/// Connections that are opened and dropped.
-const CONNECTIONS: u64 = 100_000;
 /// Decompressed size of the bomb, in members of 64 MiB.
 const BOMB_MEMBERS: usize = 160;
+/// Slow senders have gone by then: a body has 30 seconds, and so has a message.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// How long an answer to the good sender may take before the test gives up on it. Far above what it takes.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
 
 fn config() -> String {
     let network = "allowed_senders = [\"198.51.100.0/24\", \"203.0.113.0/24\"]";
-    let listen = |port: u16| format!("listen = \"198.51.100.1:{port}\"\n{network}\nidle_timeout = \"10s\"\n");
+    let hear = |port: u16| format!("listen = \"198.51.100.1:{port}\"\n{network}\n");
+    let listen = |port: u16| format!("{}idle_timeout = \"10s\"\n", hear(port));
     format!(
         "[ingest.sources.tcp]\ntype = \"syslog\"\nmode = \"tcp\"\n{}\
          [ingest.sources.udp]\ntype = \"syslog\"\nmode = \"udp\"\n{}\
          [ingest.sources.http]\ntype = \"http\"\n{}\
          [ingest.sources.otlp]\ntype = \"otlp\"\n{}",
         listen(SYSLOG),
-        listen(SYSLOG),
+        hear(SYSLOG),
         listen(HTTP),
         listen(OTLP),
     )
@@ -183,8 +185,8 @@ fn random_bytes(random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-fn seconds() -> u64 {
-    std::env::var("HOSTILE_SECONDS").ok().map_or(15, |text| text.parse().unwrap())
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 
 #[test]
@@ -193,7 +195,7 @@ fn random_bytes_on_every_port_harm_nobody() {
     let clock = Clock::system();
     let sent = AtomicU64::new(0);
     let served = serve_beside(&place, || {
-        let end = clock.now().saturating_add(Duration::from_secs(seconds()));
+        let end = clock.now().saturating_add(Duration::from_secs(setting("HOSTILE_SECONDS", 15)));
         std::thread::scope(|scope| {
             for seed in 0..4 {
                 let (place, sent, clock) = (&place, &sent, clock.clone());
@@ -207,7 +209,7 @@ fn random_bytes_on_every_port_harm_nobody() {
                             // A refusal is what they are there for.
                             if let Ok(mut stream) = attacker(&mut random, port) {
                                 let _refused = stream.write_all(&bytes);
-                                if random.chance(30) {
+                                if random.chance(10) {
                                     let _refused = stream.read(&mut [0; 512]);
                                 }
                             }
@@ -225,8 +227,9 @@ fn random_bytes_on_every_port_harm_nobody() {
 }
 
 #[test]
-fn a_hundred_thousand_connections_are_refused_politely() {
+fn any_number_of_connections_is_refused_politely() {
     let place = Place::new();
+    let connections = setting("HOSTILE_CONNECTIONS", 20_000);
     let refused = AtomicU64::new(0);
     let served = serve_beside(&place, || {
         std::thread::scope(|scope| {
@@ -236,7 +239,7 @@ fn a_hundred_thousand_connections_are_refused_politely() {
                     place.senders.within(move || {
                         let mut random = Random::new(seed);
                         let mut kept = Vec::new();
-                        for n in 0..CONNECTIONS / 4 {
+                        for n in 0..connections / 4 {
                             let port = random.pick(&[SYSLOG, HTTP, OTLP]);
                             match attacker(&mut random, port) {
                                 // The first are kept open, the others only knock.
@@ -280,7 +283,7 @@ fn who_sends_a_byte_now_and_then_is_let_go() {
                     }
                 }
                 // Each has a byte to say, every second.
-                wait_for("all slow senders are let go", || {
+                wait_until("all slow senders are let go", PATIENCE, || {
                     std::thread::sleep(Duration::from_millis(500));
                     slow.retain_mut(|stream| {
                         let told = stream.write(b"a");
