@@ -9,6 +9,7 @@ use std::sync::Arc;
 use proto::client_ip::ClientIpPolicy;
 use proto::event::{AccessBatch, Interest, Receipt};
 use proto::report::Problem;
+use proto::subject::{OPERATOR, SYSTEM};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch;
@@ -41,8 +42,9 @@ pub(crate) enum Room {
 }
 
 impl Intake {
-    /// For one sender, whose lines are shown under `origin` where that is not this node.
+    /// For one sender, whose lines are shown under `origin` where that is another node, and none whose name is reserved.
     pub(crate) fn open(&self, origin: Option<Arc<str>>) -> Inlet {
+        let origin = origin.filter(|name| **name != *self.shared.node && ![OPERATOR, SYSTEM].contains(&&**name));
         let parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
         Inlet { intake: self.clone(), lane: Lane::new(parser), rules: Arc::default(), is_new: true, origin }
     }
