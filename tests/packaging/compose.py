@@ -2,7 +2,8 @@
 """Starts the cluster of deploy/compose/cluster as its README says, on three machines with a Docker each, and bans.
 
     tests/packaging/compose.py FOLDER   needs root, what docker.sh got into FOLDER, portcullis (PORTCULLIS, else
-                                        target/debug/portcullis), iptables, ipset, iproute2, curl and the package PyYAML
+                                        target/debug/portcullis), iptables, ipset, iproute2, curl, the package PyYAML and
+                                        3 GiB of memory
 
 The machines are network namespaces: nothing outside of them is changed. The programs are the released ones; the images
 around them are made here, because there is no registry: see images.py. Prints one line a test, and ends with 1 when one
@@ -17,14 +18,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import images
-from machines import DEADLINE_S, CannotRun, Janitor, Machine, Namespace, Network, until
+from machines import DEADLINE_S, CannotRun, Machine, Namespace, Network, scratch, until
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
@@ -307,21 +307,21 @@ def tested(cluster):
 def main():
     # So that all of `finally` runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    folder = Path(tempfile.mkdtemp(prefix="portcullis-"))
-    janitor, machines = Janitor(folder), []
+    machines = []
     try:
-        cluster = Cluster(folder, Path(sys.argv[1]).resolve())
-        machines = cluster.machines.values()
-        for machine in machines:
-            machine.start()
-        return 0 if tested(cluster) else 1
+        with scratch() as folder:
+            try:
+                cluster = Cluster(folder, Path(sys.argv[1]).resolve())
+                machines = cluster.machines.values()
+                for machine in machines:
+                    machine.start()
+                return 0 if tested(cluster) else 1
+            finally:
+                for machine in machines:
+                    machine.kill()
     except CannotRun as reason:
         print(f"SKIPPED: the cluster in containers: {reason}")
         return 0
-    finally:
-        for machine in machines:
-            machine.kill()
-        janitor.work()
 
 
 if __name__ == "__main__":

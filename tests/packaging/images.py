@@ -62,7 +62,7 @@ def make(machine, tools, portcullis):
 
 def build(machine, name, base, files, instructions):
     """An image of `files` (each a text, or where it is) on `base`."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=machine.folder) as folder:
         for file, content in files.items():
             if isinstance(content, str):
                 (Path(folder) / file).write_text(content)

@@ -4,10 +4,13 @@ Each has an address on one network, its own firewall, and a dockerd with its own
 process ends, however it does, all of that ends and is removed.
 """
 
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +19,9 @@ DEADLINE_S = 60
 OURS = f"pc{os.getpid()}"
 """How the names of all that is made here begin."""
 NAMESPACES, CGROUPS = Path("/run/netns"), Path("/sys/fs/cgroup")
+MEMORY_KIB = 3 << 20
+"""What three machines need at most, with their disks."""
+CLONE_NEWNS = 0x20000
 
 
 class CannotRun(Exception):
@@ -138,7 +144,7 @@ class Machine:
 
     def look_inside(self, *command):
         """Runs a command where the processes and mounts of dockerd are."""
-        return run("nsenter", f"--target={self.dockerd()}", "--mount", "--pid", "--net", *command)
+        return run("nsenter", f"--target={self.dockerd()}", "--mount", "--pid", *command)
 
     def docker(self, *words, **more):
         return run("docker", *words, env=self.environment, **more)
@@ -148,43 +154,49 @@ class Machine:
         return self.docker("compose", *words, cwd=self.cluster)
 
 
-class Janitor:
-    """A process that waits for the end of this one, and removes all that it made. The kernel has ended the dockerds by
-    then: they die with their parent."""
+@contextlib.contextmanager
+def scratch():
+    """A folder in memory for the disks of all machines, which nobody else sees. With it goes all that was made here."""
+    [available] = [int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line]
+    if available < MEMORY_KIB:
+        raise CannotRun(f"it needs {MEMORY_KIB >> 10} MiB of memory, and {available >> 10} are free")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        raise CannotRun(f"no namespace for mounts: {os.strerror(ctypes.get_errno())}")
+    run("mount", "--make-rprivate", "/")
+    folder = Path(tempfile.mkdtemp(prefix="portcullis-"))
+    waits, stays_open = os.pipe()
+    if (janitor := os.fork()) == 0:
+        os.close(stays_open)
+        clean_up(waits, folder)
+        os._exit(0)
+    os.close(waits)
+    try:
+        run("mount", "-t", "tmpfs", "-o", f"size={MEMORY_KIB}k,mode=700", "tmpfs", folder)
+        yield folder
+    finally:
+        os.close(stays_open)
+        os.waitpid(janitor, 0)
 
-    def __init__(self, folder):
-        waits, self.open = os.pipe()
-        self.process = os.fork()
-        if self.process == 0:
-            os.close(self.open)
-            os.setsid()
-            for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(ignored, signal.SIG_IGN)
-            os.read(waits, 1)
-            end = time.monotonic() + DEADLINE_S
-            while not removed(folder) and time.monotonic() < end:
-                time.sleep(0.05)
-            os._exit(0)
-        os.close(waits)
 
-    def work(self):
-        """Has all removed now; the dockerds must have ended."""
-        os.close(self.open)
-        os.waitpid(self.process, 0)
-
-
-def removed(folder):
-    """Whether nothing is left. What a process that is ending still uses stays for a moment."""
+def clean_up(waits, folder):
+    """Waits until nobody has the other end of the pipe open, which is when the process has ended or asks for it. Then the
+    dockerds have ended as well: the kernel kills them with their parent."""
+    os.setsid()
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.read(waits, 1)
     for namespace in NAMESPACES.glob(f"{OURS}[a-z]*"):
         subprocess.run(["ip", "netns", "delete", namespace.name], check=False)
-    cgroups = [Path(inner) for hierarchy in [CGROUPS, *CGROUPS.iterdir()] if (hierarchy / OURS).is_dir()
-               for inner, _, _ in os.walk(hierarchy / OURS, topdown=False)]
-    try:
-        for cgroup in cgroups:
-            cgroup.rmdir()
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return False
-    return True
+    subprocess.run(["umount", "--lazy", folder], check=False)
+    folder.rmdir()
+    until("all cgroups are gone", cgroups_removed)
+
+
+def cgroups_removed():
+    """Whether none is left. One with a process that is ending stays for a moment."""
+    cgroups = [hierarchy / OURS for hierarchy in [CGROUPS, *CGROUPS.iterdir()] if (hierarchy / OURS).is_dir()]
+    for inner in [inner for cgroup in cgroups for inner, _, _ in os.walk(cgroup, topdown=False)]:
+        with contextlib.suppress(OSError):
+            Path(inner).rmdir()
+    return not any(cgroup.exists() for cgroup in cgroups)
