@@ -25,18 +25,23 @@ rm -rf "$folder"
 mkdir -p "$folder"/{apt/lists/partial,apt/cache/archives/partial,packages,root}
 cd "$folder"
 
-# Wherever this system has its packages from.
-mirror=$(apt-get indextargets --format '$(REPO_URI)' "Identifier: Packages" | grep '/debian/*$' | head -n 1) || true
+# Wherever this system has its packages from. That is told only of lists that are there.
+mirrors() { apt-get indextargets --format '$(REPO_URI)' "Identifier: Packages" | sed -n '\#/debian/*$#p'; }
+[ -n "$(mirrors)" ] || "${as_root[@]}" apt-get -qq update
+mirror=$(mirrors | sed -n 1p)
 [ -n "$mirror" ] || { echo "this system has no packages of Debian"; exit 1; }
 
 # With lists of their own, so that those of the system stay as they are.
-echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $docker_suite main" >apt/sources.list
+own_suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
+for one in "$docker_suite" "$own_suite"; do
+  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $one main"
+done | sort -u >apt/sources.list
 touch apt/status
 apt=(apt-get -qq -o "Dir::Etc::SourceList=$PWD/apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
   -o "Dir::State=$PWD/apt" -o "Dir::State::Lists=$PWD/apt/lists" -o "Dir::State::status=$PWD/apt/status"
   -o "Dir::Cache=$PWD/apt/cache" -o APT::Sandbox::User=root)
 "${apt[@]}" update
-(cd packages && "${apt[@]}" download "${docker_packages[@]}" && apt-get -qq -o APT::Sandbox::User=root download runc)
+(cd packages && "${apt[@]}" download "${docker_packages[@]/%//$docker_suite}" "runc/$own_suite")
 for package in packages/*.deb; do dpkg-deb -x "$package" root; done
 
 "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --target programs --requirement "$here/requirements.txt"

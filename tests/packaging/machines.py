@@ -144,7 +144,7 @@ class Machine:
 
     def look_inside(self, *command):
         """Runs a command where the processes and mounts of dockerd are."""
-        return run("nsenter", f"--target={self.dockerd()}", "--mount", "--pid", "--net", *command)
+        return run("nsenter", f"--target={self.dockerd()}", "--mount", "--pid", *command)
 
     def docker(self, *words, **more):
         return run("docker", *words, env=self.environment, **more)
