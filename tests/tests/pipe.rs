@@ -164,7 +164,8 @@ fn a_reader_that_has_gone_is_a_quiet_end() {
 #[test]
 fn a_slow_reader_stops_the_reading_and_loses_nothing() {
     let mut pipe = Pipe::start(&["ingest", "--stdout"]);
-    let (chunk, chunks) = (probes(1000), 60);
+    // A full queue holds the accesses of some 33 MB of lines.
+    let (chunk, chunks) = (probes(1000), 120);
     let mut input = pipe.input.take().unwrap();
     let (written, total) = (Arc::new(AtomicUsize::new(0)), chunk.len() * chunks);
     let progress = written.clone();
