@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 cargo_deny_version=0.20.2
 python_packages=tests/requirements.txt
 # Long enough to find a parser's shallow mistakes; longer runs are for the desk: see ingest/fuzz.
-fuzz_seconds=15
+fuzz_seconds=8
 
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-never} CARGO_TERM_PROGRESS_WHEN=never
 export PATH="$PATH:/usr/sbin:/sbin"
