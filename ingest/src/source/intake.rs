@@ -32,19 +32,15 @@ pub(crate) struct Intake {
     pub(crate) line_bytes_max: usize,
 }
 
-/// Whether what was sent found room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Room {
-    /// It is on its way.
-    Found,
-    /// It was dropped.
-    Missing,
-}
-
 impl Intake {
-    /// For one sender, whose lines are shown under `origin` where that is another node, and none whose name is reserved.
+    /// The node that lines are shown under of which a sender says this name: another than this one, and none whose name
+    /// is reserved.
+    pub(crate) fn origin(&self, name: String) -> Option<Arc<str>> {
+        (*name != *self.shared.node && name != OPERATOR && name != SYSTEM).then(|| name.into())
+    }
+
+    /// For one sender, whose lines are shown under `origin` where that [is another node](Self::origin).
     pub(crate) fn open(&self, origin: Option<Arc<str>>) -> Inlet {
-        let origin = origin.filter(|name| **name != *self.shared.node && ![OPERATOR, SYSTEM].contains(&&**name));
         let parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
         Inlet { intake: self.clone(), lane: Lane::new(parser), rules: Arc::default(), is_new: true, origin }
     }
@@ -165,13 +161,13 @@ impl Inlet {
     ///
     /// # Errors
     /// When nobody takes it any more.
-    pub(crate) fn try_send(&mut self, receipt: Option<&Receipt>) -> Result<Room, Stopped> {
-        let Some(batch) = self.take(receipt) else { return Ok(Room::Found) };
+    pub(crate) fn try_send(&mut self) -> Result<(), Stopped> {
+        let Some(batch) = self.take(None) else { return Ok(()) };
         match self.intake.batches.try_send(batch) {
-            Ok(()) => Ok(Room::Found),
+            Ok(()) => Ok(()),
             Err(TrySendError::Full(batch)) => {
                 self.intake.note_dropped(batch.counts.lines);
-                Ok(Room::Missing)
+                Ok(())
             }
             Err(TrySendError::Closed(_)) => Err(Stopped::ReceiverGone),
         }

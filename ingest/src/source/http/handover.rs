@@ -168,7 +168,7 @@ impl Work {
     fn origin(&self) -> Option<Arc<str>> {
         match self.node_from {
             NodeFrom::Here | NodeFrom::Host => None,
-            NodeFrom::Sender => Some(name_from_host(&self.sender.to_string()).into()),
+            NodeFrom::Sender => self.intake.origin(name_from_host(&self.sender.to_string())),
         }
     }
 }
@@ -188,7 +188,7 @@ impl Outlet<'_> {
 
     /// What follows is of another host.
     fn turn_to(&mut self, host: Option<&str>) -> ControlFlow<()> {
-        let origin: Option<Arc<str>> = host.map(|host| name_from_host(host).into());
+        let origin = host.and_then(|host| self.work.intake.origin(name_from_host(host)));
         if self.inlet.origin() == origin.as_ref() {
             return ControlFlow::Continue(());
         }

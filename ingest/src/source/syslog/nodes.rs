@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use proto::subject::{OPERATOR, SYSTEM, name_from_host};
+use proto::subject::name_from_host;
 
 use crate::config::NodeFrom;
 use crate::parse::syslog::parse_message;
@@ -35,13 +35,11 @@ impl Nodes {
             NodeFrom::Header => message.and_then(|message| message.hostname).map(name_from_host),
             NodeFrom::Sender => sender.map(render_name),
         };
-        let name = name.filter(|name| **name != *self.intake.shared.node && name != OPERATOR && name != SYSTEM);
-        let is_known = |(known, inlet): &(Option<IpAddr>, Inlet)| {
-            *known == sender && inlet.origin().map(|origin| &**origin) == name.as_deref()
-        };
+        let origin = name.and_then(|name| self.intake.origin(name));
+        let is_known = |(known, inlet): &(Option<IpAddr>, Inlet)| *known == sender && inlet.origin() == origin.as_ref();
         let index = self.inlets.iter().position(is_known).unwrap_or(self.inlets.len());
         if index == self.inlets.len() {
-            self.inlets.push((sender, self.intake.open(name.map(Into::into))));
+            self.inlets.push((sender, self.intake.open(origin)));
         }
         let (_, inlet) = &mut self.inlets[index];
         inlet.push(line, bytes);
@@ -65,7 +63,7 @@ impl Nodes {
     /// Sends what was pushed, or drops and counts it.
     pub(super) fn try_send(&mut self) -> Result<(), Stopped> {
         for (_, inlet) in &mut self.inlets {
-            inlet.try_send(None)?;
+            inlet.try_send()?;
         }
         self.make_room();
         Ok(())
