@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod inputs;
+
 use std::fs::{Permissions, set_permissions, write};
 use std::io::Write;
 use std::net::SocketAddr;
@@ -14,21 +16,17 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use ingest::config::{IngestConfig, RawIngest};
 use ingest::error::IngestError;
-use ingest::metrics::Metrics;
-use ingest::pipeline::{self, Inputs};
-use prometheus_client::registry::Registry;
-use proto::bus::banned::Banned;
+use ingest::pipeline;
 use proto::bus::memory::Nodes;
-use proto::event::{AccessBatch, Positions};
+use proto::event::AccessBatch;
 use proto::report::SourceReport;
 use proto::settings::Mistakes;
 use proto::shutdown::Shutdown;
-use proto::time::Clock;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// A test that waits longer than this has failed.
@@ -69,21 +67,7 @@ async fn start_with(mut keys: Value, queue: usize, secrets: &[(&str, &str)]) -> 
     let config = checked(&keys).unwrap();
     let (sender, batches) = mpsc::channel(queue);
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
-    let inputs = Inputs {
-        node: "edge-1".into(),
-        positions: Positions::new(),
-        batches: sender,
-        interest: watch::Sender::default().subscribe(),
-        banned: Banned::new(),
-        client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
-        clock: Clock::system(),
-        nats: None,
-        spool: None,
-        uplink: ingest::uplink::Status::default(),
-        nodes: nodes.clone(),
-        metrics: Metrics::register(&mut Registry::default()),
-        shutdown: shutdown.clone(),
-    };
+    let inputs = inputs::inputs(&config, sender, (&nodes, &shutdown));
     let task = tokio::spawn(pipeline::run(config, inputs));
     while TcpStream::connect(addr).await.is_err() {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -377,21 +361,7 @@ async fn a_file_of_secrets_that_is_open_to_others_lets_nobody_in_until_it_is_clo
     let config = checked(&keys).unwrap();
     let (sender, batches) = mpsc::channel(1);
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
-    let inputs = Inputs {
-        node: "edge-1".into(),
-        positions: Positions::new(),
-        batches: sender,
-        interest: watch::Sender::default().subscribe(),
-        banned: Banned::new(),
-        client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
-        clock: Clock::system(),
-        nats: None,
-        spool: None,
-        uplink: ingest::uplink::Status::default(),
-        nodes: nodes.clone(),
-        metrics: Metrics::register(&mut Registry::default()),
-        shutdown: shutdown.clone(),
-    };
+    let inputs = inputs::inputs(&config, sender, (&nodes, &shutdown));
     let task = tokio::spawn(pipeline::run(config, inputs));
     let role = Role { addr, batches, nodes, shutdown, task, dir };
     let told = async {

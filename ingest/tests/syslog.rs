@@ -4,29 +4,28 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod inputs;
+
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ingest::config::{IngestConfig, RawIngest};
 use ingest::error::IngestError;
-use ingest::metrics::Metrics;
-use ingest::pipeline::{self, Inputs};
-use proto::bus::banned::Banned;
+use ingest::pipeline;
 use proto::bus::memory::Nodes;
-use proto::event::{AccessBatch, Positions};
+use proto::event::AccessBatch;
 use proto::report::SourceReport;
 use proto::settings::Mistakes;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// A test that waits longer than this has failed.
@@ -88,21 +87,7 @@ async fn start_with_queue(mut source: Value, queue: usize) -> Role {
     let config = config.unwrap_or_else(|| panic!("{:?}", mistakes.into_sorted()));
     let (sender, batches) = mpsc::channel(queue);
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
-    let inputs = Inputs {
-        node: "edge-1".into(),
-        positions: Positions::default(),
-        batches: sender,
-        interest: watch::Sender::default().subscribe(),
-        banned: Banned::new(),
-        client_ip: watch::Sender::new(config.client_ip.clone()).subscribe(),
-        clock: Clock::system(),
-        nats: None,
-        spool: None,
-        uplink: ingest::uplink::Status::default(),
-        nodes: nodes.clone(),
-        metrics: Metrics::default(),
-        shutdown: shutdown.clone(),
-    };
+    let inputs = inputs::inputs(&config, sender, (&nodes, &shutdown));
     let task = tokio::spawn(pipeline::run(config, inputs));
     Role { batches, shutdown, nodes, task, addr, numbers: BTreeMap::new() }
 }
@@ -644,21 +629,7 @@ async fn a_port_that_is_taken_is_said_and_tried_again() {
     let config = raw.check(&mut Mistakes::new()).unwrap();
     let mut role = start(json!({"mode": "tcp"})).await;
     let (sender, batches) = mpsc::channel(4);
-    let inputs = Inputs {
-        node: "edge-1".into(),
-        positions: Positions::default(),
-        batches: sender,
-        interest: watch::Sender::default().subscribe(),
-        banned: Banned::new(),
-        client_ip: watch::Sender::new(Arc::clone(&config.client_ip)).subscribe(),
-        clock: Clock::system(),
-        nats: None,
-        spool: None,
-        uplink: ingest::uplink::Status::default(),
-        nodes: role.nodes.clone(),
-        metrics: Metrics::default(),
-        shutdown: role.shutdown.clone(),
-    };
+    let inputs = inputs::inputs(&config, sender, (&role.nodes, &role.shutdown));
     role.task.abort();
     role.task = tokio::spawn(pipeline::run(config, inputs));
     (role.batches, role.addr) = (batches, addr);

@@ -4,6 +4,7 @@
 //! which stops the reading of its sender; or it does without ([`Inlet::try_send`]), and what found no room is counted as
 //! dropped. Who must know when lines are safe hands in a [`Receipt`].
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use proto::client_ip::ClientIpPolicy;
@@ -170,6 +171,35 @@ impl Inlet {
                 Ok(())
             }
             Err(TrySendError::Closed(_)) => Err(Stopped::ReceiverGone),
+        }
+    }
+}
+
+/// An address as a name: `10-0-0-7`, `2001-db8-0-0-0-0-0-1`.
+pub(crate) fn name_of_sender(sender: IpAddr) -> String {
+    match sender.to_canonical() {
+        IpAddr::V4(addr) => addr.octets().map(|part| part.to_string()).join("-"),
+        // Written out, so that no two addresses have one name.
+        IpAddr::V6(addr) => addr.segments().map(|part| format!("{part:x}")).join("-"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::subject::is_name;
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_names_and_no_two_share_one() {
+        for (addr, name) in [
+            ("10.0.0.7", "10-0-0-7"),
+            ("::ffff:10.0.0.7", "10-0-0-7"),
+            ("::1", "0-0-0-0-0-0-0-1"),
+            ("2001:db8::ffff", "2001-db8-0-0-0-0-0-ffff"),
+        ] {
+            assert_eq!(name_of_sender(addr.parse().unwrap()), name);
+            assert!(is_name(name));
         }
     }
 }

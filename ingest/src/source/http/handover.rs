@@ -17,7 +17,7 @@ use super::coding::Body;
 use super::{NodeFrom, RETRY_AFTER, ROOM_WAIT_MAX, SAFE_WAIT_MAX, Server, Written, body, chain};
 use crate::parse::Format;
 use crate::source::batch::Stopped;
-use crate::source::intake::{Inlet, Intake};
+use crate::source::intake::{Inlet, Intake, name_of_sender};
 use crate::source::otlp::{self, Part, render_line};
 
 /// What became of a request.
@@ -168,7 +168,7 @@ impl Work {
     fn origin(&self) -> Option<Arc<str>> {
         match self.node_from {
             NodeFrom::Here | NodeFrom::Host => None,
-            NodeFrom::Sender => self.intake.origin(name_from_host(&self.sender.to_string())),
+            NodeFrom::Sender => self.intake.origin(name_of_sender(self.sender)),
         }
     }
 }

@@ -7,7 +7,7 @@ use proto::subject::name_from_host;
 use crate::config::NodeFrom;
 use crate::parse::syslog::parse_message;
 use crate::source::batch::Stopped;
-use crate::source::intake::{Inlet, Intake};
+use crate::source::intake::{Inlet, Intake, name_of_sender};
 
 /// Inlets for which lines are collected at a time. With one more, all are sent and begin anew.
 const INLETS_MAX: usize = 64;
@@ -30,12 +30,12 @@ impl Nodes {
     pub(super) fn push(&mut self, message: Option<&[u8]>, bytes: usize, sender: Option<IpAddr>) -> &mut Inlet {
         let message = message.map(parse_message);
         let line = message.map(|message| message.payload).filter(|line| line.len() <= self.intake.line_bytes_max);
-        let name = match self.node_from {
+        let host = message.and_then(|message| message.hostname);
+        let origin = match self.node_from {
             NodeFrom::Own => None,
-            NodeFrom::Header => message.and_then(|message| message.hostname).map(name_from_host),
-            NodeFrom::Sender => sender.map(render_name),
+            NodeFrom::Header => host.and_then(|host| self.intake.origin(name_from_host(host))),
+            NodeFrom::Sender => sender.and_then(|sender| self.intake.origin(name_of_sender(sender))),
         };
-        let origin = name.and_then(|name| self.intake.origin(name));
         let is_known = |(known, inlet): &(Option<IpAddr>, Inlet)| *known == sender && inlet.origin() == origin.as_ref();
         let index = self.inlets.iter().position(is_known).unwrap_or(self.inlets.len());
         if index == self.inlets.len() {
@@ -76,35 +76,6 @@ impl Nodes {
         }
         if self.inlets.len() >= INLETS_MAX {
             self.inlets.clear();
-        }
-    }
-}
-
-/// An address as a name: `10-0-0-7`, `2001-db8-0-0-0-0-0-1`.
-fn render_name(sender: IpAddr) -> String {
-    match sender.to_canonical() {
-        IpAddr::V4(addr) => addr.octets().map(|part| part.to_string()).join("-"),
-        // Written out, so that no two addresses have one name.
-        IpAddr::V6(addr) => addr.segments().map(|part| format!("{part:x}")).join("-"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proto::subject::is_name;
-
-    use super::*;
-
-    #[test]
-    fn addresses_are_names_and_no_two_share_one() {
-        for (addr, name) in [
-            ("10.0.0.7", "10-0-0-7"),
-            ("::ffff:10.0.0.7", "10-0-0-7"),
-            ("::1", "0-0-0-0-0-0-0-1"),
-            ("2001:db8::ffff", "2001-db8-0-0-0-0-0-ffff"),
-        ] {
-            assert_eq!(render_name(addr.parse().unwrap()), name);
-            assert!(is_name(name));
         }
     }
 }
