@@ -4,7 +4,9 @@
 //! again; it touches only what is ours and leaves bans in force when it ends. It decides no bans, and no fault of it
 //! may block a client that is not banned: what cannot be done is said in the node's report, and the process goes on.
 
+mod action;
 mod backend;
+mod board;
 mod command;
 pub mod config;
 pub mod desired;

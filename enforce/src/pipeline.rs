@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ban::Lists;
+use proto::bus::duty::Duties;
 use proto::bus::memory::{BanBucket, Nodes, Question};
 use proto::net::{NetSet, Target};
 use proto::report::{BackendReport, NodeReport, Problem, Role};
@@ -17,7 +18,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::action::{Actions, Surroundings};
 use crate::backend::iptables::{Iptables, RulesOutcome};
+use crate::board::Board;
 use crate::config::{BackendKind, EnforceConfig};
 use crate::error::EnforceError;
 use crate::host;
@@ -48,6 +51,8 @@ pub struct Inputs {
     pub questions: mpsc::Receiver<Question>,
     /// Where the report goes.
     pub nodes: Nodes,
+    /// What only one host of a cluster does.
+    pub duties: Duties,
     /// Never banned.
     pub trusted_proxies: NetSet,
     /// Servers that connect the cluster, never banned; none on one host.
@@ -70,7 +75,10 @@ pub struct Inputs {
 /// # Errors
 /// When a background job panics.
 pub async fn run(config: EnforceConfig, inputs: Inputs) -> Result<(), EnforceError> {
-    let mut role = Enforcer::new(config, inputs);
+    let board = Board::default();
+    let around = Surroundings::of(&inputs, board.clone());
+    let actions = Actions::start(&config, &around);
+    let mut role = Enforcer::new(config, inputs, board, actions);
     role.start().await?;
     role.follow().await?;
     role.end().await
@@ -80,6 +88,8 @@ struct Enforcer {
     config: EnforceConfig,
     inputs: Inputs,
     reconciler: Reconciler,
+    board: Board,
+    actions: Actions,
     /// At home, or away in `rules_job`.
     rules: Option<Iptables>,
     rules_job: Option<JoinHandle<(Iptables, RulesOutcome)>>,
@@ -101,7 +111,7 @@ struct Enforcer {
 }
 
 impl Enforcer {
-    fn new(config: EnforceConfig, inputs: Inputs) -> Self {
+    fn new(config: EnforceConfig, inputs: Inputs, board: Board, actions: Actions) -> Self {
         let Inputs { trusted_proxies, dry_run, clock, metrics, .. } = &inputs;
         let firewall = config.firewall.clone();
         let reconciler =
@@ -111,6 +121,8 @@ impl Enforcer {
         Self {
             config,
             reconciler,
+            board,
+            actions,
             rules: Some(rules),
             rules_job: None,
             rules_families: Vec::new(),
@@ -178,6 +190,7 @@ impl Enforcer {
                     Some(question) => self.answer(question),
                     None => questions_open = false,
                 },
+                ended = self.actions.next_end() => ended?,
                 done = finish(&mut self.rules_job) => self.take_rules(done)?,
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
@@ -207,6 +220,7 @@ impl Enforcer {
                     tracing::error!(error = %chain_of(&error), "Last ban set not kept");
                 }
             }
+            self.actions.end().await?;
             self.report();
             Ok(())
         };
@@ -397,6 +411,8 @@ impl Enforcer {
         report.problems = self.reconciler.problems();
         report.problems.extend(self.outcome.problems.iter().cloned());
         report.problems.extend(self.store_problem.clone());
+        let (backends, problems) = self.board.all();
+        report.problems.extend(problems);
         report.backends = vec![BackendReport {
             name: self.reconciler.backend_name().to_owned(),
             detail: self.detail(&members),
@@ -408,6 +424,7 @@ impl Enforcer {
             revision: desired.revision(),
             repairs: self.reconciler.repairs + self.rules_repairs,
         }];
+        report.backends.extend(backends);
         self.inputs.nodes.put(report);
     }
 

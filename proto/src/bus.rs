@@ -4,6 +4,7 @@
 
 pub mod banned;
 pub mod config;
+pub mod duty;
 pub mod memory;
 pub mod nats;
 pub mod publish;

@@ -20,8 +20,10 @@ use ingest::uplink::{self, PAYLOAD_BYTES_MAX, UplinkConfig, UplinkInputs};
 use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
 use proto::bus::config::NatsConfig;
+use proto::bus::duty::Duties;
 use proto::bus::memory::Bus;
 use proto::bus::nats::access::AccessPublisher;
+use proto::bus::nats::lease::Holder;
 use proto::bus::nats::replica::{Copies, ReplicaState};
 use proto::bus::nats::{Connection, ask, events, nodes, replica, servers};
 use proto::report::{NodeReport, Role};
@@ -234,12 +236,15 @@ impl Host {
             .spawn("NATS servers", servers::resolve(connection.clone(), self.nats.clone(), servers, shutdown.clone()));
         // Until enforcement has looked at what it kept, there may be something to lose.
         let (kept, kept_in) = watch::channel(u64::MAX);
+        let instance = format!("{:x}", self.clock.now().as_nanos());
+        let me = Holder { node: self.node.to_string(), instance };
         let inputs = enforce::Inputs {
             node: self.node.clone(),
             bans: bus.bans.clone(),
             lists: bus.lists.subscribe(),
             questions: bus.questions_in,
             nodes: self.reports.clone(),
+            duties: Duties::shared(&connection, me),
             trusted_proxies: self.config.ingest.client_ip.proxies(),
             bus_servers,
             kept,

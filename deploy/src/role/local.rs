@@ -15,6 +15,7 @@ use detect::worker::{Outlets, Parts, REQUESTS_MAX, Worker};
 use ingest::spool::Spool;
 use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
+use proto::bus::duty::Duties;
 use proto::bus::memory::{Bus, Nodes};
 use proto::report::Role;
 use proto::shutdown::{Shutdown, Supervisor, TaskError};
@@ -65,6 +66,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         lists: bus.lists.subscribe(),
         questions: bus.questions_in,
         nodes: bus.nodes.clone(),
+        duties: Duties::alone(),
         trusted_proxies: config.ingest.client_ip.proxies(),
         kept: watch::Sender::new(0),
         bus_servers: watch::channel(Vec::new()).1,

@@ -10,6 +10,7 @@ use std::time::Duration;
 use enforce::{EnforceMetrics, Inputs, RawEnforce};
 use prometheus_client::registry::Registry;
 use proto::ban::{Ban, BanChange, BanRecord, Evidence, Lists, Origin, Pause};
+use proto::bus::duty::Duties;
 use proto::bus::memory::{Bus, Question};
 use proto::net::{NetSet, Target};
 use proto::report::Role;
@@ -60,6 +61,7 @@ fn enforcer(args: &[String]) {
     let (shutdown, clock) = (Shutdown::new(), Clock::system());
     let mut registry = Registry::default();
     let inputs = Inputs {
+        duties: Duties::alone(),
         node: "test".into(),
         bans: bus.bans.clone(),
         lists: bus.lists.subscribe(),

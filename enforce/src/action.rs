@@ -1,0 +1,99 @@
+//! Back ends beside the host's firewall. Each runs in a task of its own, with its own queue, pace and health, so that one
+//! that hangs delays no other; each says what it does on the [`Board`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use proto::ban::Lists;
+use proto::bus::duty::Duties;
+use proto::bus::memory::BanBucket;
+use proto::net::NetSet;
+use proto::shutdown::Shutdown;
+use proto::time::Clock;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::board::Board;
+use crate::config::EnforceConfig;
+use crate::error::EnforceError;
+use crate::metrics::EnforceMetrics;
+use crate::pipeline::Inputs;
+
+/// What every back end works on.
+#[derive(Clone, Debug)]
+pub(crate) struct Surroundings {
+    /// Name of this node.
+    pub(crate) node: Arc<str>,
+    /// The ban set.
+    pub(crate) bans: BanBucket,
+    /// What detect publishes beside bans.
+    pub(crate) lists: watch::Receiver<Arc<Lists>>,
+    /// Never banned.
+    pub(crate) trusted_proxies: NetSet,
+    /// Who does what only one host does.
+    pub(crate) duties: Duties,
+    /// Where state is kept; `None` = nowhere.
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Change nothing outside.
+    pub(crate) dry_run: bool,
+    /// The time.
+    pub(crate) clock: Clock,
+    /// Where each says how it is.
+    pub(crate) board: Board,
+    /// Counters.
+    pub(crate) metrics: EnforceMetrics,
+    /// When to end.
+    pub(crate) shutdown: Shutdown,
+}
+
+impl Surroundings {
+    /// Of the role that has `inputs`.
+    pub(crate) fn of(inputs: &Inputs, board: Board) -> Self {
+        Self {
+            node: inputs.node.clone(),
+            bans: inputs.bans.clone(),
+            lists: inputs.lists.clone(),
+            trusted_proxies: inputs.trusted_proxies.clone(),
+            duties: inputs.duties.clone(),
+            state_dir: inputs.state_dir.clone(),
+            dry_run: inputs.dry_run,
+            clock: inputs.clock.clone(),
+            board,
+            metrics: inputs.metrics.clone(),
+            shutdown: inputs.shutdown.clone(),
+        }
+    }
+}
+
+/// The back ends that run.
+#[derive(Debug, Default)]
+pub(crate) struct Actions(JoinSet<()>);
+
+impl Actions {
+    /// Starts those that are configured.
+    pub(crate) fn start(_config: &EnforceConfig, _around: &Surroundings) -> Self {
+        Self::default()
+    }
+
+    /// Returns when one of them ended; for ever where none runs.
+    ///
+    /// # Errors
+    /// When it panicked.
+    pub(crate) async fn next_end(&mut self) -> Result<(), EnforceError> {
+        match self.0.join_next().await {
+            Some(ended) => ended.map_err(|source| EnforceError::Job { job: "acts beside the firewall", source }),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits until all have ended.
+    ///
+    /// # Errors
+    /// When one panicked.
+    pub(crate) async fn end(&mut self) -> Result<(), EnforceError> {
+        while let Some(ended) = self.0.join_next().await {
+            ended.map_err(|source| EnforceError::Job { job: "acts beside the firewall", source })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,66 @@
+//! Duties: actions that one host at a time carries out for the whole cluster, such as telling Cloudflare.
+//!
+//! They are at least once: a host that is cut off may carry on beside its successor until it hears of it.
+
+use crate::bus::nats::Connection;
+use crate::bus::nats::lease::{Holder, Keeper, Lease};
+
+/// Key of an action's lease, before its name.
+const LEASE_PREFIX: &str = "enforce.";
+
+/// The duties that this host may take.
+#[derive(Clone, Debug)]
+pub struct Duties(Option<(Connection, Holder)>);
+
+impl Duties {
+    /// Of a host without a cluster: all of them, always.
+    pub fn alone() -> Self {
+        Self(None)
+    }
+
+    /// Of a host of a cluster, as `me`: those whose lease it gets.
+    pub fn shared(connection: &Connection, me: Holder) -> Self {
+        Self(Some((connection.clone(), me)))
+    }
+
+    /// From now on the duty `action` (`[a-z0-9-]{1,63}`) is wanted, until what is returned is dropped. Needs a runtime.
+    pub fn take(&self, action: &str) -> Duty {
+        let keeper = self.0.as_ref().map(|(connection, me)| {
+            let keeper = Keeper::spawn(Lease::new(connection, &format!("{LEASE_PREFIX}{action}"), me.clone()));
+            keeper.want(true);
+            keeper
+        });
+        Duty(keeper)
+    }
+}
+
+/// One duty, as this host sees it.
+#[derive(Debug)]
+pub struct Duty(Option<Keeper>);
+
+impl Duty {
+    /// Whether it is ours now.
+    pub fn is_held(&self) -> bool {
+        self.0.as_ref().is_none_or(|keeper| keeper.state().held)
+    }
+
+    /// Node whose duty it is, as far as known; `None` also without a cluster.
+    pub fn holder(&self) -> Option<String> {
+        self.0.as_ref()?.state().holder.map(|holder| holder.node)
+    }
+
+    /// Returns when it has changed whose duty it is.
+    pub async fn changed(&mut self) {
+        match &mut self.0 {
+            Some(keeper) => keeper.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Gives it back, so that another host takes it at once.
+    pub async fn give_back(self) {
+        if let Some(keeper) = self.0 {
+            keeper.give_back().await;
+        }
+    }
+}
