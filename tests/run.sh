@@ -206,7 +206,7 @@ stage_packaging() {
   run_tests "logins of roles" "$python" tests/packaging/logins.py
   if ! can_be_root || ! can_make_namespaces; then
     skip "the cluster in containers: it needs root and the right to make namespaces"
-  elif ! install_packages mmdebstrap=mmdebstrap || ! PYTHON=$python tests/packaging/docker.sh "$tools/docker"; then
+  elif ! install_packages mmdebstrap=mmdebstrap logrotate=logrotate || ! PYTHON=$python tests/packaging/docker.sh "$tools/docker"; then
     skip "the cluster in containers: Docker and its images could not be made ready"
   else
     run_tests "cluster in containers" "${as_root[@]}" env "PATH=$PATH" "PORTCULLIS=$PORTCULLIS" \
