@@ -4,6 +4,7 @@
 //! what was promised.
 
 mod hostile;
+mod privileges;
 mod syslog;
 
 use std::fmt::Write as _;
