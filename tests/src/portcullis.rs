@@ -131,9 +131,14 @@ impl Service {
     /// Starts it in `namespace`; `folder` holds `portcullis.toml` and stays when it ends, so that it can start again.
     /// Returns when it answers.
     pub fn start(folder: &Path, namespace: &str) -> Result<Self> {
+        Self::start_reading(folder, namespace, Path::new("/dev/null"))
+    }
+
+    /// The same, with `input` as its standard input.
+    pub fn start_reading(folder: &Path, namespace: &str, input: &Path) -> Result<Self> {
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", namespace]).arg(binary()?);
-        command.args(["run", "-c"]).arg(folder.join("portcullis.toml"));
+        command.args(["netns", "exec", namespace, "sh", "-c", "exec \"$0\" run -c \"$1\" <\"$2\""]).arg(binary()?);
+        command.arg(folder.join("portcullis.toml")).arg(input);
         let process = Process::start("portcullis run", &mut command, &folder.join("portcullis.log"))?;
         let mut service = Self { folder: folder.to_owned(), namespace: namespace.to_owned(), process };
         let mut ended = None;
