@@ -168,6 +168,15 @@ fn post_good(mut stream: impl Read + Write, client: u32) -> Result<String> {
     Ok(answer.split_whitespace().nth(1).unwrap_or_default().to_owned())
 }
 
+/// Says that it is over when dropped, in a panic too: who waits for it would wait for ever.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Serves the good sender while `attack` lasts: all its answers must be 200, and memory within bounds. Returns how long answers
 /// took, for the reader.
 fn serve_beside(place: &Place, attack: impl FnOnce() + Send) -> String {
@@ -190,8 +199,9 @@ fn serve_beside(place: &Place, attack: impl FnOnce() + Send) -> String {
                 Ok(())
             })
         });
+        let ends = Ends(&over);
         attack();
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         good.join().unwrap().unwrap();
     });
     let mut took = took.into_inner().unwrap();

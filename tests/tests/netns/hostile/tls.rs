@@ -95,13 +95,14 @@ fn who_asks_for_new_keys_without_an_end_is_let_go() {
         for (port, (version, letter, asks)) in
             [SYSLOG, HTTP, OTLP].into_iter().flat_map(|port| ways.map(|way| (port, way)))
         {
+            let output = File::create(&told).unwrap();
             let mut child = Command::new("ip")
                 .args(["netns", "exec", place.senders.name(), "openssl", "s_client", version, "-verify_return_error"])
                 .args(["-connect", &server(port).to_string(), "-CAfile"])
                 .arg(&authority)
                 .stdin(Stdio::piped())
-                .stdout(File::create(&told).unwrap())
-                .stderr(Stdio::null())
+                .stdout(output.try_clone().unwrap())
+                .stderr(output)
                 .spawn()
                 .unwrap();
             let mut input = child.stdin.take().unwrap();
