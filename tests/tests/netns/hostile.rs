@@ -20,7 +20,7 @@ use flate2::write::GzEncoder;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 use proto::time::Clock;
 use tests::netns::{Namespace, host};
-use tests::portcullis::{Service, wait_until};
+use tests::portcullis::{Service, wait_for, wait_until};
 use tests::random::Random;
 use tests::tls::{Client, certify};
 
@@ -110,6 +110,13 @@ impl Place {
         std::fs::create_dir(folder.path().join("state")).unwrap();
         std::fs::write(folder.path().join("portcullis.toml"), text).unwrap();
         let service = Service::start(folder.path(), server.name()).unwrap();
+        // The service answers before its sources do.
+        wait_for("the sources listen", || {
+            let knock =
+                || Ok([SYSLOG, HTTP, OTLP].into_iter().all(|port| TcpStream::connect(self::server(port)).is_ok()));
+            senders.within(knock).ok()?.then_some(())
+        })
+        .unwrap();
         Self { server, senders, folder, service, tls }
     }
 
