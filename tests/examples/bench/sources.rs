@@ -78,6 +78,7 @@ pub(crate) fn run(folder: &Path, corpus: &Corpus) -> Result<Vec<String>> {
     for way in Way::ALL.into_iter().filter(|way| has_nats || *way != Way::Nats) {
         let mut told = Vec::new();
         for senders in SENDERS {
+            eprintln!("{}, {senders} at once", way.name());
             let all = load.measure_all(way, senders)?;
             let own = all[0].speed.median();
             for one in &all {

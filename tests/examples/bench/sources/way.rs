@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpStream, UdpSocket};
+use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::Duration;
@@ -178,7 +178,11 @@ impl Way {
                 let mut stream = target.tls.connect(connect(SYSLOG_TLS)?)?;
                 write_all(&mut stream, pieces)?;
                 stream.conn.send_close_notify();
-                Ok(stream.flush()?)
+                stream.flush()?;
+                // Closed with its tickets unread, the connection would be reset, and what is on its way lost.
+                stream.sock.shutdown(Shutdown::Write)?;
+                std::io::copy(&mut stream.sock, &mut std::io::sink())?;
+                Ok(())
             }
             Self::Http => post_all(HTTP, "/", "Content-Type: application/x-ndjson", pieces),
             Self::HttpGzip => {
