@@ -135,7 +135,13 @@ impl Service {
         Self::start_as(folder, namespace, &[&binary])
     }
 
-    /// As [`Self::start`], by the command `portcullis`, which ends in the binary.
+    /// The same, with `input` as its standard input.
+    pub fn start_reading(folder: &Path, namespace: &str, input: &Path) -> Result<Self> {
+        let (binary, input) = (binary()?.display().to_string(), input.display().to_string());
+        Self::start_as(folder, namespace, &["sh", "-c", "input=$0; exec \"$@\" <\"$input\"", &input, &binary])
+    }
+
+    /// The same, by the command `portcullis`, which ends in the binary.
     pub fn start_as(folder: &Path, namespace: &str, portcullis: &[&str]) -> Result<Self> {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", namespace]).args(portcullis);
