@@ -17,9 +17,10 @@
 //! does not have anyway: who breaks his line in two by a line feed is not seen in either piece, whatever is done here.
 //! Nobody can make suspects of the lines of others for long: see below. The price is paid by honest lines that look alike:
 //!
-//! - A restart of Traefik, or a change of its format, makes suspects until the new lines have been the only ones for
+//! - A restart of Traefik, or a change of its format, has lines wait until the new ones have been the only ones for
 //!   [`RIVAL_TIME`] or, in a backlog, [`RIVAL_BYTES`]. Both exceed what one request can write, and each forging request ends
-//!   with a count of the old ones, which sets that back.
+//!   with a count of the old ones, which makes suspects of those that waited. After a restart also a count that fits the
+//!   old ones, because it had been left out, waits if it fits the new ones, which must then begin at one and have few gaps.
 //! - Where several instances write into one file, or come through one connection, all but one are suspects: let syslog show
 //!   each under its own node, or write JSON. Sources that mix writers by their nature are not guarded at all.
 //! - A request that began before all that is known (at most [`MINUTES_MAX`] minutes with lines) is not handed on either,
@@ -52,6 +53,8 @@ const JUMP_MINUTES_MAX: i64 = 60;
 const RIVAL_TIME: Duration = Duration::from_secs(2);
 /// As much of them serves as well: more than a request may have headers (1 MiB, Go's limit).
 const RIVAL_BYTES: u64 = 1 << 20;
+/// Counts for each line of a restarted Traefik, beyond [`JUMP_BASE`]: the others are under way or not logged.
+const RESTART_GAP_MAX: u64 = 4;
 /// Lines after which a new writer that has fallen silent is forgotten for another.
 const RIVAL_SILENCE_LINES: u32 = 16;
 
@@ -89,6 +92,44 @@ pub(crate) enum Mark {
     Counted(u64, Timestamp),
 }
 
+/// What becomes of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is handed on.
+    Fits,
+    /// It is not.
+    Suspect(Suspicion),
+    /// It waits, as a suspect, for what its writer turns out to be.
+    Held(Suspicion),
+    /// It is handed on, and before it all that has [waited](Guard::take_released).
+    Believed,
+}
+
+/// Lines that wait, in their order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Held {
+    bytes: Vec<u8>,
+    /// Where each ends, and whether it is worth a report.
+    lines: Vec<(usize, bool)>,
+}
+
+impl Held {
+    fn push(&mut self, line: &[u8], suspicion: Suspicion) {
+        self.bytes.extend_from_slice(line);
+        self.lines.push((self.bytes.len(), suspicion != Suspicion::TooOld));
+    }
+
+    /// How many are worth a report.
+    fn reported(&self) -> u64 {
+        self.lines.iter().filter(|(_, is_reported)| *is_reported).count() as u64
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(0).chain(self.lines.iter().map(|(end, _)| *end));
+        starts.zip(&self.lines).map(|(start, (end, _))| &self.bytes[start..*end])
+    }
+}
+
 /// Watches the lines of one file or sender.
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
@@ -98,74 +139,129 @@ pub(crate) struct Guard {
     rival: Option<Rival>,
     /// What the next line that fits is a suspect for.
     taint: Option<Suspicion>,
+    /// Whether the next line follows the beginning of a broken one.
+    is_after_broken: bool,
+    released: Held,
+    /// Lines that have waited in vain, since the last call that asked.
+    condemned: u64,
 }
 
 impl Guard {
-    /// Judges an access of so many bytes that came at `now`.
-    pub(crate) fn judge(&mut self, mark: Mark, bytes: usize, now: Timestamp) -> Option<Suspicion> {
-        let Some(writer) = &mut self.writer else {
-            self.writer = Some(Writer::new(mark));
-            return self.taint.take();
-        };
+    /// Judges an access that came at `now`.
+    pub(crate) fn judge(&mut self, mark: Mark, line: &[u8], now: Timestamp) -> Verdict {
         let minute_now = minute_of(now);
-        let mut taken = writer.take(mark, minute_now, &mut self.before_leap);
-        if taken.is_err()
-            && let (Some(before), Mark::Counted(count, time)) = (&mut self.before_leap, mark)
-            && before.take(count, minute_of(time), minute_now).is_ok()
-        {
-            taken = Ok(());
-            self.writer = self.before_leap.take().map(Writer::Counted);
-        }
-        match taken {
-            Ok(()) => {
-                self.rival = None;
-                self.taint.take()
+        match self.try_writers(mark, minute_now) {
+            Ok(()) if self.rival.as_mut().is_some_and(|rival| rival.shares(mark, minute_now)) => {
+                self.hold(line, Suspicion::AfterBroken, now)
             }
-            Err(Suspicion::TooOld) => {
-                self.taint.get_or_insert(Suspicion::TooOld);
-                self.note_rival(mark, bytes as u64, now);
-                Some(Suspicion::TooOld)
+            Ok(()) => {
+                self.is_after_broken = false;
+                self.forget_rival();
+                self.taint.take().map_or(Verdict::Fits, Verdict::Suspect)
             }
             Err(suspicion) => {
-                self.taint = Some(Suspicion::AfterBroken);
-                self.note_rival(mark, bytes as u64, now);
-                Some(suspicion)
+                if suspicion == Suspicion::TooOld {
+                    self.taint.get_or_insert(suspicion);
+                } else {
+                    self.taint = Some(Suspicion::AfterBroken);
+                }
+                self.note_rival(mark, (line, suspicion), now)
             }
         }
     }
 
-    fn note_rival(&mut self, mark: Mark, bytes: u64, now: Timestamp) {
+    /// Whether the line is of the writer, as it is or as it was before a leap.
+    fn try_writers(&mut self, mark: Mark, minute_now: i64) -> Result<(), Suspicion> {
+        let Some(writer) = &mut self.writer else {
+            self.writer = Some(Writer::new(mark));
+            return Ok(());
+        };
+        let taken = writer.take(mark, minute_now, &mut self.before_leap);
+        if taken.is_err()
+            && let (Some(before), Mark::Counted(count, time)) = (&mut self.before_leap, mark)
+            && before.take(count, minute_of(time), minute_now).is_ok()
+        {
+            self.writer = self.before_leap.take().map(Writer::Counted);
+            return Ok(());
+        }
+        taken
+    }
+
+    fn note_rival(&mut self, mark: Mark, (line, suspicion): (&[u8], Suspicion), now: Timestamp) -> Verdict {
         if let Some(rival) = &mut self.rival {
             if rival.writer.take(mark, minute_of(now), &mut None).is_ok() {
-                rival.bytes += bytes;
                 rival.silent_lines = 0;
-                if now.since(rival.since) >= RIVAL_TIME || rival.bytes >= RIVAL_BYTES {
-                    self.writer = self.rival.take().map(|rival| rival.writer);
-                    self.before_leap = None;
-                    self.taint = None;
-                }
-                return;
+                return self.hold(line, suspicion, now);
             }
             rival.silent_lines += 1;
-            if rival.silent_lines < RIVAL_SILENCE_LINES {
-                return;
+            // Old lines that happen to come together are no new writer.
+            if rival.silent_lines < RIVAL_SILENCE_LINES && rival.held.reported() > 0 {
+                return Verdict::Suspect(suspicion);
             }
         }
-        self.rival = Some(Rival { writer: Writer::new(mark), since: now, bytes, silent_lines: 0 });
+        self.forget_rival();
+        self.rival = Some(Rival { writer: Writer::new(mark), since: now, silent_lines: 0, held: Held::default() });
+        self.hold(line, suspicion, now)
+    }
+
+    /// Has a line of the rival wait, unless it is the one that makes it the writer. What may be the end of a broken line is
+    /// neither.
+    fn hold(&mut self, line: &[u8], suspicion: Suspicion, now: Timestamp) -> Verdict {
+        let is_after_broken = std::mem::take(&mut self.is_after_broken);
+        let Some(rival) = self.rival.as_mut().filter(|_| !is_after_broken) else {
+            return Verdict::Suspect(suspicion);
+        };
+        let bytes = (rival.held.bytes.len() + line.len()) as u64;
+        if now.since(rival.since) < RIVAL_TIME && bytes < RIVAL_BYTES {
+            rival.held.push(line, suspicion);
+            return Verdict::Held(suspicion);
+        }
+        if let Some(Rival { writer, held, .. }) = self.rival.take() {
+            (self.writer, self.released) = (Some(writer), held);
+        }
+        (self.before_leap, self.taint) = (None, None);
+        Verdict::Believed
+    }
+
+    fn forget_rival(&mut self) {
+        if let Some(rival) = self.rival.take() {
+            self.condemned += rival.held.reported();
+        }
+    }
+
+    /// The lines that have waited and are to be handed on.
+    pub(crate) fn take_released(&mut self) -> Held {
+        std::mem::take(&mut self.released)
+    }
+
+    /// How many lines have waited in vain, and were not counted yet.
+    pub(crate) fn take_condemned(&mut self) -> u64 {
+        std::mem::take(&mut self.condemned)
+    }
+
+    /// Goes on where `other` is, whose lines go on here. That one keeps what it knows, and nothing waits there any more.
+    pub(crate) fn take_over(&mut self, other: &mut Self) {
+        let kept = Self { writer: other.writer.clone(), before_leap: other.before_leap.clone(), ..Self::default() };
+        *self = std::mem::replace(other, kept);
     }
 
     /// A line that is no access, or no whole one: if it may be the beginning of a broken one, the next ones are not trusted.
     pub(crate) fn note_unparsed(&mut self, line: &[u8]) {
         if self.is_forgeable() && begins_with_host(line) {
-            self.taint = Some(Suspicion::AfterBroken);
+            self.note_broken();
         }
     }
 
     /// A line that was too long to be read.
     pub(crate) fn note_oversized(&mut self) {
         if self.is_forgeable() {
-            self.taint = Some(Suspicion::AfterBroken);
+            self.note_broken();
         }
+    }
+
+    fn note_broken(&mut self) {
+        self.taint = Some(Suspicion::AfterBroken);
+        self.is_after_broken = true;
     }
 
     /// Traefik escapes what clients send in JSON, so there a broken line is just that.
@@ -185,7 +281,7 @@ fn begins_with_host(line: &[u8]) -> bool {
     })
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Writer {
     Json,
     Generic,
@@ -197,9 +293,23 @@ struct Rival {
     writer: Writer,
     /// When its first line came.
     since: Timestamp,
-    bytes: u64,
     /// Suspects of others since its newest line.
     silent_lines: u32,
+    /// All of its lines.
+    held: Held,
+}
+
+impl Rival {
+    /// Takes over a line that also fits the writer, if this is what a restarted Traefik writes. So much about its counts is
+    /// asked for because whoever forges could otherwise cover those of the writer, with which each of his requests ends.
+    fn shares(&mut self, mark: Mark, minute_now: i64) -> bool {
+        let Writer::Counted(sequence) = &self.writer else { return false };
+        let least = sequence.minutes.iter().map(|known| known.least).min().unwrap_or(u64::MAX);
+        let gaps_max = JUMP_BASE + RESTART_GAP_MAX * self.held.lines.len() as u64;
+        least <= JUMP_BASE
+            && sequence.newest - least <= gaps_max
+            && self.writer.take(mark, minute_now, &mut None).is_ok()
+    }
 }
 
 impl Writer {
