@@ -141,6 +141,9 @@ impl Told {
                 no_client,
                 unparsed = source.unparsed,
                 oversized = source.oversized,
+                suspect = source.suspect,
+                limited = source.limited,
+                dropped = source.dropped,
                 "Read"
             );
         }

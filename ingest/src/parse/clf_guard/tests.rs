@@ -196,7 +196,7 @@ fn a_forger_does_not_become_the_writer() {
         assert!(own_end[0].is_some());
     }
     // What seems older than all that is known is not reported.
-    assert_eq!((guard.take_condemned(), guard.take_released().iter().count()), (80 * 49, 0));
+    assert_eq!((guard.take_condemned(), guard.take_released().iter().count()), (90 * 49, 0));
 }
 
 #[test]
