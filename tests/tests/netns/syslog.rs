@@ -163,6 +163,32 @@ fn bans_what_a_daemon_sends(daemon: Daemon, way: Way) {
     service.stop().unwrap();
 }
 
+/// Of more lines than a ban takes, because those that are on their way when a connection ends may be lost.
+fn keeps_lines_while_portcullis_is_away(daemon: Daemon) {
+    let world = World::with_source(Variant::Nft, &Way::Tcp.source(), "");
+    let service = world.start();
+    let mut shipper = daemon.start(Way::Tcp, &world);
+    world.visitor_is_served();
+    world.wait_all_read(&service);
+    service.kill().unwrap();
+    world.attack_times(true, 20);
+    let service = world.start();
+    world.wait_cut_off(true);
+    assert_eq!(only_ban(&service, true)["evidence"]["nodes"], serde_json::json!([Way::Tcp.node()]));
+    shipper.stop().unwrap();
+    service.stop().unwrap();
+}
+
+#[test]
+fn rsyslog_keeps_lines_while_portcullis_is_away() {
+    keeps_lines_while_portcullis_is_away(Daemon::Rsyslog);
+}
+
+#[test]
+fn syslog_ng_keeps_lines_while_portcullis_is_away() {
+    keeps_lines_while_portcullis_is_away(Daemon::SyslogNg);
+}
+
 #[test]
 fn rsyslog_over_udp() {
     bans_what_a_daemon_sends(Daemon::Rsyslog, Way::Udp);
