@@ -49,6 +49,7 @@ pub async fn run(process: Process, out: impl Write + Send + 'static) -> anyhow::
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest::metrics::Metrics::register(&mut Registry::default()),
+        reload: reload.clone(),
         shutdown: shutdown.clone(),
     };
     let mut tasks = Supervisor::new();
@@ -80,11 +81,13 @@ fn write_all(
 ) -> Result<(), proto::shutdown::TaskError> {
     let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
     let mut write = || -> io::Result<()> {
-        while let Some(batch) = batches.blocking_recv() {
+        while let Some(mut batch) = batches.blocking_recv() {
             write_batch(&batch, &mut out)?;
-            if batches.is_empty() {
+            // What a sender waits for is safe once its reader has it.
+            if batches.is_empty() || !batch.receipts.is_empty() {
                 out.flush()?;
             }
+            batch.deliver();
         }
         out.flush()
     };
