@@ -64,6 +64,8 @@ pub struct Inputs {
     pub nodes: Nodes,
     /// Registered figures.
     pub metrics: Metrics,
+    /// Changes with every SIGHUP.
+    pub reload: watch::Receiver<u64>,
     /// When to end.
     pub shutdown: Shutdown,
 }
@@ -73,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) node: Arc<str>,
     pub(crate) source: Arc<str>,
     pub(crate) clock: Clock,
+    /// Changes when files of secrets are to be read again.
+    pub(crate) reload: watch::Receiver<u64>,
     pub(crate) shutdown: Shutdown,
     /// One permit for each file that may still be opened, over all sources.
     pub(crate) open_files: Arc<Semaphore>,
@@ -269,6 +273,7 @@ impl Shared {
             node: inputs.node.clone(),
             source: source.name.as_str().into(),
             clock: inputs.clock.clone(),
+            reload: inputs.reload.clone(),
             shutdown: inputs.shutdown.clone(),
             open_files,
             banned: inputs.banned.clone(),

@@ -11,6 +11,7 @@ pub mod limit;
 mod listen;
 pub(crate) mod nats;
 pub mod otlp;
+pub(crate) mod secrets;
 pub(crate) mod skew;
 pub(crate) mod stdin;
 pub mod syslog;

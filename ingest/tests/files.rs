@@ -90,6 +90,7 @@ fn start_config(config: IngestConfig, positions: &Positions, queue: usize) -> Ro
         uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),
         metrics: Metrics::register(&mut registry),
+        reload: watch::Sender::default().subscribe(),
         shutdown: shutdown.clone(),
     };
     let task = tokio::spawn(pipeline::run(config, inputs));

@@ -4,16 +4,18 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+#[path = "inputs/certificates.rs"]
+mod certificates;
 mod inputs;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixDatagram;
-
 use std::process::Command;
 use std::time::Duration;
 
+use certificates::Certificates;
 use ingest::config::{IngestConfig, RawIngest};
 use ingest::error::IngestError;
 use ingest::pipeline;
@@ -24,7 +26,6 @@ use proto::settings::Mistakes;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -548,31 +549,7 @@ async fn containers_lines_are_joined_on_a_connection_and_never_from_datagrams() 
     role.stop().await;
 }
 
-/// Authority, certificate of 127.0.0.1, and a client's.
-struct Certificates(TempDir);
-
 impl Certificates {
-    fn make() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let openssl = |args: &str| {
-            let output = Command::new("openssl").args(args.split(' ')).current_dir(folder.path()).output().unwrap();
-            assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
-        };
-        let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
-        openssl(&format!("req -x509 {key} -keyout ca.key -out ca.crt -subj /CN=authority"));
-        for name in ["server", "client"] {
-            let extensions = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=CA:FALSE";
-            openssl(&format!(
-                "req -x509 -CA ca.crt -CAkey ca.key {key} -keyout {name}.key -out {name}.crt -subj /CN={name} {extensions}"
-            ));
-        }
-        Self(folder)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).display().to_string()
-    }
-
     /// Sends `text` as `openssl s_client` does; whether it got through to a whole handshake.
     async fn send(&self, addr: SocketAddr, with_certificate: bool, text: String) {
         let mut command = Command::new("openssl");

@@ -84,6 +84,7 @@ fn start(directory: &TempDir, bus: &Bus) -> Node {
         uplink: status.clone(),
         nodes: nodes.clone(),
         metrics: Metrics::default(),
+        reload: watch::Sender::default().subscribe(),
         shutdown: shutdown.clone(),
     };
     let uplink_inputs = UplinkInputs {

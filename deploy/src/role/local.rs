@@ -140,6 +140,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest_metrics,
+        reload: reload.clone(),
         shutdown: shutdown.clone(),
     };
     tasks.spawn("ingest", ingest::pipeline::run(config.ingest.clone(), ingest_inputs));

@@ -11,7 +11,7 @@ use prometheus_client::registry::Registry;
 use proto::access::AccessLine;
 use proto::bus::banned::Banned;
 use proto::bus::memory::{Bus, Nodes};
-use proto::event::{AccessBatch, Receipt};
+use proto::event::AccessBatch;
 use proto::report::Role;
 use proto::shutdown::{Shutdown, Supervisor};
 use tokio::sync::{mpsc, watch};
@@ -49,6 +49,7 @@ pub async fn run(process: Process, out: impl Write + Send + 'static) -> anyhow::
         uplink: ingest::uplink::Status::default(),
         nodes: bus.nodes.clone(),
         metrics: ingest::metrics::Metrics::register(&mut Registry::default()),
+        reload: reload.clone(),
         shutdown: shutdown.clone(),
     };
     let mut tasks = Supervisor::new();
@@ -80,15 +81,13 @@ fn write_all(
 ) -> Result<(), proto::shutdown::TaskError> {
     let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
     let mut write = || -> io::Result<()> {
-        // Of senders that wait for an answer.
-        let mut receipts = Vec::new();
         while let Some(mut batch) = batches.blocking_recv() {
-            receipts.append(&mut batch.receipts);
             write_batch(&batch, &mut out)?;
-            if batches.is_empty() {
+            // What a sender waits for is safe once its reader has it.
+            if batches.is_empty() || !batch.receipts.is_empty() {
                 out.flush()?;
-                receipts.drain(..).for_each(Receipt::deliver);
             }
+            batch.deliver();
         }
         out.flush()
     };
@@ -158,6 +157,7 @@ impl Told {
 mod tests {
     use std::sync::mpsc::channel;
 
+    use proto::event::Receipt;
     use proto::time::Timestamp;
 
     use super::*;

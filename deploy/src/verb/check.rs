@@ -105,9 +105,9 @@ fn describe_senders(listen: &ListenConfig) -> String {
 
 fn describe_requests(requests: &RequestsConfig) -> String {
     let scheme = if requests.listen.tls.is_some() { "https" } else { "http" };
-    let path = match &requests.content {
-        Content::Lines { path } => path,
-        Content::Otlp => OTLP_PATH,
+    let (path, beside) = match &requests.content {
+        Content::Lines { path } => (path.as_str(), ""),
+        Content::Otlp => (OTLP_PATH, " and gRPC there"),
     };
     let senders = match (&requests.listen.allowed_senders, requests.auth.is_given()) {
         (Some(_), true) => "from allowed senders with a secret",
@@ -115,7 +115,7 @@ fn describe_requests(requests: &RequestsConfig) -> String {
         (None, true) => "from whoever has a secret",
         (None, false) => "from everybody who reaches it",
     };
-    format!("{scheme}://{}{path} {senders}", requests.listen.addr)
+    format!("{scheme}://{}{path}{beside} {senders}", requests.listen.addr)
 }
 
 fn describe_rule(rule: &Rule) -> String {

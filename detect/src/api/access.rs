@@ -14,13 +14,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use governor::clock;
-use governor::middleware::NoOpMiddleware;
-use governor::nanos::Nanos;
-use governor::state::keyed::HashMapStateStore;
-use governor::state::{InMemoryState, NotKeyed};
-use governor::{Quota, RateLimiter};
-use proto::places::peer_key;
+use proto::limit::{Limit, PeerLimit, Quota};
 use proto::time::Clock;
 use tokio::sync::watch;
 
@@ -32,8 +26,6 @@ use super::tokens::{Hash, Holder, Scope};
 /// Failures that a peer has at once, and how long it takes to get one back.
 const FAILURES_BURST: NonZeroU32 = NonZeroU32::new(10).expect("above zero");
 const FAILURE_PERIOD: Duration = Duration::from_secs(6);
-/// Peers whose failures are remembered, about 100 bytes each. Those beyond share one allowance.
-const PEERS_MAX: usize = 4096;
 /// Refusals logged at once, and how often another one, over all peers. Metrics count all.
 const LOGGED_BURST: NonZeroU32 = NonZeroU32::new(20).expect("above zero");
 const LOGGED_PERIOD: Duration = Duration::from_secs(3);
@@ -41,27 +33,11 @@ const LOGGED_PERIOD: Duration = Duration::from_secs(3);
 /// three times for others.
 const REQUEST_MAX: Duration = Duration::from_secs(15);
 
-/// Our clock, as governor asks for it.
-#[derive(Clone, Debug)]
-struct LimitClock(Clock);
-
-impl clock::Clock for LimitClock {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        u64::try_from(self.0.now().as_nanos()).unwrap_or(0).into()
-    }
-}
-
-type Limit<K, S> = RateLimiter<K, S, LimitClock, NoOpMiddleware<Nanos>>;
-
 /// What all connections share: failures by peer, and what is logged of them.
 #[derive(Debug)]
 pub(super) struct Failures {
-    clock: LimitClock,
-    by_peer: Limit<IpAddr, HashMapStateStore<IpAddr>>,
-    crowd: Limit<NotKeyed, InMemoryState>,
-    logged: Limit<NotKeyed, InMemoryState>,
+    by_peer: PeerLimit,
+    logged: Limit,
     unlogged: AtomicU64,
     metrics: Metrics,
 }
@@ -69,35 +45,25 @@ pub(super) struct Failures {
 impl Failures {
     /// None so far.
     pub(super) fn new(clock: Clock, metrics: Metrics) -> Self {
-        let clock = LimitClock(clock);
         let quota =
             |period, burst| Quota::with_period(period).unwrap_or(Quota::per_second(NonZeroU32::MIN)).allow_burst(burst);
-        let failures = quota(FAILURE_PERIOD, FAILURES_BURST);
         Self {
-            by_peer: RateLimiter::hashmap_with_clock(failures, clock.clone()),
-            crowd: RateLimiter::direct_with_clock(failures, clock.clone()),
-            logged: RateLimiter::direct_with_clock(quota(LOGGED_PERIOD, LOGGED_BURST), clock.clone()),
+            by_peer: PeerLimit::new(quota(FAILURE_PERIOD, FAILURES_BURST), clock.clone()),
+            logged: Limit::new(quota(LOGGED_PERIOD, LOGGED_BURST), clock),
             unlogged: AtomicU64::new(0),
-            clock,
             metrics,
         }
     }
 
     /// Notes a failure; an error says how long until the peer may fail again.
     fn note(&self, peer: IpAddr) -> Result<(), Duration> {
-        let now = clock::Clock::now(&self.clock);
-        if self.by_peer.len() >= PEERS_MAX {
-            self.by_peer.retain_recent();
-        }
-        let checked =
-            if self.by_peer.len() >= PEERS_MAX { self.crowd.check() } else { self.by_peer.check_key(&peer_key(peer)) };
-        checked.map_err(|until| until.wait_time_from(now))
+        self.by_peer.check(peer, NonZeroU32::MIN)
     }
 
     /// Counts a refusal, and logs it while there are few.
     pub(super) fn refuse(&self, peer: IpAddr, reason: Refusal) {
         self.metrics.refused(reason);
-        if self.logged.check().is_err() {
+        if self.logged.check(NonZeroU32::MIN).is_err() {
             self.unlogged.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -239,30 +205,6 @@ mod tests {
         clock.set(clock.now().saturating_add(FAILURE_PERIOD));
         failures.note(peer).unwrap();
         failures.note(peer).unwrap_err();
-    }
-
-    #[test]
-    fn an_ipv6_network_is_one_peer_and_a_mapped_address_is_its_own() {
-        let clock = Clock::manual(Timestamp::from_secs(1));
-        let failures = failures(&clock);
-        for i in 0..FAILURES_BURST.get() {
-            failures.note(format!("2001:db8::{i:x}").parse().unwrap()).unwrap();
-        }
-        failures.note("2001:db8::ffff".parse().unwrap()).unwrap_err();
-        failures.note("2001:db8:0:1::1".parse().unwrap()).unwrap();
-    }
-
-    #[test]
-    fn memory_for_peers_is_bounded_and_forgets_those_who_have_recovered() {
-        let clock = Clock::manual(Timestamp::from_secs(1));
-        let failures = failures(&clock);
-        let crowd = 3 * u32::try_from(PEERS_MAX).unwrap();
-        let refused = (0..crowd).filter(|i| failures.note(IpAddr::from(i.to_be_bytes())).is_err()).count();
-        assert_eq!(failures.by_peer.len(), PEERS_MAX);
-        assert_eq!(refused, 2 * PEERS_MAX - FAILURES_BURST.get() as usize, "the rest share one allowance");
-        clock.set(Timestamp::from_secs(3600));
-        failures.note(IpAddr::from([203, 0, 113, 1])).unwrap();
-        assert_eq!(failures.by_peer.len(), 1);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
 use proto::places::{Place, Places, is_of_peer};
+use proto::reload::Reloaded;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 pub use proto::tls::TlsFiles;
@@ -82,7 +83,7 @@ impl TcpConfig {
 pub struct Server {
     config: TcpConfig,
     listener: TcpListener,
-    secrets: watch::Sender<Secrets>,
+    secrets: Reloaded<Secrets, ApiFileError>,
     places: Arc<Places>,
     failures: Arc<Failures>,
     metrics: Metrics,
@@ -94,8 +95,9 @@ impl Server {
     /// # Errors
     /// When a file cannot be used, or the address is taken or not ours.
     pub async fn bind(config: TcpConfig, clock: Clock, metrics: Metrics) -> Result<Self, DetectError> {
-        let secrets = watch::Sender::new(config.load()?);
         let address = config.listen;
+        let files = config.clone();
+        let secrets = Reloaded::new(move || files.load())?;
         let listener = TcpListener::bind(address).await.map_err(|source| DetectError::ListenTcp { address, source })?;
         let places = Places::new(CONNECTIONS_MAX, CONNECTIONS_PEER_MAX);
         let failures = Arc::new(Failures::new(clock, metrics.clone()));
@@ -121,14 +123,15 @@ impl Server {
         shutdown: Shutdown,
     ) -> Result<(), DetectError> {
         let (address, tls) = (self.address()?, self.config.tls.is_some());
-        tracing::info!(%address, tls, tokens = self.secrets.borrow().tokens.count(), "Operator API listens");
+        let secrets = self.secrets.follow();
+        tracing::info!(%address, tls, tokens = secrets.borrow().tokens.count(), "Operator API listens");
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
                 (stream, place) = self.accept() => {
-                    let guard = Guard::new(place.peer(), self.secrets.subscribe(), self.failures.clone());
+                    let guard = Guard::new(place.peer(), self.secrets.follow(), self.failures.clone());
                     let connection = Connection {
-                        tls: self.secrets.borrow().tls.clone(),
+                        tls: secrets.borrow().tls.clone(),
                         guard: Arc::new(guard),
                         failures: self.failures.clone(),
                         _open: Open::new(self.metrics.clone()),
@@ -171,17 +174,15 @@ impl Server {
     }
 
     async fn reload(&self) {
-        let config = self.config.clone();
-        match tokio::task::spawn_blocking(move || config.load()).await {
-            Ok(Ok(secrets)) => {
-                tracing::info!(tokens = secrets.tokens.count(), "Tokens and certificates read again");
-                self.secrets.send_replace(secrets);
+        match self.secrets.reload().await {
+            Ok(()) => {
+                let tokens = self.secrets.follow().borrow().tokens.count();
+                tracing::info!(tokens, "Tokens and certificates read again");
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 let cause = std::error::Error::source(&error).map(tracing::field::display);
                 tracing::error!(%error, cause, "Tokens or certificates are wrong, the old ones stay");
             }
-            Err(error) => tracing::error!(%error, "Tokens and certificates cannot be read again"),
         }
     }
 }

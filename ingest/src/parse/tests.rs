@@ -173,6 +173,33 @@ fn start_utc_before_start_local_before_time() {
     assert_eq!(time(&mut parser, r#""time":"yesterday""#), Outcome::Event(None));
     // What is no moment gives way to one that is.
     assert_eq!(time(&mut parser, &format!(r#""StartUTC":"-","StartLocal":7,{written}"#)), Outcome::Event(Some(3000)));
+    // As Traefik has them in attributes of OTLP: whole nanoseconds, and nothing shorter is taken for such.
+    let nanos = r#""StartUTC":1795630366567965400"#;
+    assert_eq!(time(&mut parser, &format!("{written},{nanos}")), Outcome::Event(Some(1_795_630_366_567)));
+    for number in
+        ["1795630366", "1795630366567", "1795630366567965", "18446744073709551615", "-1795630366567965400", "1.5"]
+    {
+        assert_eq!(time(&mut parser, &format!(r#""time":{number}"#)), Outcome::Event(None), "{number}");
+    }
+}
+
+/// Traefik 3.7 wrote these under TZ=Asia/Kolkata: each of its times has an offset.
+#[test]
+fn traefik_writes_no_time_without_an_offset() {
+    let times = [
+        r#""StartUTC":"2026-11-25T18:13:39.865950015Z""#,
+        r#""StartLocal":"2026-11-25T23:43:39.865950015+05:30""#,
+        r#""time":"2026-11-25T23:43:39+05:30""#,
+    ];
+    let mut parser = parser(&[]);
+    for key in times {
+        let line = format!(r#"{{"ClientAddr":"127.0.0.1:60116","DownstreamStatus":404,{key}}}"#);
+        let time = parser.with_event(line.as_bytes(), 0, |event| event.time.map(|time| time.as_millis() / 1000));
+        assert_eq!(time, Outcome::Event(Some(1_795_630_419)), "{key}");
+    }
+    let clf = r#"127.0.0.1 - - [25/Nov/2026:18:13:40 +0000] "GET /x HTTP/1.1" 404 19 "-" "-" 1 "-" "-" 0ms"#;
+    let time = parser.with_event(clf.as_bytes(), 0, |event| event.time.map(Timestamp::as_millis));
+    assert_eq!(time, Outcome::Event(Some(1_795_630_420_000)));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::time::Duration;
 
+use proto::time::Timestamp;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::time::parse_rfc3339;
@@ -15,6 +16,9 @@ use super::{Entry, HeaderList, Refusal};
 
 /// How Traefik marks a value that the user wants hidden.
 const REDACTED: &str = "REDACTED";
+/// Least number that is taken for nanoseconds since 1970, in 1973: a present time in seconds, milliseconds or microseconds is
+/// less.
+const NANOS_MIN: i64 = 100_000_000_000_000_000;
 /// Largest status that is taken for one.
 const STATUS_MAX: u64 = 999;
 
@@ -175,9 +179,9 @@ impl<'de> Visitor<'de> for EntrySeed<'_, 'de> {
                 Key::RouterName => entry.router = text(&mut map)?,
                 Key::ServiceName => entry.service = text(&mut map)?,
                 Key::EntryPointName => entry.entry_point = text(&mut map)?,
-                Key::StartUtc => start_utc = text(&mut map)?,
-                Key::StartLocal => start_local = text(&mut map)?,
-                Key::Time => time = text(&mut map)?,
+                Key::StartUtc => start_utc = map.next_value::<TimeValue<'de>>()?.0,
+                Key::StartLocal => start_local = map.next_value::<TimeValue<'de>>()?.0,
+                Key::Time => time = map.next_value::<TimeValue<'de>>()?.0,
                 Key::Duration => entry.duration = Duration::from_nanos(map.next_value::<Nanos>()?.0),
                 Key::UserAgent => entry.user_agent = text(&mut map)?,
                 Key::ForwardedFor => entry.forwarded_for = text(&mut map)?,
@@ -192,7 +196,7 @@ impl<'de> Visitor<'de> for EntrySeed<'_, 'de> {
         entry.host = entry.host.or(request_addr);
         // The first that is a moment: none is guessed from a time without an offset.
         let times = [start_utc, start_local, time];
-        entry.time = times.iter().flatten().find_map(|time| parse_rfc3339(time));
+        entry.time = times.iter().flatten().find_map(Written::moment);
         Ok(entry)
     }
 }
@@ -228,6 +232,25 @@ impl Status {
         Self(if number <= STATUS_MAX { number as u16 } else { 0 })
     }
 }
+
+/// A time, read only when no better one is there.
+enum Written<'a> {
+    Text(Cow<'a, str>),
+    /// Nanoseconds since 1970, as Traefik has them in attributes of OTLP.
+    Nanos(i64),
+}
+
+impl Written<'_> {
+    fn moment(&self) -> Option<Timestamp> {
+        match self {
+            Self::Text(text) => parse_rfc3339(text),
+            Self::Nanos(nanos) => Some(Timestamp::from_nanos(*nanos)),
+        }
+    }
+}
+
+/// A time as text or in nanoseconds; `None` for anything else.
+struct TimeValue<'a>(Option<Written<'a>>);
 
 /// A number of nanoseconds; 0 for anything else.
 struct Nanos(u64);
@@ -279,6 +302,31 @@ impl<'de> Deserialize<'de> for TextValue<'de> {
 
             fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
                 Ok(TextValue((!is_absent(text)).then(|| Cow::Owned(text.to_owned()))))
+            }
+        }
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl<'de> Deserialize<'de> for TimeValue<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = TimeValue<'de>;
+
+            tolerate!(TimeValue(None));
+
+            fn visit_u64<E>(self, number: u64) -> Result<Self::Value, E> {
+                let nanos = i64::try_from(number).ok().filter(|nanos| *nanos >= NANOS_MIN);
+                Ok(TimeValue(nanos.map(Written::Nanos)))
+            }
+
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
+                Ok(TimeValue(Some(Written::Text(Cow::Borrowed(text)))))
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(TimeValue(Some(Written::Text(Cow::Owned(text.to_owned())))))
             }
         }
         deserializer.deserialize_any(Any)

@@ -12,6 +12,7 @@ pub(crate) mod auth;
 pub mod body;
 pub(crate) mod coding;
 mod connection;
+mod grpc;
 mod handover;
 
 use std::net::IpAddr;
@@ -20,18 +21,16 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
-use hyper::body::{Body as _, Incoming};
-use hyper::header::{self, HeaderMap};
+use hyper::body::{Body as _, Bytes, Incoming};
+use hyper::header::{self, HeaderMap, HeaderName};
 use hyper::http::request::Parts;
-use hyper::{Method, Request, Response, StatusCode};
-use proto::report::Problem;
-use tokio::sync::Semaphore;
+use hyper::{Method, Request, Response, StatusCode, Version};
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 pub use auth::AuthFiles;
 
 use self::answer::{Answer, Dialect, Refusal};
-use self::auth::Logins;
 use self::body::BodyKind;
 use self::coding::{Body, Coding, Decoder, Held, Undecoded};
 use super::batch::Stopped;
@@ -39,6 +38,7 @@ use super::intake::Intake;
 use super::limit::{LimitConfig, Limits};
 use super::listen::Listening;
 use super::otlp::OtlpKind;
+use super::secrets::{SecretFiles, Secrets};
 use crate::config::ListenConfig;
 
 /// Memory of all bodies of a source at once, with that of their decoders, in bytes. Requests beyond it are told to come again.
@@ -60,11 +60,9 @@ const DISCARD_TIME_MAX: Duration = Duration::from_secs(1);
 const FAILURES_BURST: Duration = Duration::from_secs(10);
 /// Refusals that are logged at once; one more each second. The metric counts all.
 const LOGGED_BURST: Duration = Duration::from_secs(10);
-/// Wait before files of secrets that cannot be used are tried again.
-const RETRY: Duration = Duration::from_secs(1);
 /// The path of health, on every source of requests.
 pub(crate) const HEALTH_PATH: &str = "/health";
-/// The path of OTLP's logs.
+/// The path of OTLP's logs over HTTP.
 pub const OTLP_PATH: &str = "/v1/logs";
 
 /// A source of requests.
@@ -107,41 +105,23 @@ pub enum Content {
 
 /// Serves until the shutdown.
 pub(crate) async fn run(config: RequestsConfig, intake: Intake) -> Result<(), Stopped> {
-    let Some(logins) = load_logins(&config.auth, &intake).await else { return Ok(()) };
+    // Only OTLP is spoken over HTTP/2, which gRPC needs.
+    let protocols: &[&str] = if config.content == Content::Otlp { &["h2", "http/1.1"] } else { &["http/1.1"] };
+    let files = SecretFiles { tls: config.listen.tls.clone(), protocols, auth: config.auth.clone() };
     let listening = Listening::new(config.listen.clone(), intake);
     let clock = &listening.intake.shared.clock;
     let failures = LimitConfig { sender_lines: Some(NonZeroU32::MIN), burst: FAILURES_BURST, ..LimitConfig::default() };
     let logged = LimitConfig { lines: Some(NonZeroU32::MIN), burst: LOGGED_BURST, ..LimitConfig::default() };
     let server = Server {
-        failures: Limits::new(&failures, clock.clone()),
-        logged: Limits::new(&logged, clock.clone()),
+        failures: Limits::new(&failures, clock),
+        logged: Limits::new(&logged, clock),
         memory: Held::budget(MEMORY_BYTES_MAX),
         workers: Arc::new(Semaphore::new(WORKERS_MAX)),
         listening: listening.clone(),
-        logins,
         config,
     };
     let server = Arc::new(server);
-    listening.run(&["http/1.1"], move |connection, _| connection::serve(server.clone(), connection)).await
-}
-
-/// The secrets, as soon as they can be used; `None` at the shutdown.
-async fn load_logins(files: &AuthFiles, intake: &Intake) -> Option<Logins> {
-    loop {
-        let files = files.clone();
-        match tokio::task::spawn_blocking(move || Logins::load(&files)).await {
-            Ok(Ok(logins)) => return Some(logins),
-            Ok(Err(error)) => {
-                let text = format!("{}: nobody can send; it is tried again until it is right", chain(&error));
-                intake.set_problems(vec![Problem::degraded(text)]);
-            }
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
-        tokio::select! {
-            () = intake.shared.shutdown.draining() => return None,
-            () = tokio::time::sleep(RETRY) => {}
-        }
-    }
+    listening.run(files, move |connection, _| connection::serve(server.clone(), connection)).await
 }
 
 /// An error with its causes.
@@ -154,11 +134,18 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 struct Server {
     config: RequestsConfig,
     listening: Listening,
-    logins: Logins,
     failures: Limits,
     logged: Limits,
     memory: Arc<Semaphore>,
     workers: Arc<Semaphore>,
+}
+
+/// Who sends the requests of one connection.
+struct Caller {
+    sender: IpAddr,
+    secrets: watch::Receiver<Secrets>,
+    /// That nobody takes lines any more.
+    stopped: OnceLock<Stopped>,
 }
 
 /// How a body is written, by the kind of source.
@@ -177,25 +164,21 @@ impl Server {
         self.intake().shared.shutdown.is_draining()
     }
 
-    /// Answers one request. That nobody takes lines any more is left in `stopped`.
-    async fn answer(
-        &self,
-        request: Request<Incoming>,
-        sender: IpAddr,
-        stopped: &OnceLock<Stopped>,
-    ) -> Response<Answer> {
+    /// Answers one request.
+    async fn answer(&self, request: Request<Incoming>, caller: &Caller) -> Response<Answer> {
         let (head, mut body) = request.into_parts();
-        let dialect = Dialect::of(&self.config.content, &head.headers);
+        let dialect = Dialect::of(&self.config.content, &head);
         if head.uri.path() == HEALTH_PATH {
             return answer::health(&head.method, self.is_draining());
         }
-        let taken = self.take((&head, &mut body), sender, stopped).await;
+        let taken = self.take((&head, dialect), &mut body, caller).await;
         match taken {
             Ok(taken) => answer::taken(dialect, taken),
             Err(refusal) => {
-                self.note(&refusal, sender);
-                if !body.is_end_stream() {
-                    discard(body).await;
+                self.note(&refusal, caller.sender);
+                // HTTP/2 has each body end by itself.
+                if head.version != Version::HTTP_2 && !body.is_end_stream() {
+                    discard(&mut body).await;
                 }
                 answer::refused(dialect, refusal)
             }
@@ -215,32 +198,32 @@ impl Server {
 
     async fn take(
         &self,
-        (head, body): (&Parts, &mut Incoming),
-        sender: IpAddr,
-        stopped: &OnceLock<Stopped>,
+        (head, dialect): (&Parts, Dialect),
+        body: &mut Incoming,
+        caller: &Caller,
     ) -> Result<handover::Taken, Refusal> {
-        self.check_target(head)?;
-        self.admit(&head.headers, sender)?;
+        self.check_target(head, dialect)?;
+        self.admit(&head.headers, caller)?;
         if self.is_draining() {
             return Err(Refusal::later(StatusCode::SERVICE_UNAVAILABLE, "shutting down", RETRY_AFTER));
         }
-        let written = self.written(&head.headers)?;
-        let coding = coding(&head.headers)?;
+        let written = self.written(&head.headers, dialect)?;
         let shutdown = &self.intake().shared.shutdown;
         let body = tokio::select! {
-            body = timeout(BODY_TIME_MAX, self.read(body, coding)) => {
+            body = timeout(BODY_TIME_MAX, self.read(head, dialect, body)) => {
                 body.map_err(|_| Refusal::slow("the body took too long to arrive"))??
             }
             () = shutdown.draining() => {
                 return Err(Refusal::later(StatusCode::SERVICE_UNAVAILABLE, "shutting down", RETRY_AFTER));
             }
         };
-        handover::hand_over(self, (written, body), sender, stopped).await
+        handover::hand_over(self, (written, body), caller).await
     }
 
-    fn check_target(&self, head: &Parts) -> Result<(), Refusal> {
+    fn check_target(&self, head: &Parts, dialect: Dialect) -> Result<(), Refusal> {
         let path = match &self.config.content {
             Content::Lines { path } => path.as_str(),
+            Content::Otlp if dialect == Dialect::Grpc => grpc::EXPORT_PATH,
             Content::Otlp => OTLP_PATH,
         };
         if head.uri.path() != path {
@@ -253,11 +236,12 @@ impl Server {
         Ok(())
     }
 
-    fn admit(&self, headers: &HeaderMap, sender: IpAddr) -> Result<(), Refusal> {
-        if self.logins.admit(headers.get(header::AUTHORIZATION).map(|value| value.as_bytes())) {
+    fn admit(&self, headers: &HeaderMap, caller: &Caller) -> Result<(), Refusal> {
+        let logins = caller.secrets.borrow().logins.clone();
+        if logins.admit(headers.get(header::AUTHORIZATION).map(|value| value.as_bytes())) {
             return Ok(());
         }
-        if let Err(wait) = self.failures.check(Some(sender), 1, 0) {
+        if let Err(wait) = self.failures.check(Some(caller.sender), 1, 0) {
             let refusal =
                 Refusal::later(StatusCode::TOO_MANY_REQUESTS, "too many wrong secrets from your address", wait);
             self.intake().note_refused();
@@ -265,15 +249,19 @@ impl Server {
         }
         let mut refusal =
             Refusal::new(StatusCode::UNAUTHORIZED, "a token or a user with a password is needed").closing();
-        for challenge in self.logins.challenges() {
+        for challenge in logins.challenges() {
             refusal = refusal.with_header(header::WWW_AUTHENTICATE, challenge);
         }
         Err(refusal)
     }
 
-    fn written(&self, headers: &HeaderMap) -> Result<Written, Refusal> {
+    fn written(&self, headers: &HeaderMap, dialect: Dialect) -> Result<Written, Refusal> {
         let kind = answer::media_type(headers);
         let kinds = match (&self.config.content, kind.as_str()) {
+            (_, "application/grpc" | "application/grpc+proto") if dialect == Dialect::Grpc => {
+                return Ok(Written::Otlp(OtlpKind::Protobuf));
+            }
+            _ if dialect == Dialect::Grpc => "application/grpc+proto",
             (Content::Otlp, "application/x-protobuf") => return Ok(Written::Otlp(OtlpKind::Protobuf)),
             (Content::Otlp, "application/json") => return Ok(Written::Otlp(OtlpKind::Json)),
             (Content::Otlp, _) => "application/x-protobuf or application/json",
@@ -297,16 +285,10 @@ impl Server {
     }
 
     /// The body, without its compression.
-    async fn read(&self, body: &mut Incoming, coding: Coding) -> Result<Body, Refusal> {
+    async fn read(&self, head: &Parts, dialect: Dialect, body: &mut Incoming) -> Result<Body, Refusal> {
         let bytes_max = self.config.body_bytes_max;
-        let too_large = || {
-            Refusal::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                format!("a body has {bytes_max} bytes at most, uncompressed too"),
-            )
-        };
         let refuse = |undecoded| match undecoded {
-            Undecoded::TooLarge => too_large(),
+            Undecoded::TooLarge => too_large(bytes_max),
             Undecoded::NoMemory => {
                 let text = "too many bodies are under way";
                 Refusal::later(StatusCode::SERVICE_UNAVAILABLE, text, RETRY_AFTER)
@@ -315,37 +297,66 @@ impl Server {
                 Refusal::new(StatusCode::BAD_REQUEST, format!("the body cannot be unpacked: {text}"))
             }
         };
-        if body.size_hint().lower() > bytes_max as u64 {
-            return Err(too_large());
-        }
+        let is_call = dialect == Dialect::Grpc;
+        let coding = coding(&head.headers, &if is_call { grpc::ENCODING } else { header::CONTENT_ENCODING })?;
+        let (coding, message_bytes, begun) = if is_call {
+            let message = grpc::begin(body, coding, bytes_max).await?;
+            (message.coding, Some(message.bytes), Some(message.begun))
+        } else if body.size_hint().lower() > bytes_max as u64 {
+            return Err(too_large(bytes_max));
+        } else {
+            (coding, None, next_data(body).await?)
+        };
         let held = Held::nothing(self.memory.clone());
         let mut decoder = Decoder::new(coding, bytes_max, held).map_err(refuse)?;
-        let mut travelled = 0;
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| Refusal::new(StatusCode::BAD_REQUEST, "the body broke off"))?;
-            let Ok(data) = frame.into_data() else { continue };
+        let (mut travelled, mut next) = (0, begun);
+        while let Some(data) = next {
             travelled += data.len();
+            if message_bytes.is_some_and(|bytes| travelled > bytes) {
+                return Err(grpc::too_many());
+            }
             if travelled > bytes_max {
-                return Err(too_large());
+                return Err(too_large(bytes_max));
             }
-            if !decoder.is_work() {
+            if decoder.is_work() {
+                let fed = tokio::task::spawn_blocking(move || decoder.feed(&data).map(|()| decoder)).await;
+                decoder = fed.map_err(|_| Refusal::broken())?.map_err(refuse)?;
+            } else {
                 decoder.feed(&data).map_err(refuse)?;
-                continue;
             }
-            let fed = tokio::task::spawn_blocking(move || decoder.feed(&data).map(|()| decoder)).await;
-            decoder = fed.map_err(|_| Refusal::broken())?.map_err(refuse)?;
+            next = next_data(body).await?;
+        }
+        if message_bytes.is_some_and(|bytes| travelled < bytes) {
+            return Err(grpc::cut());
         }
         decoder.finish().map_err(refuse)
     }
 }
 
-fn coding(headers: &HeaderMap) -> Result<Coding, Refusal> {
-    let mut names = headers.get_all(header::CONTENT_ENCODING).iter();
-    let name = names.next().map_or(Ok(""), |name| name.to_str());
-    let coding = match (name, names.next()) {
-        (Ok(name), None) => Coding::parse(name),
+fn too_large(bytes_max: usize) -> Refusal {
+    let text = format!("a body has {bytes_max} bytes at most, uncompressed too");
+    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, text)
+}
+
+/// The next bytes of a body; `None` at its end.
+async fn next_data(body: &mut Incoming) -> Result<Option<Bytes>, Refusal> {
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Refusal::new(StatusCode::BAD_REQUEST, "the body broke off"))?;
+        if let Ok(data) = frame.into_data() {
+            return Ok(Some(data));
+        }
+    }
+    Ok(None)
+}
+
+/// What the header `name` says.
+fn coding(headers: &HeaderMap, name: &HeaderName) -> Result<Coding, Refusal> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next().map_or(Ok(""), |value| value.to_str());
+    let coding = match (value, values.next()) {
+        (Ok(value), None) => Coding::parse(value),
         (Ok(_), Some(_)) => Err("a body is compressed once at most".to_owned()),
-        (Err(_), _) => Err("Content-Encoding is no name".to_owned()),
+        (Err(_), _) => Err(format!("{name} is no name")),
     };
     coding.map_err(|text| {
         let refusal = Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, text);
@@ -353,7 +364,7 @@ fn coding(headers: &HeaderMap) -> Result<Coding, Refusal> {
     })
 }
 
-async fn discard(mut body: Incoming) {
+async fn discard(body: &mut Incoming) {
     let read = async {
         let mut left = DISCARD_BYTES_MAX;
         while let Some(Ok(frame)) = body.frame().await {

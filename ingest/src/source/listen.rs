@@ -11,13 +11,14 @@ use proto::places::{Place, Places, is_of_peer};
 use proto::report::Problem;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 
 use super::batch::Stopped;
 use super::intake::Intake;
 use super::limit::Limits;
+use super::secrets::{SecretFiles, Secrets};
 use crate::config::ListenConfig;
 
 /// How long a TLS handshake may take.
@@ -44,6 +45,8 @@ pub(crate) struct Listening {
 pub(crate) struct Connection {
     pub(crate) pipe: Box<dyn Pipe>,
     pub(crate) place: Place,
+    /// As they are now, whenever that is asked.
+    pub(crate) secrets: watch::Receiver<Secrets>,
 }
 
 impl Connection {
@@ -55,7 +58,7 @@ impl Connection {
 
 impl Listening {
     pub(crate) fn new(config: ListenConfig, intake: Intake) -> Self {
-        let limits = Arc::new(Limits::new(&config.limits, intake.shared.clock.clone()));
+        let limits = Arc::new(Limits::new(&config.limits, &intake.shared.clock));
         Self { config: Arc::new(config), intake, limits }
     }
 
@@ -91,20 +94,23 @@ impl Listening {
         }
     }
 
-    /// Takes connections and has each served until the shutdown. `protocols` are what TLS offers by ALPN.
+    /// Takes connections and has each served until the shutdown. SIGHUP has `files` read again: new connections have the new
+    /// certificate.
     ///
     /// # Errors
     /// When nobody takes lines any more.
     pub(crate) async fn run<F>(
         self,
-        protocols: &'static [&'static str],
+        files: SecretFiles,
         serve: impl Fn(Connection, Self) -> F + Clone + Send + 'static,
     ) -> Result<(), Stopped>
     where
         F: Future<Output = Result<(), Stopped>> + Send,
     {
         let shutdown = self.intake.shared.shutdown.clone();
-        let Some(tls) = self.load_tls(protocols).await else { return Ok(()) };
+        let mut reload = self.intake.shared.reload.clone();
+        let Some(kept) = files.open(&self.intake).await else { return Ok(()) };
+        let secrets = kept.follow();
         let Some(listener) = self.bound(TcpListener::bind).await else { return Ok(()) };
         let places = Places::new(self.config.connections_max, self.config.sender_connections_max);
         let mut connections = JoinSet::new();
@@ -113,9 +119,9 @@ impl Listening {
             self.intake.set_connections(places.taken());
             tokio::select! {
                 (stream, place) = self.accept(&listener, &places) => {
-                    let (this, tls, serve) = (self.clone(), tls.clone(), serve.clone());
+                    let (this, secrets, serve) = (self.clone(), secrets.clone(), serve.clone());
                     connections.spawn(async move {
-                        match this.shake_hands(stream, place, tls).await {
+                        match this.shake_hands(stream, place, secrets).await {
                             Some(connection) => serve(connection, this).await,
                             None => Ok(()),
                         }
@@ -130,6 +136,7 @@ impl Listening {
                     // Only panics get here: nothing is cancelled.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
+                Ok(()) = reload.changed() => files.reload(&kept, &self.intake).await,
                 () = shutdown.draining() => break,
             }
         }
@@ -138,31 +145,6 @@ impl Listening {
         // Those that are late end with the set.
         let _late = tokio::time::timeout(DRAIN_MAX, ending).await;
         ended
-    }
-
-    /// The certificates, as soon as they can be used; `None` at the shutdown.
-    async fn load_tls(&self, protocols: &'static [&'static str]) -> Option<Option<Arc<ServerConfig>>> {
-        let Some(files) = &self.config.tls else { return Some(None) };
-        let shutdown = self.intake.shared.shutdown.clone();
-        loop {
-            let files = files.clone();
-            let loaded = tokio::task::spawn_blocking(move || files.load(protocols)).await;
-            match loaded {
-                Ok(Ok(tls)) => return Some(Some(tls)),
-                Ok(Err(error)) => {
-                    let cause =
-                        std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
-                    let text =
-                        format!("{error}{cause}: nobody can send; the files are tried again until they are right");
-                    self.intake.set_problems(vec![Problem::degraded(text)]);
-                }
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            }
-            tokio::select! {
-                () = shutdown.draining() => return None,
-                () = tokio::time::sleep(RETRY) => {}
-            }
-        }
     }
 
     /// The next connection that may be and has a place.
@@ -186,11 +168,17 @@ impl Listening {
         }
     }
 
-    async fn shake_hands(&self, stream: TcpStream, place: Place, tls: Option<Arc<ServerConfig>>) -> Option<Connection> {
-        let Some(tls) = tls else { return Some(Connection { pipe: Box::new(stream), place }) };
+    async fn shake_hands(
+        &self,
+        stream: TcpStream,
+        place: Place,
+        secrets: watch::Receiver<Secrets>,
+    ) -> Option<Connection> {
+        let tls = secrets.borrow().tls.clone();
+        let Some(tls) = tls else { return Some(Connection { pipe: Box::new(stream), place, secrets }) };
         let shaken = tokio::time::timeout(HANDSHAKE_MAX, TlsAcceptor::from(tls).accept(stream)).await;
         match shaken {
-            Ok(Ok(stream)) => Some(Connection { pipe: Box::new(stream), place }),
+            Ok(Ok(stream)) => Some(Connection { pipe: Box::new(stream), place, secrets }),
             Ok(Err(_)) | Err(_) => {
                 self.intake.note_refused();
                 None

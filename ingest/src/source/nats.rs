@@ -43,7 +43,7 @@ pub(crate) async fn run(intake: Intake, config: NatsSource, bus: Arc<NatsConfig>
             return Ok(());
         }
     };
-    let limits = Limits::new(&config.limits, clock);
+    let limits = Limits::new(&config.limits, &clock);
     let mut inlet = intake.open_mixed(None);
     let mut teller = Teller { intake: intake.clone(), ticks: interval(TELL_INTERVAL), shown: Duration::ZERO };
     loop {

@@ -18,7 +18,7 @@ use std::ops::ControlFlow;
 
 use super::http::body::BodyError;
 
-pub(crate) use answer::{render_response, render_status};
+pub(crate) use answer::{render_response, render_retry_status, render_status};
 pub use line::render_line;
 
 /// Bytes of a record as it travels, by those of a line: a record brings its line twice, as text and as attributes, with
@@ -53,6 +53,8 @@ pub enum OtlpError {
 pub struct Record<'a> {
     /// Its body, when that is text.
     pub text: Option<Cow<'a, str>>,
+    /// When it happened, in nanoseconds since 1970; 0 where that is not said.
+    pub time_ns: u64,
     /// Its attributes, and the fields of a body that is a map; those with simple values.
     pub fields: Vec<(Cow<'a, str>, Scalar<'a>)>,
 }

@@ -13,6 +13,7 @@ use super::batch::Stopped;
 use super::intake::Intake;
 use super::limit::Limits;
 use super::listen::Listening;
+use super::secrets::SecretFiles;
 use crate::config::{SyslogConfig, Transport};
 
 pub use frames::{Frame, Frames};
@@ -23,12 +24,13 @@ pub(crate) async fn run(config: SyslogConfig, intake: Intake) -> Result<(), Stop
     match config.transport {
         Transport::Udp(listen) => datagrams::run_udp(&Listening::new(listen, intake), node_from).await,
         Transport::Unix { path, limits } => {
-            let limits = Limits::new(&limits, intake.shared.clock.clone());
+            let limits = Limits::new(&limits, &intake.shared.clock);
             datagrams::run_unix(&path, &limits, (intake, node_from)).await
         }
         Transport::Tcp(listen) => {
+            let files = SecretFiles { tls: listen.tls.clone(), ..SecretFiles::default() };
             let listening = Listening::new(listen, intake);
-            listening.run(&[], move |connection, listening| stream::serve(connection, listening, node_from)).await
+            listening.run(files, move |connection, listening| stream::serve(connection, listening, node_from)).await
         }
     }
 }

@@ -30,6 +30,7 @@ pub(crate) fn inputs(
         uplink: ingest::uplink::Status::default(),
         nodes: nodes.clone(),
         metrics: Metrics::register(&mut Registry::default()),
+        reload: watch::Sender::default().subscribe(),
         shutdown: shutdown.clone(),
     }
 }

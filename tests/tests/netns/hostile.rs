@@ -246,6 +246,7 @@ fn random_bytes(random: &mut Random) -> Vec<u8> {
         b"POST / HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\nffffffff\r\n\x1f\x8b",
         b"\x16\x03\x01\x02\x00",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x40\x01\x04\0\0\0\x01",
         b"{\"log\":\"{\\\"log\\\":\\\"",
     ];
     let mut bytes = begin[usize::try_from(random.below(begin.len() as u64)).unwrap()].to_vec();

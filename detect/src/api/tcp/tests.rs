@@ -226,7 +226,7 @@ async fn a_reload_of_files_with_mistakes_changes_nothing() {
         TcpConfig { listen: "127.0.0.1:0".parse().unwrap(), tokens_file: dir.path().join("tokens"), tls: None };
     write_tokens(dir.path(), &format!("{READER}{WRITER}"));
     let server = Server::bind(config, Clock::system(), Metrics::default()).await.unwrap();
-    let tokens = || server.secrets.borrow().tokens.count();
+    let tokens = || server.secrets.follow().borrow().tokens.count();
     for (text, count) in [("nonsense\n", 2), (READER, 1), ("reader admin\n", 1), ("# nobody\n", 0)] {
         write_tokens(dir.path(), text);
         server.reload().await;

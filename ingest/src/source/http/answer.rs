@@ -1,18 +1,57 @@
 //! What senders are told, in the words of their protocol.
 
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::Bytes;
+use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::{Method, Response, StatusCode};
 
 use super::handover::Taken;
-use super::{Content, RETRY_AFTER};
+use super::{Content, RETRY_AFTER, grpc};
 use crate::source::otlp::{OtlpKind, render_response, render_status};
 
-/// The body of an answer.
-pub(super) type Answer = Full<Bytes>;
+/// The body of an answer, and the trailers after it.
+#[derive(Debug)]
+pub(super) struct Answer {
+    data: Option<Bytes>,
+    trailers: Option<HeaderMap>,
+}
+
+impl Answer {
+    /// Without trailers.
+    pub(super) fn new(data: Vec<u8>) -> Self {
+        Self { data: (!data.is_empty()).then(|| data.into()), trailers: None }
+    }
+
+    /// With trailers, which HTTP/2 has.
+    pub(super) fn with_trailers(data: Vec<u8>, trailers: HeaderMap) -> Self {
+        Self { trailers: Some(trailers), ..Self::new(data) }
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let data = self.data.take().map(Frame::data);
+        Poll::Ready(data.or_else(|| self.trailers.take().map(Frame::trailers)).map(Ok))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.data.is_none() && self.trailers.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let bytes = self.data.as_ref().map_or(0, |data| data.len() as u64);
+        // With trailers, the end is not where the length says.
+        if self.trailers.is_some() { SizeHint::default() } else { SizeHint::with_exact(bytes) }
+    }
+}
 
 /// What an OTLP sender is told of records that are no lines.
 const NO_LINES: &str = "records without text and without the attributes of an access entry are no lines";
@@ -24,14 +63,17 @@ pub(super) enum Dialect {
     Plain,
     /// OTLP's messages.
     Otlp(OtlpKind),
+    /// OTLP's messages, as gRPC frames them.
+    Grpc,
 }
 
 impl Dialect {
     /// A sender of OTLP is answered in what it wrote.
-    pub(super) fn of(content: &Content, headers: &HeaderMap) -> Self {
+    pub(super) fn of(content: &Content, head: &Parts) -> Self {
         match content {
             Content::Lines { .. } => Self::Plain,
-            Content::Otlp if media_type(headers) == "application/json" => Self::Otlp(OtlpKind::Json),
+            Content::Otlp if grpc::is_call(head) => Self::Grpc,
+            Content::Otlp if media_type(&head.headers) == "application/json" => Self::Otlp(OtlpKind::Json),
             Content::Otlp => Self::Otlp(OtlpKind::Protobuf),
         }
     }
@@ -104,25 +146,27 @@ pub(super) fn taken(dialect: Dialect, taken: Taken) -> Response<Answer> {
     match dialect {
         Dialect::Plain => plain(StatusCode::OK, &format!("{lines} lines taken")),
         Dialect::Otlp(kind) => otlp(kind, StatusCode::OK, render_response(kind, rejected, NO_LINES)),
+        Dialect::Grpc => grpc::taken(&render_response(OtlpKind::Protobuf, rejected, NO_LINES)),
     }
 }
 
 /// Why nothing, or not all, is safe.
 pub(super) fn refused(dialect: Dialect, refusal: Refusal) -> Response<Answer> {
-    let Refusal { status, text, retry_after, headers } = refusal;
     let mut response = match dialect {
-        Dialect::Plain => plain(status, &text),
+        Dialect::Grpc => grpc::refused(&refusal),
+        Dialect::Plain => plain(refusal.status, &refusal.text),
         Dialect::Otlp(kind) => {
+            let Refusal { status, text, .. } = &refusal;
             // Senders of OTLP give up on any other status than 429, 502, 503 and 504.
-            let is_slow = status == StatusCode::REQUEST_TIMEOUT;
-            let status = if is_slow { StatusCode::SERVICE_UNAVAILABLE } else { status };
-            otlp(kind, status, render_status(kind, rpc_code(status), &text))
+            let is_slow = *status == StatusCode::REQUEST_TIMEOUT;
+            let status = if is_slow { StatusCode::SERVICE_UNAVAILABLE } else { *status };
+            otlp(kind, status, render_status(kind, rpc_code(status), text))
         }
     };
-    for (name, value) in headers {
+    for (name, value) in refusal.headers {
         response.headers_mut().append(name, HeaderValue::from_static(value));
     }
-    if let Some(after) = retry_after {
+    if let Some(after) = refusal.retry_after {
         let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
     }
@@ -130,13 +174,14 @@ pub(super) fn refused(dialect: Dialect, refusal: Refusal) -> Response<Answer> {
 }
 
 /// The code of `google.rpc.Code` that says the same.
-fn rpc_code(status: StatusCode) -> u32 {
+pub(super) fn rpc_code(status: StatusCode) -> u32 {
     match status {
         StatusCode::UNAUTHORIZED => 16,
         StatusCode::NOT_FOUND => 5,
         StatusCode::METHOD_NOT_ALLOWED => 12,
         StatusCode::TOO_MANY_REQUESTS => 8,
         StatusCode::SERVICE_UNAVAILABLE => 14,
+        StatusCode::INTERNAL_SERVER_ERROR => 13,
         _ => 3,
     }
 }
@@ -154,7 +199,7 @@ fn otlp(kind: OtlpKind, status: StatusCode, body: Vec<u8>) -> Response<Answer> {
 }
 
 fn response(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Answer> {
-    let mut response = Response::new(Full::from(body));
+    let mut response = Response::new(Answer::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response

@@ -45,7 +45,7 @@ impl AuthFiles {
 
 /// A file of secrets cannot be used. Never shows what stands in it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum AuthError {
+pub(crate) enum AuthError {
     /// It cannot be read, or others may.
     #[error(transparent)]
     File(#[from] SecretFileError),
@@ -71,7 +71,7 @@ impl fmt::Debug for Hash {
 
 /// Who may send.
 #[derive(Debug, Default)]
-pub(super) struct Logins {
+pub(crate) struct Logins {
     /// `None` = tokens are not asked for.
     tokens: Option<Vec<Hash>>,
     users: Option<Vec<Hash>>,
@@ -82,7 +82,7 @@ impl Logins {
     ///
     /// # Errors
     /// When one cannot be read, is open to others or holds a line that is no secret.
-    pub(super) fn load(files: &AuthFiles) -> Result<Self, AuthError> {
+    pub(crate) fn load(files: &AuthFiles) -> Result<Self, AuthError> {
         let read = |path: &Option<PathBuf>, check: fn(&str) -> Result<(), &'static str>| {
             path.as_ref().map(|path| read(path, check)).transpose()
         };
@@ -90,7 +90,7 @@ impl Logins {
     }
 
     /// Whether a request with this `Authorization` may send.
-    pub(super) fn admit(&self, authorization: Option<&[u8]>) -> bool {
+    pub(crate) fn admit(&self, authorization: Option<&[u8]>) -> bool {
         if self.tokens.is_none() && self.users.is_none() {
             return true;
         }
@@ -106,7 +106,7 @@ impl Logins {
     }
 
     /// What to show, for `WWW-Authenticate`.
-    pub(super) fn challenges(&self) -> impl Iterator<Item = &'static str> {
+    pub(crate) fn challenges(&self) -> impl Iterator<Item = &'static str> {
         let bearer = self.tokens.is_some().then_some("Bearer realm=\"portcullis\"");
         let basic = self.users.is_some().then_some("Basic realm=\"portcullis\", charset=\"UTF-8\"");
         bearer.into_iter().chain(basic)

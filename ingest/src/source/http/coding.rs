@@ -34,7 +34,7 @@ pub(super) enum Coding {
 }
 
 impl Coding {
-    /// By its name in `Content-Encoding`; the error is for the sender.
+    /// By its name in `Content-Encoding` or `grpc-encoding`; the error is for the sender.
     pub(super) fn parse(name: &str) -> Result<Self, String> {
         Ok(match name.trim().to_ascii_lowercase().as_str() {
             "" | "identity" => Self::Identity,
@@ -42,7 +42,7 @@ impl Coding {
             "deflate" => Self::Deflate,
             "zstd" => Self::Zstd,
             other => {
-                return Err(format!("Content-Encoding {other:?} is not known here: send gzip, zstd, deflate or none"));
+                return Err(format!("the encoding {other:?} is not known here: send gzip, zstd, deflate or none"));
             }
         })
     }

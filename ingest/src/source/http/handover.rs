@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::ops::ControlFlow;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::answer::Refusal;
 use super::coding::Body;
-use super::{NodeFrom, RETRY_AFTER, ROOM_WAIT_MAX, SAFE_WAIT_MAX, Server, Written, body, chain};
+use super::{Caller, NodeFrom, RETRY_AFTER, ROOM_WAIT_MAX, SAFE_WAIT_MAX, Server, Written, body, chain};
 use crate::parse::Format;
 use crate::source::batch::Stopped;
 use crate::source::intake::{Inlet, Intake, name_of_sender};
@@ -38,8 +38,7 @@ enum Failed {
 pub(super) async fn hand_over(
     server: &Server,
     (written, body): (Written, Body),
-    sender: IpAddr,
-    stopped: &OnceLock<Stopped>,
+    caller: &Caller,
 ) -> Result<Taken, Refusal> {
     let unavailable = |text: &str| Refusal::later(StatusCode::SERVICE_UNAVAILABLE, text, RETRY_AFTER);
     let Ok(Ok(worker)) = timeout(ROOM_WAIT_MAX, server.workers.clone().acquire_owned()).await else {
@@ -56,7 +55,7 @@ pub(super) async fn hand_over(
         node_from: server.config.node_from,
         written,
         body,
-        sender,
+        sender: caller.sender,
         handle: Handle::current(),
         receipt,
     };
@@ -68,7 +67,7 @@ pub(super) async fn hand_over(
         Ok(Ok(taken)) => taken,
         Ok(Err(Failed::Refused(refusal))) => return Err(refusal),
         Ok(Err(Failed::Stopped(why))) => {
-            let _first = stopped.set(why);
+            let _first = caller.stopped.set(why);
             return Err(unavailable("shutting down").closing());
         }
         Err(error) => std::panic::resume_unwind(error.into_panic()),

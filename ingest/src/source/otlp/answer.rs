@@ -1,8 +1,13 @@
 //! What OTLP answers: `ExportLogsServiceResponse`, and `google.rpc.Status` for what went wrong.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::OtlpKind;
+
+/// The type of a detail that says when to come again.
+const RETRY_INFO: &str = "type.googleapis.com/google.rpc.RetryInfo";
 
 /// All records were taken, or all but `rejected`.
 pub(crate) fn render_response(kind: OtlpKind, rejected: u64, message: &str) -> Vec<u8> {
@@ -35,6 +40,20 @@ pub(crate) fn render_status(kind: OtlpKind, code: u32, message: &str) -> Vec<u8>
         }
         OtlpKind::Json => json!({ "code": code, "message": message }).to_string().into_bytes(),
     }
+}
+
+/// Nothing was taken, and the same may be sent again after that time: a `google.rpc.Status` with a `google.rpc.RetryInfo`
+/// among its details, in protobuf.
+pub(crate) fn render_retry_status(code: u32, message: &str, after: Duration) -> Vec<u8> {
+    let (mut delay, mut info, mut any) = (Vec::new(), Vec::new(), Vec::new());
+    put_number(1, after.as_secs(), &mut delay);
+    put_number(2, after.subsec_nanos().into(), &mut delay);
+    put_bytes(1, &delay, &mut info);
+    put_bytes(1, RETRY_INFO.as_bytes(), &mut any);
+    put_bytes(2, &info, &mut any);
+    let mut status = render_status(OtlpKind::Protobuf, code, message);
+    put_bytes(3, &any, &mut status);
+    status
 }
 
 fn put_varint(mut number: u64, out: &mut Vec<u8>) {

@@ -42,7 +42,10 @@ struct ScopeLogs<'a> {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct LogRecord<'a> {
+    #[serde(default)]
+    time_unix_nano: Option<Number>,
     #[serde(borrow, default)]
     body: Option<&'a RawValue>,
     #[serde(borrow, default)]
@@ -153,8 +156,11 @@ fn host(resource: &RawValue) -> Result<Option<String>, BodyError> {
 }
 
 fn record(text: &RawValue) -> Result<Record<'static>, BodyError> {
-    let LogRecord { body, attributes } = parse(text)?;
+    let LogRecord { time_unix_nano, body, attributes } = parse(text)?;
     let mut record = Record::default();
+    if let Some(Scalar::Int(nanos)) = time_unix_nano.map(Number::scalar) {
+        record.time_ns = u64::try_from(nanos).unwrap_or(0);
+    }
     let mut keep = |key: String, value| record.fields.push((Cow::Owned(key), value));
     if let Some(body) = body {
         let body: AnyValue<'_> = parse(body)?;

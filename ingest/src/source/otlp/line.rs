@@ -7,6 +7,8 @@ use crate::parse::Format;
 
 /// The attribute without which there is no access entry.
 const STATUS: &str = "DownstreamStatus";
+/// Attributes with the time of a request.
+const TIMES: [&str; 3] = ["StartUTC", "StartLocal", "time"];
 /// Of these, one at least.
 const CLIENTS: [&str; 2] = ["ClientAddr", "ClientHost"];
 
@@ -44,6 +46,11 @@ fn render_fields(record: &Record<'_>, line: &mut Vec<u8>) {
             Scalar::Float(number) if number.is_finite() => render(number, line),
             Scalar::Float(_) => line.extend_from_slice(b"null"),
         }
+    }
+    // Traefik's fields may be dropped; the time of its records cannot.
+    if record.time_ns > 0 && !has(record, &TIMES) {
+        line.extend_from_slice(b",\"time\":");
+        render(record.time_ns, line);
     }
     line.push(b'}');
 }

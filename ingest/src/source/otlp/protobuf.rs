@@ -11,6 +11,7 @@ const RESOURCE_LOGS_RESOURCE: u32 = 1;
 const RESOURCE_LOGS_SCOPE_LOGS: u32 = 2;
 const RESOURCE_ATTRIBUTES: u32 = 1;
 const SCOPE_LOGS_RECORDS: u32 = 2;
+const RECORD_TIME: u32 = 1;
 const RECORD_BODY: u32 = 5;
 const RECORD_ATTRIBUTES: u32 = 6;
 const PAIR_KEY: u32 = 1;
@@ -154,6 +155,11 @@ fn record(mut fields: Fields<'_>) -> Result<Record<'_>, Mistake> {
     let mut record = Record::default();
     while let Some((number, wire)) = fields.next()? {
         match number {
+            RECORD_TIME => {
+                if let Wire::Fixed64(nanos) = wire {
+                    record.time_ns = nanos;
+                }
+            }
             RECORD_BODY => match value(wire.message()?)? {
                 Some(Value::Scalar(Scalar::Text(text))) => record.text = Some(text),
                 Some(Value::Pairs(pairs)) => {

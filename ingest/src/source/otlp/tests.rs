@@ -103,6 +103,35 @@ fn attributes_of_an_access_entry_are_better_than_the_common_log_format() {
 }
 
 #[test]
+fn an_entry_without_times_has_that_of_its_record() {
+    let attributes = |start: &[u8]| {
+        let pairs = [pair("ClientHost", &text("203.0.113.9")), pair("DownstreamStatus", &text("404")), start.to_vec()];
+        pairs.iter().filter(|pair| !pair.is_empty()).flat_map(|pair| field(6, pair)).collect::<Vec<_>>()
+    };
+    let time = [&[1 << 3 | 1][..], &1_795_630_366_567_965_400_u64.to_le_bytes()].concat();
+    let json = |start: &str| {
+        format!(
+            r#"{{"timeUnixNano":"1795630366567965400","attributes":[{{"key":"ClientHost","value":{{"stringValue":"203.0.113.9"}}}},
+            {{"key":"DownstreamStatus","value":{{"stringValue":"404"}}}}{start}]}}"#
+        )
+    };
+    assert_eq!(
+        line(&[&time[..], &attributes(b"")].concat(), &json(""), Format::Auto),
+        r#"{"ClientHost":"203.0.113.9","DownstreamStatus":"404","time":1795630366567965400}"#
+    );
+    // The number 7, as Traefik writes its times.
+    let start = pair("StartUTC", &[3 << 3, 7]);
+    assert_eq!(
+        line(
+            &[&time[..], &attributes(&start)].concat(),
+            &json(r#",{"key":"StartUTC","value":{"intValue":"7"}}"#),
+            Format::Auto
+        ),
+        r#"{"ClientHost":"203.0.113.9","DownstreamStatus":"404","StartUTC":7}"#
+    );
+}
+
+#[test]
 fn a_body_that_is_a_map_is_an_entry() {
     let pairs = [pair("ClientHost", &text("203.0.113.9")), pair("DownstreamStatus", &text("404"))];
     let pairs: Vec<u8> = pairs.iter().flat_map(|pair| field(1, pair)).collect();

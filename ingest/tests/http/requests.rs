@@ -1,204 +1,22 @@
-//! Sources of requests, served by the role on a local port.
-//!
-//! A batch that arrives here counts as safe once the test says so, as with detect and the bus.
-
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
-
-mod inputs;
+//! HTTP/1.1: lines, and OTLP as it answers.
 
 use std::fs::{Permissions, set_permissions, write};
 use std::io::Write;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use flate2::Compression;
-use flate2::write::GzEncoder;
-use ingest::config::{IngestConfig, RawIngest};
 use ingest::error::IngestError;
 use ingest::pipeline;
 use proto::bus::memory::Nodes;
-use proto::event::AccessBatch;
-use proto::report::SourceReport;
-use proto::settings::Mistakes;
 use proto::shutdown::Shutdown;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, watch};
 
-/// A test that waits longer than this has failed.
-const DEADLINE: Duration = Duration::from_secs(40);
-
-fn checked(source: &Value) -> Result<IngestConfig, Vec<String>> {
-    let raw: RawIngest = serde_json::from_value(json!({ "sources": { "push": source } })).unwrap();
-    let mut mistakes = Mistakes::new();
-    let config = raw.check(&mut mistakes);
-    let texts = mistakes.into_sorted().iter().map(ToString::to_string).collect();
-    config.ok_or(texts)
-}
-
-struct Role {
-    addr: SocketAddr,
-    batches: mpsc::Receiver<AccessBatch>,
-    nodes: Nodes,
-    shutdown: Shutdown,
-    task: JoinHandle<Result<(), IngestError>>,
-    dir: TempDir,
-}
-
-/// The keys of a source beside `listen`.
-async fn start(keys: Value) -> Role {
-    start_with(keys, 64, &[]).await
-}
-
-async fn start_with(mut keys: Value, queue: usize, secrets: &[(&str, &str)]) -> Role {
-    let dir = tempfile::tempdir().unwrap();
-    for (key, text) in secrets {
-        let path = dir.path().join(key);
-        write(&path, text).unwrap();
-        set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
-        keys["auth"][*key] = json!(path);
-    }
-    let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    keys["listen"] = json!(addr);
-    let config = checked(&keys).unwrap();
-    let (sender, batches) = mpsc::channel(queue);
-    let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
-    let inputs = inputs::inputs(&config, sender, (&nodes, &shutdown));
-    let task = tokio::spawn(pipeline::run(config, inputs));
-    while TcpStream::connect(addr).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    Role { addr, batches, nodes, shutdown, task, dir }
-}
-
-/// Status line and headers in lower case, and the body.
-#[derive(Debug)]
-struct Answer {
-    status: u16,
-    head: String,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().find_map(|line| line.strip_prefix(&format!("{name}: ")))
-    }
-}
-
-/// A client that knows nothing but bytes.
-struct Client(TcpStream);
-
-impl Client {
-    async fn new(role: &Role) -> Self {
-        Self(TcpStream::connect(role.addr).await.unwrap())
-    }
-
-    async fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        self.0.write_all(bytes.as_ref()).await.unwrap();
-    }
-
-    async fn answer(&mut self) -> Answer {
-        tokio::time::timeout(DEADLINE, self.read_answer()).await.expect("an answer in time")
-    }
-
-    async fn read_answer(&mut self) -> Answer {
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(self.0.read_u8().await.expect("an answer"));
-        }
-        let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let mut answer = Answer { status, head, body: Vec::new() };
-        answer.body = vec![0; answer.header("content-length").map_or(0, |length| length.parse().unwrap())];
-        self.0.read_exact(&mut answer.body).await.unwrap();
-        answer
-    }
-
-    /// Whether the connection ends within the deadline without another byte.
-    async fn is_closed(&mut self) -> bool {
-        let read = tokio::time::timeout(DEADLINE, self.0.read_u8()).await;
-        read.expect("an end in time").is_err()
-    }
-}
-
-fn request(path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
-    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-    let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {}\r\n\r\n", body.len());
-    [head.as_bytes(), body].concat()
-}
-
-fn ndjson(body: &[u8]) -> Vec<u8> {
-    request("/", &[("Content-Type", "application/x-ndjson")], body)
-}
-
-fn line(number: u32) -> String {
-    json!({ "ClientAddr": "203.0.113.9:4711", "DownstreamStatus": 404, "RequestPath": format!("/n/{number}"),
-        "StartUTC": "2026-01-01T00:00:00Z" })
-    .to_string()
-}
-
-fn lines(numbers: std::ops::Range<u32>) -> Vec<u8> {
-    numbers.flat_map(|number| (line(number) + "\n").into_bytes()).collect()
-}
-
-impl Role {
-    async fn batch(&mut self) -> AccessBatch {
-        tokio::time::timeout(DEADLINE, self.batches.recv()).await.expect("a batch in time").expect("the role runs")
-    }
-
-    /// Sends a request and answers for every batch until there is an answer. Returns paths, other lines, and the answer.
-    async fn exchange(&mut self, bytes: Vec<u8>) -> (Vec<String>, u64, Answer) {
-        let mut client = Client::new(self).await;
-        client.send(bytes).await;
-        let answer = client.answer();
-        tokio::pin!(answer);
-        let (mut paths, mut unparsed) = (Vec::new(), 0);
-        loop {
-            tokio::select! {
-                answer = &mut answer => return (paths, unparsed, answer),
-                batch = self.batches.recv() => {
-                    let mut batch = batch.expect("the role runs");
-                    paths.extend(batch.events().map(|event| event.text.path.to_owned()));
-                    unparsed += batch.counts.unparsed + batch.counts.oversized;
-                    batch.deliver();
-                }
-            }
-        }
-    }
-
-    async fn report(&self, is_it: impl Fn(&SourceReport) -> bool) -> SourceReport {
-        let wait = async {
-            loop {
-                let reports = self.nodes.all();
-                if let Some(report) = reports.into_iter().flat_map(|node| node.sources).find(&is_it) {
-                    return report;
-                }
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        let waited = tokio::time::timeout(DEADLINE, wait).await;
-        waited.unwrap_or_else(|_| panic!("no such report: {:?}", self.nodes.all()))
-    }
-
-    async fn stop(self) {
-        self.shutdown.begin();
-        drop(self.batches);
-        tokio::time::timeout(DEADLINE, self.task).await.expect("an end in time").unwrap().unwrap();
-        drop(self.dir);
-    }
-}
-
-fn paths(numbers: std::ops::Range<u32>) -> Vec<String> {
-    numbers.map(|number| format!("/n/{number}")).collect()
-}
+use super::inputs;
+use super::role::{Client, DEADLINE, Role, checked, gzip, line, lines, ndjson, paths, request, start, start_with};
 
 #[tokio::test]
 async fn an_answer_comes_only_after_the_lines_are_safe() {
@@ -254,12 +72,6 @@ async fn every_content_and_coding_is_taken() {
     let (_, _, answer) = role.exchange(request("/logs", &[], b"")).await;
     assert_eq!((answer.status, answer.text().as_str()), (200, "0 lines taken\n"));
     role.stop().await;
-}
-
-fn gzip(data: &[u8]) -> Vec<u8> {
-    let mut gzip = GzEncoder::new(Vec::new(), Compression::fast());
-    gzip.write_all(data).unwrap();
-    gzip.finish().unwrap()
 }
 
 #[tokio::test]
@@ -363,13 +175,8 @@ async fn a_file_of_secrets_that_is_open_to_others_lets_nobody_in_until_it_is_clo
     let (shutdown, nodes) = (Shutdown::new(), Nodes::default());
     let inputs = inputs::inputs(&config, sender, (&nodes, &shutdown));
     let task = tokio::spawn(pipeline::run(config, inputs));
-    let role = Role { addr, batches, nodes, shutdown, task, dir };
-    let told = async {
-        while !role.nodes.all().iter().flat_map(|node| &node.problems).any(|p| p.text.contains("is open to others")) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(DEADLINE, told).await.expect("a problem is reported");
+    let role = Role { addr, batches, nodes, shutdown, reload: watch::Sender::default(), task, dir };
+    role.problem("is open to others").await;
     assert!(TcpStream::connect(addr).await.is_err());
     set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     let open = async {
