@@ -27,7 +27,8 @@ pub struct TeardownReport {
 }
 
 /// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
-/// stay, as others may have come to use them. The enforcing role must not be running: it would put everything back.
+/// stay, as others may have come to use them. Hold a [`StandOff`](crate::StandOff) meanwhile, or a running enforce puts
+/// everything back.
 /// A dry run only reports what would be removed.
 ///
 /// # Errors

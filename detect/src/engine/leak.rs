@@ -415,6 +415,10 @@ impl Engine {
         if logged <= self.leaks.armed_from || self.bans.len() == 0 || self.paused.is_some() {
             return;
         }
+        // Few are banned, so this comes before all that costs more.
+        if self.bans.covering(client.addr).next().is_none() {
+            return;
+        }
         let name = |index: u16| self.nodes.get(usize::from(index)).map_or("", |node| node);
         let ahead = |index| self.leaks.hosts.get(name(index)).map_or(Duration::ZERO, |host| host.ahead);
         let time = logged.saturating_sub(ahead(source.node).max(ahead(source.reader)));
