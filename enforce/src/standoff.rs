@@ -5,7 +5,7 @@
 //! it needs no bus, no detector and no API. It is of this host alone; what is done once for a cluster goes on.
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -131,45 +131,55 @@ impl Gate {
     }
 }
 
-/// The side of a teardown: while it lives, nobody who uses this `state_dir` enforces.
+/// Where enforce may keep its state: the configured folder, and those in it that the packaged units give to each service.
+pub(crate) fn state_dirs(state_dir: &Path) -> Vec<PathBuf> {
+    let inner = fs::read_dir(state_dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut inner: Vec<PathBuf> = inner.filter(|dir| dir.join(LOCK).exists()).collect();
+    inner.sort();
+    [vec![state_dir.to_owned()], inner].concat()
+}
+
+/// The side of a teardown: while it lives, nobody who keeps state in these folders changes the firewall.
 #[derive(Debug)]
 pub struct StandOff {
-    _lock: File,
-    /// The file that keeps a running enforce paused; `None` where none runs, and the next to start shall enforce.
-    pub file: Option<PathBuf>,
+    _locks: Vec<File>,
+    /// The files that keep a running enforce paused. Where none runs there is none, and the next to start enforces.
+    pub files: Vec<PathBuf>,
 }
 
 impl StandOff {
-    /// Has a running enforce lift all bans, and waits until it has. `None` where nothing has ever enforced with this
-    /// `state_dir`.
+    /// Has each running enforce lift all bans, and waits until it has.
     ///
     /// # Errors
-    /// When the file cannot be written, or a running enforce does not let go; the file stays then.
-    pub async fn begin(state_dir: &Path) -> Result<Option<Self>, EnforceError> {
-        if !state_dir.exists() {
-            return Ok(None);
-        }
-        let file = state_dir.join(FILE);
-        let failed = |source: io::Error| EnforceError::StandOff { path: file.clone(), source };
-        if let Some(lock) = take_lock(state_dir).map_err(failed)? {
-            return Ok(Some(Self { _lock: lock, file: Some(file.clone()).filter(|file| file.exists()) }));
-        }
-        match File::options().create_new(true).write(true).open(&file) {
-            Ok(mut made) => io::Write::write_all(&mut made, BY_TEARDOWN.as_bytes()).map_err(failed)?,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(failed(error)),
-        }
-        let mut waited = Duration::ZERO;
-        loop {
-            if let Some(lock) = take_lock(state_dir).map_err(failed)? {
-                return Ok(Some(Self { _lock: lock, file: Some(file.clone()) }));
+    /// When a file cannot be written, or a running enforce does not let go; the file stays then.
+    pub async fn begin(state_dir: &Path) -> Result<Self, EnforceError> {
+        let (mut locks, mut files) = (Vec::new(), Vec::new());
+        for dir in state_dirs(state_dir).into_iter().filter(|dir| dir.join(LOCK).exists()) {
+            let file = dir.join(FILE);
+            let failed = |source: io::Error| EnforceError::StandOff { path: file.clone(), source };
+            let mut lock = take_lock(&dir).map_err(failed)?;
+            if lock.is_none() {
+                pause(&file).map_err(failed)?;
+                let mut waited = Duration::ZERO;
+                while lock.is_none() && waited < RELEASE_DEADLINE {
+                    tokio::time::sleep(PAUSE).await;
+                    waited += PAUSE;
+                    lock = take_lock(&dir).map_err(failed)?;
+                }
             }
-            if waited >= RELEASE_DEADLINE {
-                return Err(EnforceError::NotReleased { path: file.clone() });
-            }
-            tokio::time::sleep(PAUSE).await;
-            waited += PAUSE;
+            locks.push(lock.ok_or_else(|| EnforceError::NotReleased { path: file.clone() })?);
+            files.extend(Some(file).filter(|file| file.exists()));
         }
+        Ok(Self { _locks: locks, files })
+    }
+}
+
+/// Makes the file, unless somebody has.
+fn pause(file: &Path) -> io::Result<()> {
+    match File::options().create_new(true).write(true).open(file) {
+        Ok(mut made) => made.write_all(BY_TEARDOWN.as_bytes()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -195,12 +205,15 @@ mod tests {
     #[tokio::test]
     async fn a_teardown_waits_until_a_running_enforce_has_lifted_and_is_not_hurried_by_another() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(StandOff::begin(&dir.path().join("none")).await.unwrap().is_none());
-        let alone = StandOff::begin(dir.path()).await.unwrap().unwrap();
-        assert_eq!(alone.file, None, "nothing runs, so nothing is left behind");
+        let inner = dir.path().join("enforce");
+        fs::create_dir(&inner).unwrap();
+        drop(Gate::open(Some(inner.clone()), false).await);
+        let alone = StandOff::begin(dir.path()).await.unwrap();
+        assert_eq!(alone.files, [] as [PathBuf; 0], "nothing runs, so nothing is left behind");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nor where nothing ever ran");
         drop(alone);
 
-        let mut gate = Gate::open(Some(dir.path().to_owned()), false).await;
+        let mut gate = Gate::open(Some(inner.clone()), false).await;
         let state_dir = dir.path().to_owned();
         let waiting = tokio::spawn(async move { StandOff::begin(&state_dir).await });
         while !gate.look() {
@@ -208,8 +221,9 @@ mod tests {
         }
         assert!(gate.paused.as_deref().unwrap().contains("portcullis enforce --teardown"));
         gate.stand_off();
-        let held = waiting.await.unwrap().unwrap().unwrap();
-        fs::remove_file(held.file.clone().unwrap()).unwrap();
+        let held = waiting.await.unwrap().unwrap();
+        assert_eq!(held.files, [inner.join(FILE)]);
+        fs::remove_file(&held.files[0]).unwrap();
         assert!(!gate.look() && gate.stands_off, "the teardown is at work");
         drop(held);
         assert!(gate.look() && !gate.stands_off);

@@ -17,9 +17,9 @@ use crate::telemetry;
 pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
     let config = Location::new(args.config.config, Vec::new()).load()?;
     telemetry::install(&config.telemetry)?;
-    let held = if args.dry_run { None } else { StandOff::begin(&config.state_dir).await? };
-    let paused = held.as_ref().and_then(|held| held.file.clone());
-    if !args.dry_run && paused.is_none() && config.bus == BusConfig::Local {
+    let held = if args.dry_run { None } else { Some(StandOff::begin(&config.state_dir).await?) };
+    let paused = held.as_ref().map(|held| held.files.clone()).unwrap_or_default();
+    if !args.dry_run && paused.is_empty() && config.bus == BusConfig::Local {
         refuse_while_running(&config.api.socket)?;
     }
     let removed = teardown(&config.enforce, Some(&config.state_dir), args.dry_run).await;
@@ -27,7 +27,7 @@ pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Resu
     for line in describe(&report, if args.dry_run { "would remove" } else { "removed" }) {
         out.line(&line)?;
     }
-    if let Some(file) = paused {
+    for file in paused {
         out.line(&format!("enforce is paused on this host; to enforce again: rm {}", file.display()))?;
     }
     Ok(Exit::Done)
