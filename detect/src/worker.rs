@@ -396,9 +396,12 @@ fn merge_files(pending: &mut Vec<crate::engine::stream::FileChange>, newer: Vec<
 #[cfg(test)]
 mod tests {
     use prometheus_client::registry::Registry;
+    use proto::api::BackendHold;
     use proto::bus::memory::Bus;
     use proto::client_ip::Client;
+    use proto::envelope::Data;
     use proto::event::{Event, FileSpan};
+    use proto::report::{BackendReport, NodeReport, Role};
 
     use super::*;
 
@@ -490,6 +493,66 @@ mod tests {
         assert!(worker.read_positions().is_empty() && bus.bans.all().is_empty());
         feed(&mut worker, &host.batch(0..20));
         assert_eq!(bus.bans.all().len(), 1);
+    }
+
+    /// What the enforcer of this host says now.
+    fn enforcer(host: &Host, bus: &Bus, problems: Vec<Problem>) -> NodeReport {
+        let revision = bus.bans.since(0).unwrap().revision;
+        let mut report = NodeReport::new("n", Role::Enforce, host.clock.now());
+        let confirmed = bus.bans.commit_at(revision);
+        report.backends = vec![BackendReport { name: "iptables".into(), confirmed, ..BackendReport::default() }];
+        report.problems = problems;
+        report
+    }
+
+    #[test]
+    fn what_is_degraded_on_one_host_is_an_alarm_once() {
+        let host = Host::new();
+        let (mut worker, bus) = host.start();
+        let mut told = bus.events.subscribe();
+        let problems = vec![Problem::degraded("ipset is not installed"), Problem::warning("no matter")];
+        bus.nodes.put(enforcer(&host, &bus, problems));
+        worker.handle_tick();
+        worker.handle_tick();
+        let alarm = told.try_recv().unwrap();
+        assert_eq!(alarm.subject, "node-degraded");
+        let Data::Alarm(alarm) = &alarm.data else { panic!("an alarm") };
+        assert_eq!(alarm.text, "enforce on n: ipset is not installed");
+        assert!(told.try_recv().is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_leak_is_told_with_what_the_enforcer_says_unless_it_lets_the_client_pass_on_purpose() {
+        for spared in [false, true] {
+            let host = Host::new();
+            let (mut worker, mut bus) = host.start();
+            let mut told = bus.events.subscribe();
+            let target = "192.0.2.1".parse().unwrap();
+            let order = Command::Ban { target, length: None, reason: String::new() };
+            worker.decider.engine.handle_command(order, host.clock.now()).unwrap();
+            worker.decider.collect();
+            worker.settle(false);
+            bus.nodes.put(enforcer(&host, &bus, Vec::new()));
+            worker.handle_tick();
+            host.clock.set(host.clock.now().saturating_add(Duration::from_secs(5)));
+            let mut batch = AccessBatch::new("n".into(), "s".into(), host.clock.now());
+            let client = Ok(Client { addr: target.addr(), via_proxy: false });
+            batch.push(&Event { time: Some(host.clock.now()), client, status: 200, ..Event::default() });
+            feed(&mut worker, &batch);
+
+            let question = bus.questions_in.recv().await.unwrap();
+            let (node, backend, detail) = ("n".to_owned(), "iptables".to_owned(), "what it knows".to_owned());
+            question.reply.send(vec![BackendHold { node, backend, entry: None, detail, spared }]).unwrap();
+            let answered = worker.decider.inquiries.next().await;
+            worker.decider.handle_answer(answered);
+            worker.settle(false);
+            let events: Vec<_> = std::iter::from_fn(|| told.try_recv().ok()).collect();
+            let leaks: Vec<_> = events.iter().filter(|event| event.subject == "ban-leak").collect();
+            assert_eq!(leaks.len(), usize::from(!spared), "{events:?}");
+            let report = worker.decider.report(0, None);
+            assert_eq!(report.detect.unwrap().leaks, u64::from(!spared));
+            assert_eq!(report.problems.iter().any(|problem| problem.text.contains("what it knows")), !spared);
+        }
     }
 
     #[test]

@@ -79,6 +79,27 @@ fn pause_and_allow_hold_on_every_host() {
     cluster.stop().unwrap();
 }
 
+/// One host whose rules somebody removed. They are not looked at again while the test lasts.
+#[test]
+fn a_ban_that_does_not_bite_on_one_host_raises_an_alarm_that_names_it() {
+    let config = "[enforce.firewall]\nresync_interval = \"1h\"\nfull_check_interval = \"1h\"\n\
+                  [detect.leaks]\ngrace_firewall = \"0s\"\n";
+    let cluster = Cluster::start(&Layout { nodes: 2, detects: 1, servers: 1, config, ..Layout::default() }).unwrap();
+    cluster.verb(&["ban", "203.0.113.7", "--for", "1h"]).unwrap().expect(0).unwrap();
+    wait_banned(&cluster, &["203.0.113.7"]);
+    let drop_jump = ["-t", "raw", "-D", "PREROUTING", "-j", "PORTCULLIS"];
+    cluster.edges[1].namespace().run("iptables-nft", &drop_jump).unwrap();
+    let leak = || {
+        assert_eq!(cluster.get(client(7), 1, "/ok"), Some(200));
+        cluster.events().ok()?.into_iter().find(|event| event["subject"] == "ban-leak")
+    };
+    let leak = wait_until("an alarm", CONVERGENCE, leak).unwrap();
+    let text = leak["data"]["text"].as_str().unwrap();
+    assert!(text.contains("reached edge-2: shop.example.net/ok") && text.contains("portcullis-v4"), "{text}");
+    assert_eq!(cluster.get(client(7), 0, "/ok"), None, "edge-1 bans it");
+    assert_eq!(cluster.errors().unwrap(), [] as [String; 0]);
+}
+
 /// What spares somebody reaches every host at once, and a host that is cut off when it comes back.
 #[test]
 fn whom_nobody_may_ban_any_more_is_freed_everywhere_also_on_a_host_that_was_cut_off() {
