@@ -143,6 +143,15 @@ fn a_file_pauses_one_host_a_teardown_needs_no_stop_and_a_reloaded_never_ban_free
     world.wait_cut_off(true);
     none_leaked(&service);
 
+    // One that starts paused lifts what it finds, and puts it back in the end.
+    service.stop().unwrap();
+    assert_eq!(world.attack(true, "/ok"), None);
+    std::fs::write(&file, "").unwrap();
+    let service = world.start();
+    world.wait_free(true);
+    std::fs::remove_file(&file).unwrap();
+    world.wait_cut_off(true);
+
     only_ban(&service, true);
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, format!("{text}[detect]\nnever_ban = [\"203.0.113.2\"]\n")).unwrap();
