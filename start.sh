@@ -6,7 +6,7 @@
 #   ./start.sh --for-real LOG...        follow it and ban in the kernel's firewall (asks sudo unless you are root)
 #
 # On Debian it installs what is missing (a C compiler; with --for-real also iptables and ipset). It may
-# be run again at any time.
+# be run again at any time. PORTCULLIS_PROFILE names another of cargo's profiles than `release`.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -61,9 +61,12 @@ install cc=gcc cc=libc6-dev
 if [ "$for_real" = yes ]; then install iptables=iptables ipset=ipset; fi
 
 heading "Building (some minutes the first time)"
-cargo build --quiet --release --locked --package deploy --manifest-path "$here/Cargo.toml"
+profile=${PORTCULLIS_PROFILE:-release}
+cargo build --quiet --profile "$profile" --locked --package deploy --manifest-path "$here/Cargo.toml"
 target=${CARGO_TARGET_DIR:-$here/target}
-portcullis=$target/release/portcullis
+# Cargo's folder for `dev` has its older name.
+[ "$profile" != dev ] || profile=debug
+portcullis=$target/$profile/portcullis
 
 heading "Who would be banned by deploy/samples/access.log, when and why"
 "$portcullis" replay "$here/deploy/samples/access.log"

@@ -5,8 +5,9 @@
 #   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers packaging start fuzz
 #
 # The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
-# nothing outside of them is touched. Ends with `N passed, N failed, N skipped`; fails when anything failed, and under
-# CI=true also when anything was skipped.
+# nothing outside of them is touched. Beside `test`, which mostly waits, run the stages that only need the processor; they
+# are shown when the others are done. Ends with `N passed, N failed, N skipped`; fails when anything failed, and under CI=true
+# also when anything was skipped.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -154,18 +155,86 @@ run_tests() {
   rm -f "$log"
 }
 
+# Stages that do not wait for anything, in the order in which they run beside the tests: clippy, which shares cargo's lock
+# with them, last.
+aside_stages=(deny fuzz clippy)
+aside="" aside_folder=""
+
+# Whether a stage was asked for.
+is_wanted() { [[ " ${stages[*]} " == *" $1 "* ]]; }
+is_aside() { is_wanted test && [[ " ${aside_stages[*]} " == *" $1 "* ]]; }
+
+# run_stage STAGE: with its heading and how long it took.
+run_stage() {
+  heading "$1"
+  SECONDS=0
+  "stage_$1"
+  printf '    %s: %d min %02d s\n' "$1" $((SECONDS / 60)) $((SECONDS % 60))
+}
+
+# Runs what was asked for of `aside_stages`, one after the other, with what is left of the processor; their output and
+# results go into files.
+start_aside() {
+  local stage
+  aside_folder=$(mktemp -d)
+  trap stop_aside EXIT
+  # A process group, to be ended as a whole.
+  set -m
+  (
+    renice -n 19 "$BASHPID" >/dev/null
+    for stage in "${aside_stages[@]}"; do
+      is_wanted "$stage" || continue
+      passed=0 failed=0 skipped=0
+      run_stage "$stage" >"$aside_folder/$stage" 2>&1
+      echo "$passed $failed $skipped" >"$aside_folder/$stage.results"
+    done
+  ) </dev/null &
+  aside=$!
+  set +m
+}
+
+# Shows what ran aside, and counts it.
+finish_aside() {
+  local stage p f s
+  SECONDS=0
+  wait "$aside"
+  for stage in "${aside_stages[@]}"; do
+    is_wanted "$stage" || continue
+    cat "$aside_folder/$stage"
+    if read -r p f s 2>/dev/null <"$aside_folder/$stage.results"; then
+      passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    else
+      fail "$stage did not get to its end"
+    fi
+  done
+  printf '    waited for them: %d min %02d s\n' $((SECONDS / 60)) $((SECONDS % 60))
+}
+
+stop_aside() {
+  # It may have ended.
+  kill -- "-$aside" 2>/dev/null
+  rm -rf "$aside_folder"
+}
+
 can_make_namespaces() {
   local name=portcullis-probe-$$
   "${as_root[@]}" ip netns add "$name" 2>/dev/null && "${as_root[@]}" ip netns delete "$name"
 }
 
-# The binary that the end-to-end tests start.
+# The binary that the end-to-end tests start. Built once: later stages must not wait for whoever else holds cargo's lock.
+is_built=no
 build_portcullis() {
+  [ "$is_built" = no ] || return 0
   cargo build --quiet --locked --package deploy || { fail "portcullis does not build"; return 1; }
+  is_built=yes
+  export PORTCULLIS_BUILT=1
 }
 
 stage_test() {
   build_portcullis || return
+  # All else is built before what runs beside the tests asks for the processor. A failure is shown below.
+  cargo test --quiet --locked --workspace --no-run >/dev/null 2>&1
+  start_aside
   if ! can_be_root || ! can_make_namespaces; then
     skip "tests in network namespaces: they need root and the right to make namespaces"
     run_tests tests cargo test --locked --workspace --exclude tests --no-fail-fast -- --skip netns::
@@ -206,7 +275,7 @@ stage_packaging() {
   run_tests "logins of roles" "$python" tests/packaging/logins.py
   if ! can_be_root || ! can_make_namespaces; then
     skip "the cluster in containers: it needs root and the right to make namespaces"
-  elif ! install_packages mmdebstrap=mmdebstrap || ! PYTHON=$python tests/packaging/docker.sh "$tools/docker"; then
+  elif ! install_packages mmdebstrap=mmdebstrap logrotate=logrotate || ! PYTHON=$python tests/packaging/docker.sh "$tools/docker"; then
     skip "the cluster in containers: Docker and its images could not be made ready"
   else
     run_tests "cluster in containers" "${as_root[@]}" env "PATH=$PATH" "PORTCULLIS=$PORTCULLIS" \
@@ -215,11 +284,12 @@ stage_packaging() {
   run_tests "manifests for Kubernetes" "$python" tests/packaging/kubernetes.py
 }
 
-# The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable.
+# The README's first command, as a new user would type it, twice: it must end in a visible ban and be repeatable. With the
+# profile that is built already: the one for users takes minutes more.
 stage_start() {
   local out run
   for run in first second; do
-    if ! out=$(./start.sh 2>&1); then
+    if ! out=$(PORTCULLIS_PROFILE=dev ./start.sh 2>&1); then
       printf '%s\n' "$out"
       fail "start.sh, $run run"
     elif ! grep -q '203\.0\.113\.66.*forceful-browsing' <<<"$out"; then
@@ -276,11 +346,12 @@ done
 heading "prepare"
 if prepare; then
   for stage in "${stages[@]}"; do
-    heading "$stage"
-    SECONDS=0
-    "stage_$stage"
-    printf '    %s: %d min %02d s\n' "$stage" $((SECONDS / 60)) $((SECONDS % 60))
+    is_aside "$stage" || run_stage "$stage"
   done
+  if is_wanted test; then
+    [ -n "$aside" ] || start_aside
+    finish_aside
+  fi
 else
   fail "prepare"
 fi

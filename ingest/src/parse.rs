@@ -24,7 +24,7 @@ use proto::time::Timestamp;
 
 pub use clf_guard::Suspicion;
 
-use clf_guard::{Guard, Mark};
+use clf_guard::{Guard, Mark, Verdict};
 use envelope::{DOCKER_START, Envelope, LEVELS_MAX, Stream};
 
 /// Characters of a line that is shown to people.
@@ -105,6 +105,8 @@ pub enum Outcome<T = ()> {
     Unparsed(Refusal),
     /// An access that may be forged.
     Suspect(Suspicion),
+    /// An access that is handed on later, when it turns out to be none that may be forged.
+    Held,
 }
 
 /// Request headers of one entry, name and value.
@@ -208,8 +210,34 @@ impl Parser {
         self.guard.note_oversized();
     }
 
-    fn judge(&mut self, mark: Mark, line: &[u8]) -> Option<Suspicion> {
-        self.now.and_then(|now| self.guard.judge(mark, line.len(), now))
+    /// How many accesses that were [held](Outcome::Held) turned out to be suspects, and were not counted yet.
+    pub fn take_condemned(&mut self) -> u64 {
+        self.guard.take_condemned()
+    }
+
+    /// What becomes of an access if it is not handed on. Those that have waited for it are handed on first, at its offset,
+    /// because what was before is done.
+    fn judge<T>(
+        &mut self,
+        mark: Mark,
+        (line, offset): (&[u8], u64),
+        each: &mut impl FnMut(&Event<'_>) -> T,
+    ) -> Option<Outcome<T>> {
+        let now = self.now?;
+        match self.guard.judge(mark, line, now) {
+            Verdict::Fits => None,
+            Verdict::Suspect(suspicion) => Some(Outcome::Suspect(suspicion)),
+            Verdict::Held(_) => Some(Outcome::Held),
+            Verdict::Believed => {
+                // What is judged once is not judged again.
+                self.now = None;
+                for held in self.guard.take_released().iter() {
+                    let _shown = self.read(held, (LEVELS_MAX, offset), each);
+                }
+                self.now = Some(now);
+                None
+            }
+        }
     }
 
     /// When the newest event was written, by the writer's clock: at the end of its request. `None` where it does not say.
@@ -233,14 +261,21 @@ impl Parser {
         open.map(|pieces| *pieces = Pieces::default()).count() as u64
     }
 
+    /// The lines of `other` go on in what comes here: pieces of unfinished ones, and what is known of their writer.
+    pub fn take_over(&mut self, other: &mut Self) {
+        self.pieces = std::mem::take(&mut other.pieces);
+        self.guard.take_over(&mut other.guard);
+    }
+
     /// Parses `line` (without its line end) and appends its event to `out`.
     pub fn parse(&mut self, line: &[u8], offset: u64, out: &mut AccessBatch) -> Outcome {
         self.with_event(line, offset, |event| out.push(event))
     }
 
-    /// Parses `line` (without its line end) and shows its event to `each`.
-    pub fn with_event<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
-        let outcome = self.read(line, (0, offset), each);
+    /// Parses `line` (without its line end) and shows its event to `each`, after those of lines that were held, if it is what
+    /// they waited for.
+    pub fn with_event<T>(&mut self, line: &[u8], offset: u64, mut each: impl FnMut(&Event<'_>) -> T) -> Outcome<T> {
+        let outcome = self.read(line, (0, offset), &mut each);
         // A forwarded chain may make the beginning of a broken line look like anything, a piece included.
         if matches!(outcome, Outcome::Unparsed(_) | Outcome::Partial) {
             self.guard.note_unparsed(line);
@@ -253,7 +288,7 @@ impl Parser {
         &mut self,
         text: &[u8],
         (level, offset): (usize, u64),
-        each: impl FnOnce(&Event<'_>) -> T,
+        each: &mut impl FnMut(&Event<'_>) -> T,
     ) -> Outcome<T> {
         if level < LEVELS_MAX
             && let Some(piece) = envelope::open_cri(text)
@@ -274,7 +309,7 @@ impl Parser {
         &mut self,
         line: &[u8],
         (level, offset): (usize, u64),
-        each: impl FnOnce(&Event<'_>) -> T,
+        each: &mut impl FnMut(&Event<'_>) -> T,
     ) -> Outcome<T> {
         let may_open = level < LEVELS_MAX;
         let is_docker = may_open && line.starts_with(DOCKER_START);
@@ -313,7 +348,7 @@ impl Parser {
         &mut self,
         (stream, partial, text): (Stream, bool, &[u8]),
         (level, offset): (usize, u64),
-        each: impl FnOnce(&Event<'_>) -> T,
+        each: &mut impl FnMut(&Event<'_>) -> T,
     ) -> Outcome<T> {
         let place = (level + 1, offset);
         let pieces = &mut self.pieces[stream as usize];
@@ -341,24 +376,24 @@ impl Parser {
         &mut self,
         entry: Entry<'_>,
         (line, offset): (&[u8], u64),
-        each: impl FnOnce(&Event<'_>) -> T,
+        each: &mut impl FnMut(&Event<'_>) -> T,
     ) -> Outcome<T> {
-        if let Some(suspicion) = self.judge(Mark::Json, line) {
-            return Outcome::Suspect(suspicion);
+        if let Some(outcome) = self.judge(Mark::Json, (line, offset), each) {
+            return outcome;
         }
         self.seen_format = Some(SeenFormat::Json);
         Outcome::Event(self.show(entry, offset, each))
     }
 
-    fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> Outcome<T> {
+    fn read_clf<T>(&mut self, line: &[u8], offset: u64, each: &mut impl FnMut(&Event<'_>) -> T) -> Outcome<T> {
         // Clients may send any bytes; a line must not escape by not being UTF-8.
         let text = String::from_utf8_lossy(line);
         let Some(parsed) = clf::parse(&text, self.policy.clf_behind_proxy) else {
             return Outcome::Unparsed(Refusal::NotClf);
         };
         let count = |end: clf::TraefikEnd<'_>| Mark::Counted(end.request_count.unwrap_or(0), parsed.request.time);
-        if let Some(suspicion) = self.judge(parsed.traefik.map_or(Mark::Generic, count), line) {
-            return Outcome::Suspect(suspicion);
+        if let Some(outcome) = self.judge(parsed.traefik.map_or(Mark::Generic, count), (line, offset), each) {
+            return outcome;
         }
         let line = parsed;
         self.seen_format = Some(if line.traefik.is_some() { SeenFormat::Clf } else { SeenFormat::GenericClf });
@@ -387,7 +422,7 @@ impl Parser {
     }
 
     /// Resolves the client and hands the event out.
-    fn show<T>(&mut self, entry: Entry<'_>, offset: u64, each: impl FnOnce(&Event<'_>) -> T) -> T {
+    fn show<T>(&mut self, entry: Entry<'_>, offset: u64, each: &mut impl FnMut(&Event<'_>) -> T) -> T {
         self.written_at = entry.time.map(|time| time.saturating_add(entry.duration));
         let peer = entry.client_addr.as_deref().and_then(parse_peer);
         let chain = entry.forwarded_for.as_deref().or(entry.client_host.as_deref());

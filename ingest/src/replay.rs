@@ -226,6 +226,8 @@ impl ReplayReader {
                     Some(Outcome::Partial) => Some(LineKind::Partial),
                     Some(Outcome::Unparsed(refusal)) => Some(LineKind::Unparsed(refusal)),
                     Some(Outcome::Suspect(suspicion)) => Some(LineKind::Suspect(suspicion)),
+                    // Only what comes as it is written waits for more.
+                    Some(Outcome::Held) => None,
                 };
                 if let Some(what) = what {
                     each(ReplayLine::new(file, &frame, what));
@@ -339,7 +341,7 @@ impl ReplayStats {
                 self.unparsed += 1;
                 self.unparsed_sample.get_or_insert_with(|| escape_sample(frame.line.unwrap_or_default()));
             }
-            Some(Outcome::Blank | Outcome::Partial | Outcome::Suspect(_)) => {}
+            Some(Outcome::Blank | Outcome::Partial | Outcome::Suspect(_) | Outcome::Held) => {}
         }
     }
 }

@@ -412,6 +412,24 @@ async fn pieces_of_a_line_stay_in_one_batch() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_line_in_pieces_goes_on_in_the_file_that_takes_the_place_of_its_own() {
+    let (directory, path) = log();
+    // As Docker 26 rotates, between any two pieces.
+    let docker = |text: &str| format!("{}\n", serde_json::json!({"log": text, "stream": "stdout", "time": "x"}));
+    let text = line(1);
+    let (head, tail) = text.split_at(40);
+    let mut role = start(&path, &Positions::new(), |file, _| file.poll_interval = Duration::from_secs(3600));
+    fs::write(&path, [docker(&line(0)), docker(head)].concat()).unwrap();
+    role.receive_lines(1).await;
+    fs::rename(&path, directory.path().join("access.log.1")).unwrap();
+    fs::write(&path, [docker(tail), docker(&line(2))].concat()).unwrap();
+    role.receive_lines(3).await;
+    let (numbers, positions) = role.stop().await;
+    expect(numbers, 0..3);
+    assert_eq!(positions.len(), 2, "the piece is done too, once the line is");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_open_piece_of_another_stream_holds_nothing_back() {
     let (_directory, path) = log();
     let piece = "2026-01-01T00:00:00Z stderr P a line whose end\n";

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Starts the cluster of deploy/compose/cluster as its README says, on three machines with a Docker each, and bans.
+"""Starts the cluster of deploy/compose/cluster as its README says, on three machines with a Docker each, and bans; then the
+same with deploy/compose/single-host, on the first of them.
 
     tests/packaging/compose.py FOLDER   needs root, what docker.sh got into FOLDER, portcullis (PORTCULLIS, else
-                                        target/debug/portcullis), iptables, ipset, iproute2, curl, the package PyYAML and
-                                        3 GiB of memory
+                                        target/debug/portcullis), iptables, ipset, iproute2, curl, logrotate, the package
+                                        PyYAML and 3 GiB of memory
 
 The machines are network namespaces: nothing outside of them is changed. The programs are the released ones; the images
 around them are made here, because there is no registry: see images.py. Prints one line a test, and ends with 1 when one
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import images
+import single_host
 from machines import DEADLINE_S, CannotRun, Machine, Namespace, Network, scratch, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,14 +68,15 @@ class Cluster:
         for machine in self.machines.values():
             ids = machine.docker("ps", "--all", "--quiet").split()
             for container in json.loads(machine.docker("inspect", *ids)) if ids else []:
-                found[container["Config"]["Labels"]["com.docker.compose.service"]] = machine, container
+                labels = container["Config"]["Labels"]
+                found[labels.get("com.docker.compose.service", container["Name"])] = machine, container
         return found
 
     def verb(self, *words, through=1):
         """Exit code and the objects that it printed."""
         machine = self.machines[through]
         command = ["docker", "compose", "exec", "-T", f"detect-{through}", "portcullis", *words, "--json"]
-        ended = subprocess.run(command, env=machine.environment, cwd=machine.cluster, capture_output=True, text=True,
+        ended = subprocess.run(command, env=machine.environment, cwd=machine.project, capture_output=True, text=True,
                                timeout=DEADLINE_S, check=False)
         return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], ended.stderr
 
@@ -222,7 +225,7 @@ def bans_are_back_after_a_reboot(cluster):
 def an_edited_configuration_is_taken_over_by_a_signal(cluster):
     for number in (1, 2):
         machine = cluster.machines[number]
-        config = machine.cluster / "portcullis" / "portcullis.toml"
+        config = machine.project / "portcullis" / "portcullis.toml"
         text = config.read_text()
         assert "never_ban = []" in text, text
         # As editors do: a new file in place of the old one.
@@ -273,7 +276,7 @@ def variables():
 def configure(machine, number, values):
     """Steps 2 to 5 of the README, in a copy of its folder."""
     shutil.copytree(ROOT / "deploy", machine.folder / "deploy")
-    folder = machine.cluster
+    folder = machine.project
     addresses = "".join(f"NATS_{number}={address}\n" for number, address in ADDRESSES.items())
     (folder / ".env").write_text(f"{addresses}COMPOSE_PROFILES={PROFILES[number]}\n")
     (folder / "nats.env").write_text("".join(f"{name}={value}\n" for name, value in values.items()))
@@ -288,14 +291,15 @@ def configure(machine, number, values):
     (folder / "traefik" / "routes.yaml").write_text(ROUTE)
 
 
-def tested(cluster):
+def tested(cluster, tests):
     """Whether all tests passed."""
-    for test in TESTS:
+    for test in tests:
+        name = f"{test.__module__.replace('__main__', 'compose')}::{test.__name__}"
         try:
             test(cluster)
-            print(f"test compose::{test.__name__} ... ok", flush=True)
+            print(f"test {name} ... ok", flush=True)
         except Exception:  # Whatever it is, the test failed.
-            print(f"test compose::{test.__name__} ... FAILED\n{traceback.format_exc()}", flush=True)
+            print(f"test {name} ... FAILED\n{traceback.format_exc()}", flush=True)
             for service, (machine, container) in cluster.containers().items():
                 log = machine.docker("logs", "--tail", "30", container["Id"])
                 print(f"--- {service}: {container['State']['Status']}\n{log}", file=sys.stderr)
@@ -315,7 +319,7 @@ def main():
                 machines = cluster.machines.values()
                 for machine in machines:
                     machine.start()
-                return 0 if tested(cluster) else 1
+                return 0 if tested(cluster, [*TESTS, *single_host.TESTS]) else 1
             finally:
                 for machine in machines:
                     machine.kill()

@@ -1,4 +1,4 @@
-"""Machines with a Docker of their own, as far as network namespaces make machines: for compose.py.
+"""Machines with a Docker of their own, as far as network namespaces make machines: for compose.py and single_host.py.
 
 Each has an address on one network, its own firewall, and a dockerd with its own folder, processes and mounts. When this
 process ends, however it does, all of that ends and is removed.
@@ -86,7 +86,7 @@ class Machine:
 
     def __init__(self, number, folder, tools, join):
         self.number, self.folder, self.join = number, folder / f"machine-{number}", join
-        self.cluster = self.folder / "deploy" / "compose" / "cluster"
+        self.project = self.folder / "deploy" / "compose" / "cluster"
         self.volatile, self.process = self.folder / "run", None
         plugins = self.folder / "client" / "cli-plugins"
         plugins.parent.mkdir(parents=True)
@@ -150,8 +150,8 @@ class Machine:
         return run("docker", *words, env=self.environment, **more)
 
     def compose(self, *words):
-        """`docker compose`, in the folder that the cluster's README means."""
-        return self.docker("compose", *words, cwd=self.cluster)
+        """`docker compose`, in the folder that the README beside its file means."""
+        return self.docker("compose", *words, cwd=self.project)
 
 
 @contextlib.contextmanager

@@ -12,3 +12,4 @@ pub mod process;
 pub mod random;
 pub mod sample;
 pub mod tidy;
+pub mod tls;

@@ -131,8 +131,20 @@ impl Service {
     /// Starts it in `namespace`; `folder` holds `portcullis.toml` and stays when it ends, so that it can start again.
     /// Returns when it answers.
     pub fn start(folder: &Path, namespace: &str) -> Result<Self> {
+        let binary = binary()?.display().to_string();
+        Self::start_as(folder, namespace, &[&binary])
+    }
+
+    /// The same, with `input` as its standard input.
+    pub fn start_reading(folder: &Path, namespace: &str, input: &Path) -> Result<Self> {
+        let (binary, input) = (binary()?.display().to_string(), input.display().to_string());
+        Self::start_as(folder, namespace, &["sh", "-c", "input=$0; exec \"$@\" <\"$input\"", &input, &binary])
+    }
+
+    /// The same, by the command `portcullis`, which ends in the binary.
+    pub fn start_as(folder: &Path, namespace: &str, portcullis: &[&str]) -> Result<Self> {
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", namespace]).arg(binary()?);
+        command.args(["netns", "exec", namespace]).args(portcullis);
         command.args(["run", "-c"]).arg(folder.join("portcullis.toml"));
         let process = Process::start("portcullis run", &mut command, &folder.join("portcullis.log"))?;
         let mut service = Self { folder: folder.to_owned(), namespace: namespace.to_owned(), process };

@@ -5,6 +5,7 @@
 
 mod hostile;
 mod leaks;
+mod privileges;
 mod syslog;
 
 use std::fmt::Write as _;

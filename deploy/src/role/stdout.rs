@@ -11,7 +11,7 @@ use prometheus_client::registry::Registry;
 use proto::access::AccessLine;
 use proto::bus::banned::Banned;
 use proto::bus::memory::{Bus, Nodes};
-use proto::event::AccessBatch;
+use proto::event::{AccessBatch, Receipt};
 use proto::report::Role;
 use proto::shutdown::{Shutdown, Supervisor};
 use tokio::sync::{mpsc, watch};
@@ -80,10 +80,14 @@ fn write_all(
 ) -> Result<(), proto::shutdown::TaskError> {
     let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
     let mut write = || -> io::Result<()> {
-        while let Some(batch) = batches.blocking_recv() {
+        // Of senders that wait for an answer.
+        let mut receipts = Vec::new();
+        while let Some(mut batch) = batches.blocking_recv() {
+            receipts.append(&mut batch.receipts);
             write_batch(&batch, &mut out)?;
             if batches.is_empty() {
                 out.flush()?;
+                receipts.drain(..).for_each(Receipt::deliver);
             }
         }
         out.flush()
@@ -141,8 +145,32 @@ impl Told {
                 no_client,
                 unparsed = source.unparsed,
                 oversized = source.oversized,
+                suspect = source.suspect,
+                limited = source.limited,
+                dropped = source.dropped,
                 "Read"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use proto::time::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn a_sender_hears_that_its_lines_are_written() {
+        let (sender, batches) = mpsc::channel(1);
+        let (tell, told) = channel();
+        let mut batch = AccessBatch::new("edge-1".into(), "push".into(), Timestamp::EPOCH);
+        batch.receipts.push(Receipt::new(move |is_safe| tell.send(is_safe).unwrap()));
+        sender.try_send(batch).unwrap();
+        drop(sender);
+        write_all(batches, Vec::new(), &Shutdown::new()).unwrap();
+        assert_eq!(told.recv(), Ok(true));
     }
 }

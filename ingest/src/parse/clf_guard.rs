@@ -6,7 +6,7 @@
 //! request of a Traefik. It is given out when the request's time is, so counts and times rise together, however late and out
 //! of order the lines are written. A line is a suspect
 //!
-//! - when its count was there before (among the last [`WINDOW`]), or is not between those of the minutes around its own;
+//! - when its count was there before (among the last [`WINDOW`]), or is not between those of the ten seconds around its own;
 //! - when its count is ahead of all by more than [`JUMP_BASE`], what a usual minute brings, and [`JUMP_FACTOR`] times that
 //!   for each minute without a line;
 //! - when its format is another than its lane's: a forger may write JSON too;
@@ -17,16 +17,17 @@
 //! does not have anyway: who breaks his line in two by a line feed is not seen in either piece, whatever is done here.
 //! Nobody can make suspects of the lines of others for long: see below. The price is paid by honest lines that look alike:
 //!
-//! - A restart of Traefik, or a change of its format, makes suspects until the new lines have been the only ones for
+//! - A restart of Traefik, or a change of its format, has lines wait until the new ones have been the only ones for
 //!   [`RIVAL_TIME`] or, in a backlog, [`RIVAL_BYTES`]. Both exceed what one request can write, and each forging request ends
-//!   with a count of the old ones, which sets that back.
+//!   with a count of the old ones, which makes suspects of those that waited. After a restart also a count that fits the
+//!   old ones, because it had been left out, waits if it fits the new ones, which must then begin at one and have few gaps.
 //! - Where several instances write into one file, or come through one connection, all but one are suspects: let syslog show
 //!   each under its own node, or write JSON. Sources that mix writers by their nature are not guarded at all.
-//! - A request that began before all that is known (at most [`MINUTES_MAX`] minutes with lines) is not handed on either,
+//! - A request that began before all that is known (at most [`SLOTS_MAX`] times ten seconds with lines) is not handed on either,
 //!   nor is the line after it, but neither is reported: forged or not, nothing can be said of them.
 //!
 //! A forger who knows no more than that a Traefik has served up to `n` requests hits a count that fits with a chance of
-//! about `(JUMP_BASE + counts of four usual minutes) / n`. So there is little protection while `n` is small, after a start
+//! about `(JUMP_BASE + counts of two usual minutes) / n`. So there is little protection while `n` is small, after a start
 //! of Traefik, and none before the first line that was read. One that fits far ahead does not make suspects of the true
 //! ones: the first of them takes it back. The generic format has no counts and cannot be guarded.
 
@@ -38,20 +39,25 @@ use proto::time::Timestamp;
 
 /// Newest counts of which it is known whether they were there: more than are under way at a time.
 const WINDOW: u64 = 1 << 13;
-/// Minutes of which the counts are known.
-const MINUTES_MAX: usize = 128;
-/// Counts are given out a moment after the time is taken, and clocks are set: minutes beside each other may overlap.
-const MINUTES_OVERLAP: i64 = 1;
+/// Slots of time of which the counts are known: those of two hours with lines.
+const SLOTS_MAX: usize = 768;
+/// How long one is. A Traefik that has run for two of them is told from its successor by the first line of that.
+const SLOT_MS: i64 = 10_000;
+const SLOTS_A_MINUTE: u64 = 6;
+/// Counts are given out a moment after the time is taken, and clocks are set: slots beside each other may overlap.
+const SLOTS_OVERLAP: i64 = 1;
 /// Counts that may be missing at any time: of requests under way, and of those that Traefik does not log.
 const JUMP_BASE: u64 = 1000;
 /// How much busier than a usual minute one may be of which nothing was logged.
 const JUMP_FACTOR: u64 = 8;
-/// Minutes of silence in which counts may have grown unseen.
-const JUMP_MINUTES_MAX: i64 = 60;
+/// Slots of silence in which counts may have grown unseen: an hour.
+const JUMP_SLOTS_MAX: i64 = 360;
 /// How long the lines of a new writer must be the only ones. All of one request are written at once.
 const RIVAL_TIME: Duration = Duration::from_secs(2);
 /// As much of them serves as well: more than a request may have headers (1 MiB, Go's limit).
 const RIVAL_BYTES: u64 = 1 << 20;
+/// Counts for each line of a restarted Traefik, beyond [`JUMP_BASE`]: the others are under way or not logged.
+const RESTART_GAP_MAX: u64 = 4;
 /// Lines after which a new writer that has fallen silent is forgotten for another.
 const RIVAL_SILENCE_LINES: u32 = 16;
 
@@ -89,6 +95,44 @@ pub(crate) enum Mark {
     Counted(u64, Timestamp),
 }
 
+/// What becomes of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is handed on.
+    Fits,
+    /// It is not.
+    Suspect(Suspicion),
+    /// It waits, as a suspect, for what its writer turns out to be.
+    Held(Suspicion),
+    /// It is handed on, and before it all that has [waited](Guard::take_released).
+    Believed,
+}
+
+/// Lines that wait, in their order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Held {
+    bytes: Vec<u8>,
+    /// Where each ends, and whether it is worth a report.
+    lines: Vec<(usize, bool)>,
+}
+
+impl Held {
+    fn push(&mut self, line: &[u8], suspicion: Suspicion) {
+        self.bytes.extend_from_slice(line);
+        self.lines.push((self.bytes.len(), suspicion != Suspicion::TooOld));
+    }
+
+    /// How many are worth a report.
+    fn reported(&self) -> u64 {
+        self.lines.iter().filter(|(_, is_reported)| *is_reported).count() as u64
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let starts = std::iter::once(0).chain(self.lines.iter().map(|(end, _)| *end));
+        starts.zip(&self.lines).map(|(start, (end, _))| &self.bytes[start..*end])
+    }
+}
+
 /// Watches the lines of one file or sender.
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
@@ -98,74 +142,129 @@ pub(crate) struct Guard {
     rival: Option<Rival>,
     /// What the next line that fits is a suspect for.
     taint: Option<Suspicion>,
+    /// Whether the next line follows the beginning of a broken one.
+    is_after_broken: bool,
+    released: Held,
+    /// Lines that have waited in vain, since the last call that asked.
+    condemned: u64,
 }
 
 impl Guard {
-    /// Judges an access of so many bytes that came at `now`.
-    pub(crate) fn judge(&mut self, mark: Mark, bytes: usize, now: Timestamp) -> Option<Suspicion> {
-        let Some(writer) = &mut self.writer else {
-            self.writer = Some(Writer::new(mark));
-            return self.taint.take();
-        };
-        let minute_now = minute_of(now);
-        let mut taken = writer.take(mark, minute_now, &mut self.before_leap);
-        if taken.is_err()
-            && let (Some(before), Mark::Counted(count, time)) = (&mut self.before_leap, mark)
-            && before.take(count, minute_of(time), minute_now).is_ok()
-        {
-            taken = Ok(());
-            self.writer = self.before_leap.take().map(Writer::Counted);
-        }
-        match taken {
-            Ok(()) => {
-                self.rival = None;
-                self.taint.take()
+    /// Judges an access that came at `now`.
+    pub(crate) fn judge(&mut self, mark: Mark, line: &[u8], now: Timestamp) -> Verdict {
+        let slot_now = slot_of(now);
+        match self.try_writers(mark, slot_now) {
+            Ok(()) if self.rival.as_mut().is_some_and(|rival| rival.shares(mark, slot_now)) => {
+                self.hold(line, Suspicion::AfterBroken, now)
             }
-            Err(Suspicion::TooOld) => {
-                self.taint.get_or_insert(Suspicion::TooOld);
-                self.note_rival(mark, bytes as u64, now);
-                Some(Suspicion::TooOld)
+            Ok(()) => {
+                self.is_after_broken = false;
+                self.forget_rival();
+                self.taint.take().map_or(Verdict::Fits, Verdict::Suspect)
             }
             Err(suspicion) => {
-                self.taint = Some(Suspicion::AfterBroken);
-                self.note_rival(mark, bytes as u64, now);
-                Some(suspicion)
+                if suspicion == Suspicion::TooOld {
+                    self.taint.get_or_insert(suspicion);
+                } else {
+                    self.taint = Some(Suspicion::AfterBroken);
+                }
+                self.note_rival(mark, (line, suspicion), now)
             }
         }
     }
 
-    fn note_rival(&mut self, mark: Mark, bytes: u64, now: Timestamp) {
+    /// Whether the line is of the writer, as it is or as it was before a leap.
+    fn try_writers(&mut self, mark: Mark, slot_now: i64) -> Result<(), Suspicion> {
+        let Some(writer) = &mut self.writer else {
+            self.writer = Some(Writer::new(mark));
+            return Ok(());
+        };
+        let taken = writer.take(mark, slot_now, &mut self.before_leap);
+        if taken.is_err()
+            && let (Some(before), Mark::Counted(count, time)) = (&mut self.before_leap, mark)
+            && before.take(count, slot_of(time), slot_now).is_ok()
+        {
+            self.writer = self.before_leap.take().map(Writer::Counted);
+            return Ok(());
+        }
+        taken
+    }
+
+    fn note_rival(&mut self, mark: Mark, (line, suspicion): (&[u8], Suspicion), now: Timestamp) -> Verdict {
         if let Some(rival) = &mut self.rival {
-            if rival.writer.take(mark, minute_of(now), &mut None).is_ok() {
-                rival.bytes += bytes;
+            if rival.writer.take(mark, slot_of(now), &mut None).is_ok() {
                 rival.silent_lines = 0;
-                if now.since(rival.since) >= RIVAL_TIME || rival.bytes >= RIVAL_BYTES {
-                    self.writer = self.rival.take().map(|rival| rival.writer);
-                    self.before_leap = None;
-                    self.taint = None;
-                }
-                return;
+                return self.hold(line, suspicion, now);
             }
             rival.silent_lines += 1;
-            if rival.silent_lines < RIVAL_SILENCE_LINES {
-                return;
+            // Old lines that happen to come together are no new writer.
+            if rival.silent_lines < RIVAL_SILENCE_LINES && rival.held.reported() > 0 {
+                return Verdict::Suspect(suspicion);
             }
         }
-        self.rival = Some(Rival { writer: Writer::new(mark), since: now, bytes, silent_lines: 0 });
+        self.forget_rival();
+        self.rival = Some(Rival { writer: Writer::new(mark), since: now, silent_lines: 0, held: Held::default() });
+        self.hold(line, suspicion, now)
+    }
+
+    /// Has a line of the rival wait, unless it is the one that makes it the writer. What may be the end of a broken line is
+    /// neither.
+    fn hold(&mut self, line: &[u8], suspicion: Suspicion, now: Timestamp) -> Verdict {
+        let is_after_broken = std::mem::take(&mut self.is_after_broken);
+        let Some(rival) = self.rival.as_mut().filter(|_| !is_after_broken) else {
+            return Verdict::Suspect(suspicion);
+        };
+        let bytes = (rival.held.bytes.len() + line.len()) as u64;
+        if now.since(rival.since) < RIVAL_TIME && bytes < RIVAL_BYTES {
+            rival.held.push(line, suspicion);
+            return Verdict::Held(suspicion);
+        }
+        if let Some(Rival { writer, held, .. }) = self.rival.take() {
+            (self.writer, self.released) = (Some(writer), held);
+        }
+        (self.before_leap, self.taint) = (None, None);
+        Verdict::Believed
+    }
+
+    fn forget_rival(&mut self) {
+        if let Some(rival) = self.rival.take() {
+            self.condemned += rival.held.reported();
+        }
+    }
+
+    /// The lines that have waited and are to be handed on.
+    pub(crate) fn take_released(&mut self) -> Held {
+        std::mem::take(&mut self.released)
+    }
+
+    /// How many lines have waited in vain, and were not counted yet.
+    pub(crate) fn take_condemned(&mut self) -> u64 {
+        std::mem::take(&mut self.condemned)
+    }
+
+    /// Goes on where `other` is, whose lines go on here. That one keeps what it knows, and nothing waits there any more.
+    pub(crate) fn take_over(&mut self, other: &mut Self) {
+        let kept = Self { writer: other.writer.clone(), before_leap: other.before_leap.clone(), ..Self::default() };
+        *self = std::mem::replace(other, kept);
     }
 
     /// A line that is no access, or no whole one: if it may be the beginning of a broken one, the next ones are not trusted.
     pub(crate) fn note_unparsed(&mut self, line: &[u8]) {
         if self.is_forgeable() && begins_with_host(line) {
-            self.taint = Some(Suspicion::AfterBroken);
+            self.note_broken();
         }
     }
 
     /// A line that was too long to be read.
     pub(crate) fn note_oversized(&mut self) {
         if self.is_forgeable() {
-            self.taint = Some(Suspicion::AfterBroken);
+            self.note_broken();
         }
+    }
+
+    fn note_broken(&mut self) {
+        self.taint = Some(Suspicion::AfterBroken);
+        self.is_after_broken = true;
     }
 
     /// Traefik escapes what clients send in JSON, so there a broken line is just that.
@@ -185,7 +284,7 @@ fn begins_with_host(line: &[u8]) -> bool {
     })
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Writer {
     Json,
     Generic,
@@ -197,9 +296,21 @@ struct Rival {
     writer: Writer,
     /// When its first line came.
     since: Timestamp,
-    bytes: u64,
     /// Suspects of others since its newest line.
     silent_lines: u32,
+    /// All of its lines.
+    held: Held,
+}
+
+impl Rival {
+    /// Takes over a line that also fits the writer, if this is what a restarted Traefik writes. So much about its counts is
+    /// asked for because whoever forges could otherwise cover those of the writer, with which each of his requests ends.
+    fn shares(&mut self, mark: Mark, slot_now: i64) -> bool {
+        let Writer::Counted(sequence) = &self.writer else { return false };
+        let least = sequence.slots.iter().map(|known| known.least).min().unwrap_or(u64::MAX);
+        let gaps_max = JUMP_BASE + RESTART_GAP_MAX * self.held.lines.len() as u64;
+        least <= JUMP_BASE && sequence.newest - least <= gaps_max && self.writer.take(mark, slot_now, &mut None).is_ok()
+    }
 }
 
 impl Writer {
@@ -207,34 +318,34 @@ impl Writer {
         match mark {
             Mark::Json => Self::Json,
             Mark::Generic => Self::Generic,
-            Mark::Counted(count, time) => Self::Counted(Box::new(Sequence::new(count, minute_of(time)))),
+            Mark::Counted(count, time) => Self::Counted(Box::new(Sequence::new(count, slot_of(time)))),
         }
     }
 
     /// Takes a line over, if it is of this writer. Leaves what was before a leap in `before_leap`.
-    fn take(&mut self, mark: Mark, minute_now: i64, before_leap: &mut Option<Box<Sequence>>) -> Result<(), Suspicion> {
+    fn take(&mut self, mark: Mark, slot_now: i64, before_leap: &mut Option<Box<Sequence>>) -> Result<(), Suspicion> {
         match (self, mark) {
             (Self::Json, Mark::Json) | (Self::Generic, Mark::Generic) => Ok(()),
             (Self::Counted(sequence), Mark::Counted(count, time)) => {
                 if count > sequence.newest.saturating_add(JUMP_BASE) {
-                    sequence.check(count, minute_of(time), minute_now)?;
+                    sequence.check(count, slot_of(time), slot_now)?;
                     *before_leap = Some(sequence.clone());
                 }
-                sequence.take(count, minute_of(time), minute_now)
+                sequence.take(count, slot_of(time), slot_now)
             }
             _ => Err(Suspicion::OtherFormat),
         }
     }
 }
 
-fn minute_of(time: Timestamp) -> i64 {
-    time.as_millis().div_euclid(60_000)
+fn slot_of(time: Timestamp) -> i64 {
+    time.as_millis().div_euclid(SLOT_MS)
 }
 
-/// Counts of requests that began in one minute.
+/// Counts of requests that began in one slot of time.
 #[derive(Clone, Copy, Debug)]
-struct Minute {
-    minute: i64,
+struct Slot {
+    slot: i64,
     least: u64,
     most: u64,
 }
@@ -246,22 +357,22 @@ struct Sequence {
     /// Which of the last [`WINDOW`] counts were there: bit `count % WINDOW`.
     seen: [u64; (WINDOW / 64) as usize],
     /// By time. Never empty.
-    minutes: VecDeque<Minute>,
+    slots: VecDeque<Slot>,
     /// Counts that a minute brings: the median.
     usual: u64,
 }
 
 impl Sequence {
-    fn new(count: u64, minute: i64) -> Self {
+    fn new(count: u64, slot: i64) -> Self {
         let seen = [0; (WINDOW / 64) as usize];
-        let minutes = VecDeque::from([Minute { minute, least: count, most: count }]);
-        let mut sequence = Self { newest: count, seen, minutes, usual: 0 };
+        let slots = VecDeque::from([Slot { slot, least: count, most: count }]);
+        let mut sequence = Self { newest: count, seen, slots, usual: 0 };
         sequence.mark(count);
         sequence
     }
 
-    fn take(&mut self, count: u64, minute: i64, minute_now: i64) -> Result<(), Suspicion> {
-        self.check(count, minute, minute_now)?;
+    fn take(&mut self, count: u64, slot: i64, slot_now: i64) -> Result<(), Suspicion> {
+        self.check(count, slot, slot_now)?;
         if count > self.newest {
             let skipped = (count - self.newest - 1).min(WINDOW);
             for gone in count - skipped..count {
@@ -272,7 +383,7 @@ impl Sequence {
         } else if self.newest - count < WINDOW {
             self.mark(count);
         }
-        self.note(count, minute);
+        self.note(count, slot);
         Ok(())
     }
 
@@ -280,23 +391,24 @@ impl Sequence {
         self.seen[(count % WINDOW / 64) as usize] |= 1 << (count % 64);
     }
 
-    fn check(&self, count: u64, minute: i64, minute_now: i64) -> Result<(), Suspicion> {
-        let before = self.minutes.partition_point(|known| known.minute < minute - MINUTES_OVERLAP);
-        let after = self.minutes.partition_point(|known| known.minute <= minute + MINUTES_OVERLAP);
-        let newest_minute = self.minutes.back().map_or(minute, |known| known.minute);
+    fn check(&self, count: u64, slot: i64, slot_now: i64) -> Result<(), Suspicion> {
+        let before = self.slots.partition_point(|known| known.slot < slot - SLOTS_OVERLAP);
+        let after = self.slots.partition_point(|known| known.slot <= slot + SLOTS_OVERLAP);
+        let newest_slot = self.slots.back().map_or(slot, |known| known.slot);
         let is_seen = count <= self.newest
             && self.newest - count < WINDOW
             && self.seen[(count % WINDOW / 64) as usize] & (1 << (count % 64)) != 0;
-        let is_before = before.checked_sub(1).is_some_and(|at| count <= self.minutes[at].most);
-        let is_after = self.minutes.get(after).is_some_and(|known| count >= known.least);
+        let is_before = before.checked_sub(1).is_some_and(|at| count <= self.slots[at].most);
+        let is_after = self.slots.get(after).is_some_and(|known| count >= known.least);
         // What a line says of its time must not widen the bounds.
-        let silent_minutes = (minute.min(minute_now) - newest_minute).clamp(0, JUMP_MINUTES_MAX) as u64;
-        let jump_max = self.usual.saturating_mul(JUMP_FACTOR * silent_minutes + 1).saturating_add(JUMP_BASE);
+        let silent_slots = (slot.min(slot_now) - newest_slot).clamp(0, JUMP_SLOTS_MAX) as u64;
+        let jump_max =
+            self.usual.saturating_mul(JUMP_FACTOR * (silent_slots / SLOTS_A_MINUTE) + 1).saturating_add(JUMP_BASE);
         if is_seen || is_before || is_after || count > self.newest.saturating_add(jump_max) {
             return Err(Suspicion::Count);
         }
-        let is_below = self.minutes.front().is_some_and(|oldest| count.saturating_add(jump_max) < oldest.least);
-        let is_oldest = self.minutes.front().is_some_and(|oldest| minute <= oldest.minute);
+        let is_below = self.slots.front().is_some_and(|oldest| count.saturating_add(jump_max) < oldest.least);
+        let is_oldest = self.slots.front().is_some_and(|oldest| slot <= oldest.slot);
         match before == 0 && (after == 0 || is_below) {
             true if is_oldest => Err(Suspicion::TooOld),
             true => Err(Suspicion::Count),
@@ -304,17 +416,17 @@ impl Sequence {
         }
     }
 
-    fn note(&mut self, count: u64, minute: i64) {
-        let at = self.minutes.partition_point(|known| known.minute < minute);
-        match self.minutes.get_mut(at).filter(|known| known.minute == minute) {
+    fn note(&mut self, count: u64, slot: i64) {
+        let at = self.slots.partition_point(|known| known.slot < slot);
+        match self.slots.get_mut(at).filter(|known| known.slot == slot) {
             Some(known) => {
                 known.least = known.least.min(count);
                 known.most = known.most.max(count);
             }
             None => {
-                self.minutes.insert(at, Minute { minute, least: count, most: count });
-                if self.minutes.len() > MINUTES_MAX {
-                    self.minutes.pop_front();
+                self.slots.insert(at, Slot { slot, least: count, most: count });
+                if self.slots.len() > SLOTS_MAX {
+                    self.slots.pop_front();
                 }
                 self.usual = self.median();
             }
@@ -322,9 +434,11 @@ impl Sequence {
     }
 
     fn median(&self) -> u64 {
-        let pairs = self.minutes.iter().zip(self.minutes.iter().skip(1));
+        let pairs = self.slots.iter().zip(self.slots.iter().skip(1));
         let mut rates: Vec<u64> = pairs
-            .map(|(this, next)| next.least.saturating_sub(this.least) / (next.minute - this.minute).max(1) as u64)
+            .map(|(this, next)| {
+                next.least.saturating_sub(this.least) * SLOTS_A_MINUTE / (next.slot - this.slot).max(1) as u64
+            })
             .collect();
         let middle = rates.len() / 2;
         if rates.is_empty() { 0 } else { *rates.select_nth_unstable(middle).1 }

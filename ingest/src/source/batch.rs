@@ -1,6 +1,7 @@
 //! From the lines of files to batches: one lane a file, cut so that a batch is small, covers one stretch, and does not end
 //! between the pieces of a line. So a batch also ends where a line in pieces begins, and no line waits for pieces of another
-//! for longer than [`PIECES_WAIT_MAX`] or a full batch: then they are given up.
+//! for longer than [`PIECES_WAIT_MAX`] or a full batch: then they are given up. Where a log is moved away between them, the
+//! file in its place has the rest.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub(crate) struct Batcher {
     line_bytes_max: usize,
     rules: Arc<Rules>,
     lanes: BTreeMap<FileKey, FileLane>,
+    /// Files of which no line has come yet, and which they have taken the place of.
+    predecessors: BTreeMap<FileKey, FileKey>,
     lost_bytes: u64,
 }
 
@@ -60,8 +63,8 @@ impl Batcher {
         metrics: SourceMetrics,
         (format, line_bytes_max): (Format, usize),
     ) -> Self {
-        let (rules, lanes) = Default::default();
-        Self { shared, batches, handle, metrics, format, line_bytes_max, rules, lanes, lost_bytes: 0 }
+        let (rules, lanes, predecessors) = Default::default();
+        Self { shared, batches, handle, metrics, format, line_bytes_max, rules, lanes, predecessors, lost_bytes: 0 }
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
@@ -73,21 +76,38 @@ impl Batcher {
         self.rules = Arc::new(Rules { policy, interest });
     }
 
+    /// `file` has taken the place of `predecessor`, which may end within a line that goes on in it.
+    pub(crate) fn note_predecessor(&mut self, file: FileKey, predecessor: FileKey) {
+        self.predecessors.insert(file, predecessor);
+    }
+
+    /// A lane for the file of its first line. What its predecessor knows and was left with goes over. The pieces that were
+    /// read there count as sent once that one is flushed, which is after what becomes of them here.
+    fn begin(&mut self, piece: &Piece<'_>) {
+        let mut lane = Lane::new(Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default()));
+        // What is there already may be old.
+        lane.is_live = false;
+        let mut joining_since = None;
+        let predecessor = self.predecessors.remove(&piece.file);
+        if piece.frame.start == 0
+            && let Some(before) = predecessor.and_then(|file| self.lanes.get_mut(&file))
+        {
+            lane.parser.take_over(&mut before.lane.parser);
+            joining_since = before.joining_since.take();
+        }
+        self.lanes.insert(piece.file, FileLane { lane, joining_since });
+    }
+
     /// Takes a line that was read at `now`.
     pub(crate) fn push(&mut self, piece: &Piece<'_>, now: Timestamp) -> Result<(), Stopped> {
         if self.lanes.get(&piece.file).is_some_and(|lane| lane.must_cut(piece)) {
             self.cut(piece.file)?;
         }
+        if !self.lanes.contains_key(&piece.file) {
+            self.begin(piece);
+        }
         let Self { lanes, shared, rules, .. } = self;
-        let new = || {
-            let parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
-            let mut lane = Lane::new(parser);
-            // What is there already may be old.
-            lane.is_live = false;
-            lane
-        };
-        let FileLane { lane, joining_since } =
-            lanes.entry(piece.file).or_insert_with(|| FileLane { lane: new(), joining_since: None });
+        let Some(FileLane { lane, joining_since }) = lanes.get_mut(&piece.file) else { return Ok(()) };
         let outcome = piece.frame.line.map(|line| lane.read((line, piece.frame.start), (shared, rules, now)));
         if !lane.parser.is_joining() {
             *joining_since = None;
@@ -132,6 +152,7 @@ impl Batcher {
     pub(crate) fn close(&mut self, file: FileKey) -> Result<(), Stopped> {
         let sent = self.cut(file);
         self.lanes.remove(&file);
+        self.predecessors.remove(&file);
         sent
     }
 

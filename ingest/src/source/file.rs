@@ -238,6 +238,9 @@ impl FileSource {
                 // A second watch of a file would take the place of the first.
                 if self.tail.handle_opened(key, discover::id_of(&metadata)) {
                     self.watch.add_file(key, &file);
+                    if let Some(predecessor) = self.tail.predecessor(key) {
+                        self.batcher.note_predecessor(key, predecessor);
+                    }
                     self.open.insert(key, OpenFile { path, file, caught_up: false, _permit: permit });
                     self.dirty.insert(key);
                 }

@@ -40,6 +40,8 @@ pub(crate) struct Lane {
     /// Of the batch.
     rules: Arc<Rules>,
     tally: Tally,
+    /// Of lines that were held and came with the one that was read last, which are not counted yet.
+    released: Vec<Origin>,
 }
 
 /// What a batch brought, for reports and metrics.
@@ -60,8 +62,8 @@ type Origin = (Result<Client, NoClient>, Option<IpAddr>);
 
 impl Lane {
     pub(crate) fn new(parser: Parser) -> Self {
-        let (batch, rules, tally) = Default::default();
-        Self { parser, batch, is_live: true, is_mixed: false, rules, tally }
+        let (batch, rules, tally, released) = Default::default();
+        Self { parser, batch, is_live: true, is_mixed: false, rules, tally, released }
     }
 
     /// The batch under way, and what its lines go through. One that begins now takes over the rules in force.
@@ -70,8 +72,8 @@ impl Lane {
         shared: &Shared,
         rules: &Arc<Rules>,
         now: Timestamp,
-    ) -> (&mut Parser, &mut AccessBatch, &Interest) {
-        let Self { parser, batch, rules: own, .. } = self;
+    ) -> (&mut Parser, &mut AccessBatch, &Interest, &mut Vec<Origin>) {
+        let Self { parser, batch, rules: own, released, .. } = self;
         let batch = batch.get_or_insert_with(|| {
             if !Arc::ptr_eq(own, rules) {
                 parser.set_rules(rules.policy.clone(), rules.interest.clone());
@@ -81,7 +83,7 @@ impl Lane {
             batch.filter = rules.interest.version;
             batch
         });
-        (parser, batch, &own.interest)
+        (parser, batch, &own.interest, released)
     }
 
     /// Shows a line, which begins at `offset` of its source, to the parser. Nothing is counted yet.
@@ -91,7 +93,8 @@ impl Lane {
         (shared, rules, now): (&Shared, &Arc<Rules>, Timestamp),
     ) -> Outcome<Origin> {
         let is_mixed = self.is_mixed;
-        let (parser, batch, interest) = self.begin(shared, rules, now);
+        let (parser, batch, interest, released) = self.begin(shared, rules, now);
+        let mut newest = None;
         if !is_mixed {
             parser.set_now(now);
         }
@@ -102,7 +105,9 @@ impl Lane {
             } else {
                 batch.counts.withheld += 1;
             }
-            (event.client, event.peer)
+            let origin = (event.client, event.peer);
+            released.extend(newest.replace(origin));
+            origin
         })
     }
 
@@ -123,9 +128,13 @@ impl Lane {
         {
             self.tally.fastest.note(written_at, now);
         }
+        for origin in self.released.drain(..) {
+            self.tally.note(Outcome::Event(origin), line);
+        }
+        self.tally.suspect += self.parser.take_condemned();
         let is_unparsed = outcome.is_some_and(|outcome| self.tally.note(outcome, line));
         self.tally.bytes += bytes;
-        let (_, batch, _) = self.begin(shared, rules, now);
+        let (_, batch, ..) = self.begin(shared, rules, now);
         batch.read_at = now;
         batch.counts.lines += 1;
         batch.counts.unparsed += u64::from(is_unparsed);
@@ -168,7 +177,7 @@ impl Tally {
                 // One of each batch is enough.
                 self.sample.get_or_insert_with(|| escape_sample(line));
             }
-            Outcome::Suspect(Suspicion::TooOld) | Outcome::Blank | Outcome::Partial => {}
+            Outcome::Suspect(Suspicion::TooOld) | Outcome::Held | Outcome::Blank | Outcome::Partial => {}
             Outcome::Suspect(_) => self.suspect += 1,
         }
         matches!(outcome, Outcome::Unparsed(_))

@@ -177,5 +177,8 @@ mod tests {
         let record = r#"{"tag":"x","ClientHost":"192.0.2.1"}"#;
         assert_eq!(lines(message), [r#"a "b" \c"#, "plain", record, r#"{"ClientHost":"192.0.2.2"}"#, "7"]);
         assert_eq!(lines("[]"), [""; 0]);
+        // As 5.1.1 wrote it.
+        let message = r#"[[1795629619.106073,{"tag":"portcullis.raw.v1.shop","log":"{\"DownstreamStatus\":404,\"request_User-Agent\":\"\u00e9\"}"}]]"#;
+        assert_eq!(lines(message), [r#"{"DownstreamStatus":404,"request_User-Agent":"é"}"#]);
     }
 }

@@ -320,6 +320,13 @@ impl Tail {
         }
     }
 
+    /// The newest file that had the path of `file` before it, was moved away, and is still followed.
+    pub fn predecessor(&self, file: FileKey) -> Option<FileKey> {
+        let index = self.files.iter().position(|other| other.key == file)?;
+        let (older, path) = (&self.files[..index], &self.files[index].path);
+        older.iter().rev().find(|other| other.path == *path && other.gone_at.is_some()).map(|other| other.key)
+    }
+
     /// Open files, in the order in which they are to be read: those that are older come first.
     pub fn files(&self) -> impl Iterator<Item = FileKey> {
         self.files.iter().filter(|file| !matches!(file.state, State::Opening)).map(|file| file.key)

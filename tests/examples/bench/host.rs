@@ -68,6 +68,11 @@ impl Host {
 
     /// Starts `portcullis run` with its defaults, and `more` configuration.
     pub(crate) fn start_portcullis(&self, more: &str) -> Result<Service> {
+        self.start_reading(more, Path::new("/dev/null"))
+    }
+
+    /// The same, with `input` as its standard input.
+    pub(crate) fn start_reading(&self, more: &str, input: &Path) -> Result<Service> {
         let path = |name: &str| self.folder.join(name).display().to_string();
         let text = format!(
             "node = \"bench\"\nstate_dir = \"{}\"\n[api]\nsocket = \"{}\"\n\
@@ -78,7 +83,7 @@ impl Host {
             path("access.log"),
         );
         fs::write(self.folder.join("portcullis.toml"), text).context("could not write a configuration")?;
-        Service::start(&self.folder, self.server.name())
+        Service::start_reading(&self.folder, self.server.name(), input)
     }
 
     /// The sum of the metric whose name ends so, over its labels, asked from the service; `None` when there is no answer.

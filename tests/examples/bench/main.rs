@@ -6,7 +6,8 @@
 //!
 //! `replay` reads a log of N lines (default 1,000,000, about 1.1 GB in the directory for temporary files), `latency` takes
 //! N samples (default 200) from the last line in the log to the kernel that drops, `bulk` appends that log to a watched
-//! file, `sources` sends it to every source that listens. `cluster` does the like with three hosts, two detectors and NATS
+//! file, `sources` brings it in every way there is, beside rsyslog and syslog-ng where they are installed or named by
+//! `RSYSLOGD` and `SYSLOG_NG` (it holds all lines twice in memory: take fewer where that is too much). `cluster` does the like with three hosts, two detectors and NATS
 //! between them, and measures what travels there. All but the first need root, and send packets in network namespaces of their
 //! own only. fail2ban takes part where it is installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`.
 //! Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer is an error.

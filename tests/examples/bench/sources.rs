@@ -1,202 +1,206 @@
-//! Every way in that listens: lines/s from the first byte sent to the last line counted, by one sender and by sixteen, over
-//! loopback in a namespace. Parsing and detection take part, on the same cores as the senders.
+//! Every way in: lines/s from the first byte sent to the last line counted, by one sender and by sixteen, over loopback in a
+//! namespace. Parsing and detection take part, on the same cores as the senders. Syslog daemons of Debian, which write the same
+//! messages to a file and do nothing else, are measured beside, in turn; for http, otlp and nats no peer is at hand.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpStream, UdpSocket};
+mod daemon;
+mod receiver;
+mod way;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use daemon::Daemon;
 use proto::time::{Clock, Timestamp};
-use serde_json::json;
+use receiver::{Kind, Receiver};
+use tests::tls::{Client, certify};
+use way::{Target, Way};
 
 use crate::corpus::Corpus;
-use crate::host::Host;
-use crate::process::peak;
-use crate::table::{number, render, to_f64};
+use crate::process::{is_installed, peak};
+use crate::table::{Numbers, number, render, to_f64};
 
-/// No limits: the senders' share by default is less than what one can bring here.
-const CONFIG: &str = "[ingest.sources.tcp]\ntype = \"syslog\"\nmode = \"tcp\"\nlisten = \"127.0.0.1:5514\"\n\
-                      limits = { sender_lines = 0 }\n\
-                      [ingest.sources.udp]\ntype = \"syslog\"\nmode = \"udp\"\nlisten = \"127.0.0.1:5514\"\n\
-                      limits = { sender_lines = 0 }\n\
-                      [ingest.sources.http]\ntype = \"http\"\nlisten = \"127.0.0.1:8514\"\n\
-                      limits = { sender_lines = 0 }\n\
-                      [ingest.sources.otlp]\ntype = \"otlp\"\nlisten = \"127.0.0.1:4318\"\n\
-                      limits = { sender_lines = 0 }\n\
-                      [detect]\nlateness_max = \"7d\"\n";
-/// Lines of one request, as shippers do by default or so.
-const REQUEST_LINES: usize = 1000;
+/// Counted runs, each with a receiver of its own.
+const RUNS: usize = 3;
 /// How many send at once.
 const SENDERS: [usize; 2] = [1, 16];
-/// Between two looks at the metrics.
+/// Between two looks at what was taken.
 const LOOK: Duration = Duration::from_millis(10);
 /// No line for so long is the end, where lines may be lost.
 const QUIET: Duration = Duration::from_secs(1);
 /// Who is not through by then never will be.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A way in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    SyslogTcp,
-    SyslogUdp,
-    Http,
-    Otlp,
+/// What is sent, and what it takes.
+struct Load<'a> {
+    folder: &'a Path,
+    tls: Client,
+    lines: Vec<String>,
+    peers: Vec<Kind>,
 }
 
-impl Way {
-    const ALL: [Self; 4] = [Self::SyslogTcp, Self::SyslogUdp, Self::Http, Self::Otlp];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::SyslogTcp => "syslog over TCP, octet-counted",
-            Self::SyslogUdp => "syslog over UDP, a line a datagram",
-            Self::Http => "http, 1,000 lines a request",
-            Self::Otlp => "otlp as JSON, 1,000 records a request",
-        }
-    }
-
-    fn may_lose(self) -> bool {
-        self == Self::SyslogUdp
-    }
-
-    fn send(self, lines: &[String]) -> Result<()> {
-        match self {
-            Self::SyslogTcp => {
-                let mut stream = TcpStream::connect("127.0.0.1:5514").context("could not connect to syslog")?;
-                for some in lines.chunks(REQUEST_LINES) {
-                    let framed: String = some
-                        .iter()
-                        .map(|line| syslog(line))
-                        .map(|message| format!("{} {message}", message.len()))
-                        .collect();
-                    stream.write_all(framed.as_bytes())?;
-                }
-                Ok(())
-            }
-            Self::SyslogUdp => {
-                let socket = UdpSocket::bind("127.0.0.1:0")?;
-                socket.connect("127.0.0.1:5514")?;
-                lines.iter().try_for_each(|line| Ok(socket.send(syslog(line).as_bytes()).map(drop)?))
-            }
-            Self::Http => post_all("127.0.0.1:8514", ("/", "application/x-ndjson"), lines, |some| some.join("\n")),
-            Self::Otlp => post_all("127.0.0.1:4318", ("/v1/logs", "application/json"), lines, |some| {
-                let records: Vec<_> = some.iter().map(|line| json!({"body": {"stringValue": line}})).collect();
-                json!({"resourceLogs": [{"scopeLogs": [{"logRecords": records}]}]}).to_string()
-            }),
-        }
-    }
+/// One run.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    speed: f64,
+    lost_percent: f64,
+    peak_kib: u64,
 }
 
-fn syslog(line: &str) -> String {
-    format!("<134>1 2026-01-01T00:00:00Z edge-1 traefik 1 - - {line}")
-}
-
-/// Sends all lines in requests over one connection, each after the answer to the one before.
-fn post_all(
-    address: &str,
-    (path, kind): (&str, &str),
-    lines: &[String],
-    body: impl Fn(&[String]) -> String,
-) -> Result<()> {
-    let stream = TcpStream::connect(address).with_context(|| format!("could not connect to {address}"))?;
-    let mut answers = BufReader::new(stream.try_clone()?);
-    let mut stream = stream;
-    for some in lines.chunks(REQUEST_LINES) {
-        let body = body(some);
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: {address}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all(head.as_bytes())?;
-        stream.write_all(body.as_bytes())?;
-        read_answer(&mut answers)?;
-    }
-    Ok(())
-}
-
-fn read_answer(answers: &mut impl BufRead) -> Result<()> {
-    let mut status = String::new();
-    answers.read_line(&mut status)?;
-    ensure!(status.starts_with("HTTP/1.1 200"), "not taken: {status}");
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        answers.read_line(&mut line)?;
-        if line.trim().is_empty() {
-            break;
-        }
-        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-            length = value.trim().parse()?;
-        }
-    }
-    answers.take(length).read_to_end(&mut Vec::new())?;
-    Ok(())
+/// All runs of one receiver.
+struct Measured {
+    kind: Kind,
+    speed: Numbers,
+    lost_percent: Numbers,
+    peak_mib: Numbers,
 }
 
 /// Measures, prints the table, and returns the lines of the summary.
 pub(crate) fn run(folder: &Path, corpus: &Corpus) -> Result<Vec<String>> {
     let reader = BufReader::new(File::open(&corpus.path).context("could not open the corpus")?);
-    let lines: Vec<String> = reader.lines().collect::<std::io::Result<_>>()?;
+    let folder = &folder.join("sources");
+    fs::create_dir(folder).context("could not make a folder for the sources")?;
+    certify(folder, &[("server", "127.0.0.1")])?;
+    let load = Load {
+        folder,
+        tls: Client::new(folder)?,
+        lines: reader.lines().collect::<std::io::Result<_>>()?,
+        peers: peers(),
+    };
+    let has_nats = std::env::var_os("NATS_SERVER").is_some() || is_installed("nats-server");
+    if !has_nats {
+        println!("nats-server is not installed: without the source nats\n");
+    }
     let mut rows = Vec::new();
     let mut summary = Vec::new();
-    for way in Way::ALL {
-        let mut speeds = Vec::new();
+    for way in Way::ALL.into_iter().filter(|way| has_nats || *way != Way::Nats) {
+        let mut told = Vec::new();
         for senders in SENDERS {
-            let name = format!("{way:?}-{senders}").to_lowercase();
-            let (speed, lost, peak_mib) = measure(&folder.join(name), way, senders, &lines)?;
-            rows.push([way.name().to_owned(), senders.to_string(), number(speed), number(lost), number(peak_mib)]);
-            speeds.push(number(speed));
+            eprintln!("{}, {senders} at once", way.name());
+            let all = load.measure_all(way, senders)?;
+            let own = all[0].speed.median();
+            for one in &all {
+                let ratio = own / one.speed.median();
+                let peer = if one.kind == Kind::Portcullis { String::new() } else { format!("{ratio:.2}") };
+                rows.push([
+                    format!("{}: {}", way.name(), one.kind.name()),
+                    senders.to_string(),
+                    one.speed.spread(number),
+                    peer,
+                    number(one.lost_percent.median()),
+                    number(one.peak_mib.max()),
+                ]);
+                let ratio = if one.kind == Kind::Portcullis { String::new() } else { format!(" ({ratio:.2} times)") };
+                told.push(format!("{} {}{ratio}", one.kind.name(), number(one.speed.median())));
+            }
+            told.push(format!("by {}", if senders == 1 { "one sender;" } else { "sixteen" }));
         }
-        summary.push(format!("{}: {} lines/s by one sender, {} by sixteen", way.name(), speeds[0], speeds[1]));
+        summary.push(format!("{}, lines/s: {}", way.name(), told.join(", ").replace(", by", " by").replace(";,", ";")));
     }
-    println!("{}", render(["lines in", "senders", "lines/s", "% lost", "peak MiB"], &rows));
+    let header = ["lines in", "senders", "lines/s (min / median / max)", "portcullis is times", "% lost", "peak MiB"];
+    println!("{}", render(header, &rows));
     Ok(summary)
 }
 
-/// Lines/s that were counted, the share that was not in per cent, and the peak of the memory.
-fn measure(folder: &Path, way: Way, senders: usize, lines: &[String]) -> Result<(f64, f64, f64)> {
-    let host = Host::new(folder)?;
-    let service = host.start_portcullis(CONFIG)?;
-    let pid = host.pid("portcullis")?;
-    let clock = Clock::system();
-    let begin = clock.now();
-    let (server, share) = (&host.server, lines.len().div_ceil(senders));
-    let (counted, at) = std::thread::scope(|scope| {
-        let sending: Vec<_> =
-            lines.chunks(share).map(|part| scope.spawn(move || server.within(move || way.send(part)))).collect();
-        let has_sent = || sending.iter().all(std::thread::ScopedJoinHandle::is_finished);
-        let watched = watch(&host, (way, lines.len()), has_sent);
-        for sender in sending {
-            sender.join().expect("a sender does not panic")?;
-        }
-        watched
-    })?;
-    let peak_kib = peak(pid).context("portcullis is gone")?;
-    service.stop()?;
-    let seconds = at.since(begin).as_secs_f64();
-    let lost = 1.0 - counted / to_f64(u64::try_from(lines.len())?);
-    Ok((counted / seconds, 100.0 * lost, to_f64(peak_kib) / 1_024.0))
+/// The peers that are here; says which are not.
+fn peers() -> Vec<Kind> {
+    let (here, absent): (Vec<Daemon>, Vec<Daemon>) = Daemon::ALL.into_iter().partition(|daemon| daemon.is_available());
+    for daemon in absent {
+        println!("{} is not installed: without it (RSYSLOGD and SYSLOG_NG may name them)\n", daemon.name());
+    }
+    here.into_iter().map(Kind::Daemon).collect()
 }
 
-/// How many lines were counted in the end, and when the last of them.
-fn watch(host: &Host, (way, lines): (Way, usize), has_sent: impl Fn() -> bool) -> Result<(f64, Timestamp)> {
-    let clock = Clock::system();
-    let begin = clock.now();
-    let wanted = to_f64(u64::try_from(lines)?);
-    let (mut counted, mut at) = (0.0, begin);
-    loop {
-        let now = clock.now();
-        let found = host.metric("ingest_lines_total").unwrap_or(counted);
-        if found > counted {
-            (counted, at) = (found, now);
+impl Load<'_> {
+    /// Portcullis, and then each peer that can take it; their runs take turns.
+    fn measure_all(&self, way: Way, senders: usize) -> Result<Vec<Measured>> {
+        let lines = &self.lines[..way.take(self.lines.len())];
+        let shares: Vec<Vec<Vec<u8>>> =
+            lines.chunks(lines.len().div_ceil(senders)).map(|part| way.render(part)).collect();
+        let peers = self.peers.iter().copied().filter(|_| way.is_syslog());
+        let kinds: Vec<Kind> = std::iter::once(Kind::Portcullis).chain(peers).collect();
+        let mut all: Vec<Vec<Taken>> = vec![Vec::new(); kinds.len()];
+        for _ in 0..RUNS {
+            for (kind, runs) in kinds.iter().zip(&mut all) {
+                let taken = self.measure(*kind, way, &shares);
+                runs.push(taken.with_context(|| format!("{}, {}, {senders} senders", way.name(), kind.name()))?);
+            }
         }
-        if counted >= wanted || (way.may_lose() && has_sent() && now.since(at) > QUIET) {
-            return Ok((counted, at));
+        let numbers = |runs: &[Taken], value: fn(&Taken) -> f64| Numbers::new(runs.iter().map(value));
+        let measured = |(kind, runs): (Kind, Vec<Taken>)| Measured {
+            kind,
+            speed: numbers(&runs, |run| run.speed),
+            lost_percent: numbers(&runs, |run| run.lost_percent),
+            peak_mib: numbers(&runs, |run| to_f64(run.peak_kib) / 1_024.0),
+        };
+        Ok(kinds.into_iter().zip(all).map(measured).collect())
+    }
+
+    /// One run; `shares` are the pieces of each sender.
+    fn measure(&self, kind: Kind, way: Way, shares: &[Vec<Vec<u8>>]) -> Result<Taken> {
+        let folder = self.folder.join("run");
+        let mut receiver = Receiver::start(kind, way, &folder, self.folder)?;
+        let pid = receiver.host.pid(receiver.comm())?;
+        let host = receiver.host.clone();
+        let begin = Clock::system().now();
+        let (at, peak_kib) = std::thread::scope(|scope| {
+            let senders = shares.len();
+            let target = |sender| Target { folder: &folder, tls: &self.tls, sender, senders };
+            let sending: Vec<_> = shares
+                .iter()
+                .enumerate()
+                .map(|(sender, pieces)| {
+                    let (target, host) = (target(sender), &host);
+                    scope.spawn(move || host.server.within(|| way.send(pieces, &target)))
+                })
+                .collect();
+            let has_sent = || sending.iter().all(std::thread::ScopedJoinHandle::is_finished);
+            let watched = self.watch(&mut receiver, (way, pid), has_sent);
+            for sender in sending {
+                sender.join().expect("a sender does not panic")?;
+            }
+            watched
+        })?;
+        let counted = receiver.counted()?;
+        receiver.stop()?;
+        let lines = to_f64(u64::try_from(way.take(self.lines.len()))?);
+        ensure!(way.may_lose() || counted == lines, "{counted} lines of {lines} arrived");
+        let seconds = at.since(begin).as_secs_f64();
+        Ok(Taken { speed: counted / seconds, lost_percent: 100.0 * (1.0 - counted / lines), peak_kib })
+    }
+
+    /// When the last line was taken, and the peak of the receiver's memory.
+    fn watch(
+        &self,
+        receiver: &mut Receiver,
+        (way, pid): (Way, u32),
+        has_sent: impl Fn() -> bool,
+    ) -> Result<(Timestamp, u64)> {
+        let clock = Clock::system();
+        let begin = clock.now();
+        let lines = &self.lines[..way.take(self.lines.len())];
+        let wanted = to_f64(u64::try_from(lines.len())?);
+        let bytes: usize = lines.iter().map(|line| line.len() + 1).sum();
+        let line_bytes = to_f64(u64::try_from(bytes)?) / wanted;
+        let (mut taken, mut at, mut peak_kib) = (0.0, begin, 0);
+        loop {
+            peak_kib = peak(pid).unwrap_or(0).max(peak_kib);
+            let has_sent = has_sent();
+            if has_sent {
+                receiver.all_sent();
+            }
+            let found = receiver.taken(line_bytes)?;
+            let now = clock.now();
+            if found > taken {
+                (taken, at) = (found, now);
+            }
+            if taken >= wanted || (way.may_lose() && has_sent && now.since(at) > QUIET) {
+                return Ok((at, peak_kib));
+            }
+            ensure!(now.since(begin) < PATIENCE, "{taken} lines of {wanted} after {PATIENCE:?}");
+            std::thread::sleep(LOOK);
         }
-        ensure!(now.since(begin) < PATIENCE, "{counted} lines of {wanted} after {PATIENCE:?}");
-        std::thread::sleep(LOOK);
     }
 }

@@ -1,13 +1,12 @@
 //! Syslog daemons as Debian has them, with the configurations that we ship: they follow the log on another host and send it
 //! over the network to Portcullis, which bans.
 
-use std::fs::{Permissions, read_to_string, set_permissions, write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::fs::{read_to_string, write};
 use std::process::Command;
 
 use proto::subject::name_from_host;
 use tests::process::Process;
+use tests::tls::certify;
 
 use super::*;
 
@@ -139,26 +138,9 @@ fn switch(text: &str, heading: &str) -> String {
     switched
 }
 
-/// Authority, and certificates of Portcullis and of its senders.
-fn certify(folder: &Path) {
-    let openssl = |words: &str| {
-        let output = Command::new("openssl").args(words.split(' ')).current_dir(folder).output().unwrap();
-        assert!(output.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&output.stderr));
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
-    openssl(&format!("req -x509 {key} -keyout ca.key -out ca.crt -subj /CN=authority"));
-    for (name, addr) in [("server", PORTCULLIS), ("client", "198.51.100.2")] {
-        openssl(&format!(
-            "req -x509 -CA ca.crt -CAkey ca.key {key} -keyout {name}.key -out {name}.crt -subj /CN={addr} \
-             -addext subjectAltName=IP:{addr} -addext basicConstraints=critical,CA:FALSE"
-        ));
-        set_permissions(folder.join(format!("{name}.key")), Permissions::from_mode(0o600)).unwrap();
-    }
-}
-
 fn bans_what_a_daemon_sends(daemon: Daemon, way: Way) {
     let world = World::with_source(Variant::Nft, &way.source(), "");
-    certify(world.folder.path());
+    certify(world.folder.path(), &[("server", PORTCULLIS), ("client", "198.51.100.2")]).unwrap();
     let service = world.start();
     let mut shipper = daemon.start(way, &world);
     world.visitor_is_served();
@@ -179,6 +161,32 @@ fn bans_what_a_daemon_sends(daemon: Daemon, way: Way) {
     assert_eq!(source["connections"], u64::from(!matches!(way, Way::Udp)), "{source}");
     shipper.stop().unwrap();
     service.stop().unwrap();
+}
+
+/// Of more lines than a ban takes, because those that are on their way when a connection ends may be lost.
+fn keeps_lines_while_portcullis_is_away(daemon: Daemon) {
+    let world = World::with_source(Variant::Nft, &Way::Tcp.source(), "");
+    let service = world.start();
+    let mut shipper = daemon.start(Way::Tcp, &world);
+    world.visitor_is_served();
+    world.wait_all_read(&service);
+    service.kill().unwrap();
+    world.attack_times(true, 20);
+    let service = world.start();
+    world.wait_cut_off(true);
+    assert_eq!(only_ban(&service, true)["evidence"]["nodes"], serde_json::json!([Way::Tcp.node()]));
+    shipper.stop().unwrap();
+    service.stop().unwrap();
+}
+
+#[test]
+fn rsyslog_keeps_lines_while_portcullis_is_away() {
+    keeps_lines_while_portcullis_is_away(Daemon::Rsyslog);
+}
+
+#[test]
+fn syslog_ng_keeps_lines_while_portcullis_is_away() {
+    keeps_lines_while_portcullis_is_away(Daemon::SyslogNg);
 }
 
 #[test]

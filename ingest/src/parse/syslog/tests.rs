@@ -10,7 +10,7 @@ const CLF6: &str = r#"2001:db8::1 - - [02/Jan/2026:15:04:05 +0000] "GET / HTTP/1
 const CRI: &str = r#"2026-01-02T15:04:05.123456789Z stdout F {"DownstreamStatus":404}"#;
 
 /// Header, host, program.
-const HEADERS: [(&str, Option<&str>, Option<&str>); 21] = [
+const HEADERS: [(&str, Option<&str>, Option<&str>); 29] = [
     // rsyslog: RSYSLOG_ForwardFormat, RSYSLOG_TraditionalForwardFormat, RSYSLOG_SyslogProtocol23Format; imfile's tag as
     // it is mostly written, without a colon.
     ("<133>2026-01-02T15:04:05.123456+00:00 edge-1 traefik: ", Some("edge-1"), Some("traefik")),
@@ -37,6 +37,21 @@ const HEADERS: [(&str, Option<&str>, Option<&str>); 21] = [
         Some("edge-1"),
         Some("root"),
     ),
+    // Docker 26.1 as it was run: default, rfc3164 and rfc5424 with `tag={{.Name}}/{{.ID}}`, rfc5424micro.
+    ("<30>Nov 25 17:43:39 traefik-1/b74430d7ce85[1]: ", None, Some("traefik-1/b74430d7ce85")),
+    ("<30>Nov 25 17:43:41 vm traefik-5/5c2f7fbccb25[1]: ", Some("vm"), Some("traefik-5/5c2f7fbccb25")),
+    (
+        "<30>1 2026-11-25T17:43:43Z vm traefik-9/351fc3ed077c 1 traefik-9/351fc3ed077c - ",
+        Some("vm"),
+        Some("traefik-9/351fc3ed077c"),
+    ),
+    ("<30>1 2026-11-25T17:43:45.724255Z vm b02c97b51a1c 1 b02c97b51a1c - ", Some("vm"), Some("b02c97b51a1c")),
+    // logger of util-linux 2.38.1: --rfc3164 -i, --rfc5424=notime,nohost, --rfc5424=notq.
+    ("<13>Nov 25 17:42:28 vm traefik[8786]: ", Some("vm"), Some("traefik")),
+    ("<13>1 - - traefik 8810 - - ", None, Some("traefik")),
+    ("<13>1 2026-11-25T17:42:28.846229+00:00 vm traefik - - - ", Some("vm"), Some("traefik")),
+    // Fluent Bit 5.1.1's `syslog` output.
+    ("<14>1 2026-11-25T18:00:19.106258Z - traefik - - - \u{feff}", None, Some("traefik")),
     // Escapes in structured data; several elements; nothing given.
     (r#"<1>1 - - - - - [a@1 x="\"] \\\]" y=""][b z="]"] "#, None, None),
     // Files of syslog daemons, without a priority.
