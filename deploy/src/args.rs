@@ -136,6 +136,9 @@ pub struct RoleArgs {
 #[command(after_help = "\
 As a role it works over NATS: `[bus]` with kind = \"nats\" and urls. Bans stay in force when it ends.
 
+--teardown works while `run` or `enforce` runs on this host: a file `paused` in state_dir has it lift all bans first and
+keeps it from putting anything back, until the file is removed. Such a file may be written by hand as well.
+
 Examples:
   portcullis enforce                          follow the cluster's ban set
   portcullis enforce --teardown --dry-run     list what would be removed

@@ -10,7 +10,6 @@
 mod coverage;
 mod leader;
 mod outbox;
-mod peers;
 mod seal;
 mod standby;
 mod view;
@@ -82,6 +81,7 @@ pub async fn run(parts: Parts, requests: mpsc::Receiver<Request>, shutdown: Shut
         clock: clock.clone(),
         metrics: parts.metrics.clone(),
         names: parts.outlets.names.clone(),
+        questions: parts.outlets.questions.clone(),
         started_at: clock.now(),
     };
     let mut role = Role { parts, identity, me, requests, shutdown, trouble: None, known: Default::default() };

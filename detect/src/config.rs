@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::engine::EngineConfig;
 use crate::engine::escalation::{Escalation, Growth};
+use crate::engine::leak::Grace;
 use crate::engine::matcher::Matcher;
 use crate::engine::rule::{Distinct, Mode, Rule, Threshold};
 
@@ -22,6 +23,8 @@ pub const RULES_MAX: usize = 64;
 pub const RETRY_MAX: u32 = 10_000;
 /// Greatest `find_time` and `lateness_max`: how far back files are read again after a restart.
 pub const SPAN_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Greatest grace time of `[detect.leaks]`.
+pub const GRACE_MAX: Duration = Duration::from_secs(3600);
 /// Shortest `ban_time`.
 pub const BAN_TIME_MIN: Duration = Duration::from_secs(1);
 
@@ -29,7 +32,7 @@ pub const BAN_TIME_MIN: Duration = Duration::from_secs(1);
 const PREFIX_MIN: (u8, u8) = (16, 32);
 
 /// Keys of `[detect]`.
-pub const KEYS: [&str; 11] = [
+pub const KEYS: [&str; 12] = [
     "never_ban",
     "never_ban_builtin",
     "resolve_interval",
@@ -41,7 +44,10 @@ pub const KEYS: [&str; 11] = [
     "builtin_rules",
     "rules",
     "escalation",
+    "leaks",
 ];
+/// Keys of `[detect.leaks]`.
+pub const LEAK_KEYS: [&str; 2] = ["grace_firewall", "grace_cloudflare"];
 /// Keys of `[detect.rules.NAME]`.
 pub const RULE_KEYS: [&str; 10] =
     ["enabled", "match", "max_retry", "find_time", "ban_time", "distinct", "rate", "burst", "mode", "escalation"];
@@ -63,6 +69,17 @@ pub struct RawDetect {
     builtin_rules: Field<bool>,
     rules: Field<BTreeMap<String, RawRule>>,
     escalation: Field<RawEscalation>,
+    leaks: Field<RawLeaks>,
+    #[serde(flatten)]
+    unknown: Unknown,
+}
+
+/// `[detect.leaks]` as a file says it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct RawLeaks {
+    grace_firewall: Field<Duration>,
+    grace_cloudflare: Field<Duration>,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -99,7 +116,7 @@ pub struct RawEscalation {
     unknown: Unknown,
 }
 
-section!(RawDetect, RawRule, RawEscalation);
+section!(RawDetect, RawRule, RawEscalation, RawLeaks);
 
 /// `[detect]`, checked.
 #[derive(Clone, Debug)]
@@ -154,6 +171,10 @@ impl RawDetect {
         let window_events_max = limit(self.window_events_max, "window_events_max", 4_000_000);
         let offenders_max = limit(self.offenders_max, "offenders_max", 250_000);
         let rules = check_rules(self.rules, self.builtin_rules, &escalation, mistakes);
+        let grace = self
+            .leaks
+            .take("leaks", mistakes)
+            .map_or_else(Grace::default, |raw| mistakes.within("leaks", |m| raw.check(m)));
         let engine = EngineConfig {
             rules,
             never_ban,
@@ -164,8 +185,27 @@ impl RawDetect {
             window_events_max,
             offenders_max,
             operator_prefix_min: PREFIX_MIN,
+            grace,
         };
         DetectConfig { engine, names, resolve_interval }
+    }
+}
+
+impl RawLeaks {
+    fn check(self, mistakes: &mut Mistakes) -> Grace {
+        self.unknown.check(&LEAK_KEYS, mistakes);
+        let mut time = |field: Field<Duration>, key: &str, default: Duration| {
+            let time = field.or(key, default, mistakes);
+            if time > GRACE_MAX {
+                mistakes.add(key, "expected at most 1h");
+            }
+            time
+        };
+        let default = Grace::default();
+        Grace {
+            firewall: time(self.grace_firewall, "grace_firewall", default.firewall),
+            cloudflare: time(self.grace_cloudflare, "grace_cloudflare", default.cloudflare),
+        }
     }
 }
 
@@ -490,7 +530,7 @@ mod tests {
     #[test]
     fn every_mistake_is_named() {
         let (_, mistakes) = check(json!({
-            "lateness_max": "8d", "ipv6_prefix": 8, "tracked_clients_max": 0, "escalation": {"factor": 0.5, "multipliers": []},
+            "lateness_max": "8d", "ipv6_prefix": 8, "leaks": {"grace_firewall": "2h", "grace": "1s"}, "tracked_clients_max": 0, "escalation": {"factor": 0.5, "multipliers": []},
             "rules": {
                 "operator": {"match": "Status(`404`)", "max_retry": 0, "find_time": "1m", "ban_time": "1ms"},
                 "a": {"match": "Status(`404`", "rate": "10", "burst": 0, "find_time": "1m", "mode": "x", "ban_tme": "1m"},
@@ -506,6 +546,8 @@ mod tests {
                 "detect.escalation.multipliers",
                 "detect.ipv6_prefix",
                 "detect.lateness_max",
+                "detect.leaks.grace",
+                "detect.leaks.grace_firewall",
                 "detect.rules.a.ban_time",
                 "detect.rules.a.ban_tme",
                 "detect.rules.a.burst",

@@ -6,20 +6,24 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use proto::ban::BanChange;
+use proto::bus::memory::Question;
 use proto::envelope::{CloudEvent, EventType};
 use proto::report::{DetectReport, NodeReport, Problem, Role, RuleReport};
 use proto::time::{Clock, Timestamp};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::DetectConfig;
 use crate::engine::command::Command;
 use crate::engine::{Engine, Output, hidden_text};
+use crate::leaks::{Answered, Inquiries, views, weigh};
 use crate::metrics::Metrics;
 use crate::resolve::Names;
 use crate::store::Commit;
 
 /// How far the clock may go back before time follows it; arrival never decreases for less.
 const CLOCK_STEP_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+/// How long `status` is degraded after a leak.
+const LEAK_SHOWN: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// The engine, and what it has decided since it was last stored.
 #[derive(Debug)]
@@ -39,6 +43,9 @@ pub(crate) struct Decider {
     pub(crate) told: Vec<CloudEvent>,
     /// Whether the lists may have changed since they were published.
     pub(crate) lists_changed: bool,
+    /// Leaks whose keeper is asked.
+    pub(crate) inquiries: Inquiries,
+    last_leak: Option<(Timestamp, String)>,
 }
 
 /// What a detector is, whatever it has decided.
@@ -48,12 +55,13 @@ pub(crate) struct Identity {
     pub(crate) clock: Clock,
     pub(crate) metrics: Metrics,
     pub(crate) names: watch::Sender<Names>,
+    pub(crate) questions: mpsc::Sender<Question>,
     pub(crate) started_at: Timestamp,
 }
 
 impl Decider {
     pub(crate) fn new(identity: Identity, engine: Engine) -> Self {
-        let Identity { node, clock, metrics, names, started_at } = identity;
+        let Identity { node, clock, metrics, names, questions, started_at } = identity;
         Self {
             node,
             engine,
@@ -67,6 +75,8 @@ impl Decider {
             changes: Vec::new(),
             told: Vec::new(),
             lists_changed: false,
+            inquiries: Inquiries::new(questions),
+            last_leak: None,
         }
     }
 
@@ -137,9 +147,28 @@ impl Decider {
                 Output::Over(ban) => {
                     tracing::info!(rule = ban.rule, target = %ban.target, ended = ?ban.expires_at, "Ban was over when it was found");
                 }
+                Output::Leak(leak) => self.inquiries.ask(leak),
                 Output::Alarm { kind, text } => self.raise_alarm(kind, text),
             }
         }
+    }
+
+    /// Learns from the reports of all hosts which bans are in force where.
+    pub(crate) fn observe_back_ends(&mut self, reports: &[NodeReport]) {
+        self.engine.observe_back_ends(views(reports), self.clock.now());
+    }
+
+    /// Tells of a leak, unless the host that should have kept the client out lets it pass on purpose.
+    pub(crate) fn handle_answer(&mut self, (leak, holds): Answered) {
+        let (is_spared, answers) = weigh(&leak, &holds);
+        self.engine.judge_leak(leak.client, is_spared);
+        if is_spared {
+            tracing::info!(client = %leak.client, node = leak.node, why = answers.join("; "), "Banned client is let pass");
+            return;
+        }
+        let text = leak.text(&answers);
+        self.last_leak = Some((self.clock.now(), text.clone()));
+        self.raise_alarm("ban-leak", text);
     }
 
     /// Tells of something that needs a person.
@@ -179,6 +208,7 @@ impl Decider {
             future: stats.future,
             allowed: self.engine.allowed(),
             paused: self.engine.paused(),
+            leaks: self.engine.leaks().values().sum(),
             fingerprint: String::new(),
             floor: 0,
             hidden_behind: self.engine.hidden_behind().map(|(addr, share)| (addr.to_string(), share)),
@@ -203,6 +233,9 @@ impl Decider {
         if self.engine.rebuild_losses() > 0 {
             let text = "more files, or decisions in one file, than are remembered: a restart may lose some counts";
             problems.push(Problem::warning(text));
+        }
+        if let Some((_, text)) = self.last_leak.as_ref().filter(|(at, _)| self.clock.now().since(*at) < LEAK_SHOWN) {
+            problems.push(Problem::degraded(text.clone()));
         }
         if let Some((addr, share)) = self.engine.hidden_behind() {
             problems.push(Problem::warning(hidden_text(addr, share)));

@@ -15,6 +15,7 @@ mod count;
 pub mod escalation;
 pub mod explain;
 mod follow;
+pub mod leak;
 pub mod matcher;
 pub mod offender;
 pub mod output;
@@ -47,6 +48,7 @@ use allow::Allows;
 use bans::Bans;
 use clients::Clients;
 use count::Counting;
+use leak::{Grace, Leaks};
 use offender::{Offenders, Quiet};
 use rate::Bucket;
 use rule::{Mode, Rule};
@@ -77,6 +79,8 @@ pub struct EngineConfig {
     pub offenders_max: usize,
     /// Shortest prefix an operator may ban: for IPv4, for IPv6.
     pub operator_prefix_min: (u8, u8),
+    /// From the confirmation of a ban to when it must bite.
+    pub grace: Grace,
 }
 
 impl EngineConfig {
@@ -99,7 +103,9 @@ impl EngineConfig {
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
     slot: Option<Slot>,
+    /// Node that the events are shown under, and node that read them.
     node: u16,
+    reader: u16,
 }
 
 /// The engine.
@@ -113,6 +119,7 @@ pub struct Engine {
     /// Histories of shadow rules, which leave no trace outside.
     shadow: Offenders,
     bans: Bans,
+    leaks: Leaks,
     allows: Allows,
     paused: Option<Pause>,
     counts_from: Timestamp,
@@ -155,6 +162,7 @@ impl Engine {
             offenders: Offenders::default(),
             shadow: Offenders::default(),
             bans: Bans::default(),
+            leaks: Leaks::default(),
             allows: Allows::new(&config.never_ban, control.allowed, control.resolved, now),
             paused: control.paused,
             counts_from: control.counts_from,
@@ -196,7 +204,8 @@ impl Engine {
     pub fn open(&mut self, node: &Arc<str>, source: &Arc<str>, generation: Option<u64>) -> Source {
         let slot = generation
             .map(|generation| self.stream.open(FileKey { node: node.clone(), source: source.clone(), generation }));
-        Source { slot, node: self.node_index(node) }
+        let node = self.node_index(node);
+        Source { slot, node, reader: node }
     }
 
     /// The source of a batch's events, which may be shown under another node than the one that read them.
@@ -251,6 +260,7 @@ impl Engine {
         };
         if decides {
             self.watch_visitors(client.addr);
+            self.watch_leak(source, event, not_after);
         }
         // Nearly all events match nothing, so this comes first.
         let matching = self.matching_rules(event, source.node);
@@ -322,6 +332,9 @@ impl Engine {
         let now = self.now;
         while let Some((ban, change)) = self.bans.pop_ended(now) {
             let freed = matches!(change, BanChange::Delete(_));
+            if freed {
+                self.leaks.end(&ban.target);
+            }
             self.outputs.push_back(Output::Record(change));
             if freed {
                 let ban = Ban { reason: "the ban has ended".to_owned(), ..ban };
@@ -331,6 +344,7 @@ impl Engine {
         // What still comes from a log may be of a time long past, so it is by that time that things are forgotten.
         let (log_now, horizon) = (self.stream.window_time(now), self.config.horizon());
         if self.allows.advance(now, log_now.saturating_sub(horizon)) {
+            self.leaks.renew();
             self.outputs.push_back(Output::Control);
         }
         if let Some(until) = self.paused.and_then(|pause| pause.until).filter(|until| *until <= now) {
@@ -376,6 +390,7 @@ impl Engine {
 
     fn resume(&mut self, at: Timestamp) {
         self.paused = None;
+        self.leaks.renew();
         // What a pause interrupted counts for nobody, neither now nor when windows are rebuilt.
         self.counts_from = at;
         self.counts_after = self.stream.position();
@@ -402,6 +417,7 @@ impl Engine {
     /// Lifts all bans of a target; whether there were any.
     fn lift(&mut self, target: &Target, why: &str) -> bool {
         let Some(record) = self.bans.remove(target) else { return false };
+        self.leaks.end(target);
         self.outputs.push_back(Output::Record(BanChange::Delete(*target)));
         if let Some(ban) = record.longest() {
             let ban = Ban { reason: why.to_owned(), ..ban.clone() };
@@ -436,6 +452,7 @@ impl Engine {
     /// Without this, new bans would seem over before they began, until the clock is again where it was.
     pub fn handle_clock_set_back(&mut self, now: Timestamp) {
         self.now = now;
+        self.leaks.forget_moments(now);
         self.stream.clamp(now);
     }
 

@@ -23,6 +23,15 @@ pub struct ReasonLabel {
     pub reason: &'static str,
 }
 
+/// Where a banned client got through, and what should have kept it out.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct LeakLabel {
+    /// Node that logged it; "other" beyond a thousand.
+    pub node: String,
+    /// A fixed word.
+    pub backend: &'static str,
+}
+
 /// All of them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -39,6 +48,7 @@ pub struct Metrics {
     commit_errors: Counter,
     clock_steps: Counter,
     refused_batches: Counter,
+    leaks: Family<LeakLabel, Counter>,
 }
 
 impl Metrics {
@@ -59,7 +69,10 @@ impl Metrics {
             commit_errors: Counter::default(),
             clock_steps: Counter::default(),
             refused_batches: Counter::default(),
+            leaks: Family::default(),
         };
+        let leaks = registry.sub_registry_with_prefix("portcullis");
+        leaks.register("ban_leaks", "Requests of banned clients that passed", metrics.leaks.clone());
         let registry = registry.sub_registry_with_prefix("portcullis_detect");
         registry.register("events", "Events handled, repetitions aside", metrics.events.clone());
         registry.register("matches", "Events that a rule matched", metrics.matches.clone());
@@ -108,6 +121,10 @@ impl Metrics {
             ("samples", stats.unsampled),
         ] {
             raise(&self.evicted.get_or_create(&ReasonLabel { reason }), count);
+        }
+        for ((node, backend), count) in engine.leaks() {
+            let label = LeakLabel { node: node.clone(), backend };
+            raise(&self.leaks.get_or_create(&label), *count);
         }
         let (banned, clients, offenders) = engine.sizes();
         self.banned.set(banned as i64);

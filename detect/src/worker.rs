@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use proto::api::ExplainReply;
 use proto::ban::{BanChange, Lists};
-use proto::bus::memory::{BanBucket, Nodes};
+use proto::bus::memory::{BanBucket, Nodes, Question};
 use proto::envelope::CloudEvent;
 use proto::event::{AccessBatch, Interest, Positions, Receipt};
+use proto::head::Mark;
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -22,6 +23,7 @@ use crate::engine::Engine;
 use crate::engine::command::{Command, Refusal, Reply};
 use crate::error::{DetectError, StoreError};
 use crate::metrics::Metrics;
+use crate::peers::Peers;
 use crate::resolve::Names;
 use crate::store::{Commit, Store};
 
@@ -81,6 +83,8 @@ pub struct Outlets {
     pub nodes: Nodes,
     /// Names to resolve.
     pub names: watch::Sender<Names>,
+    /// To enforcers.
+    pub questions: mpsc::Sender<Question>,
 }
 
 /// The worker, made before its tasks start so that ingest learns where to begin.
@@ -90,7 +94,9 @@ pub struct Worker {
     store: Store,
     outlets: Outlets,
     cause: Option<Timestamp>,
-    published: bool,
+    /// Publications so far: on one host, each is a commit.
+    published: u64,
+    peers: Peers,
     store_broken: bool,
     /// A new configuration, and the ticks to wait until batches have what its rules look at.
     reload: Option<(Box<DetectConfig>, u8)>,
@@ -143,11 +149,13 @@ impl Worker {
         let names = Names { names: config.names.clone(), interval: config.resolve_interval };
         let engine = Engine::restore(config.engine, snapshot, now);
         tracing::info!(bans = restored.0, offenders = restored.1, "Detection started");
-        let identity = Identity { node, clock, metrics, names: outlets.names.clone(), started_at: now };
+        let (names_out, questions) = (outlets.names.clone(), outlets.questions.clone());
+        let identity = Identity { node, clock, metrics, names: names_out, questions, started_at: now };
         let mut decider = Decider::new(identity, engine);
         decider.problems = problems;
         let (cause, reload) = (None, None);
-        let mut worker = Self { decider, store, outlets, cause, published: false, store_broken: false, reload };
+        let mut worker =
+            Self { decider, store, outlets, cause, published: 0, peers: Peers::default(), store_broken: false, reload };
         worker.outlets.names.send_replace(names);
         worker.outlets.interest.send_replace(Arc::new(worker.decider.engine.config().interest()));
         worker.outlets.lists.send_replace(Arc::new(worker.decider.engine.lists()));
@@ -184,6 +192,10 @@ impl Worker {
                 () = tokio::time::sleep(timeout.unwrap_or_default()), if timeout.is_some() => {
                     self.decider.engine.handle_timeout(self.decider.clock.now());
                     self.decider.collect();
+                    tokio::task::block_in_place(|| self.settle(false));
+                }
+                answered = self.decider.inquiries.next() => {
+                    self.decider.handle_answer(answered);
                     tokio::task::block_in_place(|| self.settle(false));
                 }
                 _ = tick.tick() => {
@@ -274,6 +286,7 @@ impl Worker {
     fn handle_tick(&mut self) {
         let now = self.decider.clock.now();
         self.decider.handle_clock(now);
+        self.look_around(now);
         self.reload = match self.reload.take() {
             Some((config, 0)) => {
                 self.take_over(*config, now);
@@ -283,6 +296,18 @@ impl Worker {
             None => None,
         };
         tokio::task::block_in_place(|| self.settle(true));
+    }
+
+    /// Takes in how the other roles are, and raises alarms of what is degraded.
+    fn look_around(&mut self, now: Timestamp) {
+        let reports = self.outlets.nodes.all();
+        self.decider.observe_back_ends(&reports);
+        let node = self.decider.node.clone();
+        let mut alarms = self.peers.look(&reports, &node, "", now);
+        alarms.extend(self.broken().and_then(|problem| self.peers.note_own(&node, &problem, now)));
+        for (kind, text) in alarms {
+            self.decider.raise_alarm(kind, text);
+        }
     }
 
     /// Stores what is pending, then publishes it. Progress alone is stored only when `all` is wanted.
@@ -301,12 +326,19 @@ impl Worker {
             // A host that cannot write must still be protected: publish all the same.
             tracing::warn!(changes = self.decider.changes.len(), "Bans are published without being stored");
         }
-        if !self.decider.changes.is_empty() || !self.published {
-            self.published = true;
+        let is_new = self.published == 0 || !self.decider.changes.is_empty() || self.decider.lists_changed;
+        if !self.decider.changes.is_empty() || self.published == 0 {
             self.outlets.bans.publish(self.decider.changes.drain(..), self.cause);
         }
         if std::mem::take(&mut self.decider.lists_changed) {
             self.outlets.lists.send_replace(Arc::new(self.decider.engine.lists()));
+        }
+        if is_new {
+            self.published += 1;
+            let mark = Mark { epoch: 0, commit: self.published };
+            self.outlets.bans.reach(mark);
+            let turn = self.decider.engine.leak_turn();
+            self.decider.engine.publish_leaks(turn, mark, self.decider.clock.now());
         }
         for event in self.decider.told.drain(..) {
             log_event(&event);
@@ -339,9 +371,12 @@ impl Worker {
     }
 
     fn report(&self, queued: usize) {
+        self.outlets.nodes.put(self.decider.report(queued, self.broken()));
+    }
+
+    fn broken(&self) -> Option<Problem> {
         let text = "the state cannot be written: bans are enforced, but a restart may lose them";
-        let problem = self.store_broken.then(|| Problem::degraded(text));
-        self.outlets.nodes.put(self.decider.report(queued, problem));
+        self.store_broken.then(|| Problem::degraded(text))
     }
 }
 
@@ -361,9 +396,12 @@ fn merge_files(pending: &mut Vec<crate::engine::stream::FileChange>, newer: Vec<
 #[cfg(test)]
 mod tests {
     use prometheus_client::registry::Registry;
+    use proto::api::BackendHold;
     use proto::bus::memory::Bus;
     use proto::client_ip::Client;
+    use proto::envelope::Data;
     use proto::event::{Event, FileSpan};
+    use proto::report::{BackendReport, NodeReport, Role};
 
     use super::*;
 
@@ -388,6 +426,7 @@ mod tests {
                 events: bus.events.clone(),
                 nodes: bus.nodes.clone(),
                 names: watch::Sender::new(Names::default()),
+                questions: bus.questions.clone(),
             };
             let parts = Parts {
                 node: "n".into(),
@@ -454,6 +493,66 @@ mod tests {
         assert!(worker.read_positions().is_empty() && bus.bans.all().is_empty());
         feed(&mut worker, &host.batch(0..20));
         assert_eq!(bus.bans.all().len(), 1);
+    }
+
+    /// What the enforcer of this host says now.
+    fn enforcer(host: &Host, bus: &Bus, problems: Vec<Problem>) -> NodeReport {
+        let revision = bus.bans.since(0).unwrap().revision;
+        let mut report = NodeReport::new("n", Role::Enforce, host.clock.now());
+        let confirmed = bus.bans.commit_at(revision);
+        report.backends = vec![BackendReport { name: "iptables".into(), confirmed, ..BackendReport::default() }];
+        report.problems = problems;
+        report
+    }
+
+    #[test]
+    fn what_is_degraded_on_one_host_is_an_alarm_once() {
+        let host = Host::new();
+        let (mut worker, bus) = host.start();
+        let mut told = bus.events.subscribe();
+        let problems = vec![Problem::degraded("ipset is not installed"), Problem::warning("no matter")];
+        bus.nodes.put(enforcer(&host, &bus, problems));
+        worker.handle_tick();
+        worker.handle_tick();
+        let alarm = told.try_recv().unwrap();
+        assert_eq!(alarm.subject, "node-degraded");
+        let Data::Alarm(alarm) = &alarm.data else { panic!("an alarm") };
+        assert_eq!(alarm.text, "enforce on n: ipset is not installed");
+        assert!(told.try_recv().is_err());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_leak_is_told_with_what_the_enforcer_says_unless_it_lets_the_client_pass_on_purpose() {
+        for spared in [false, true] {
+            let host = Host::new();
+            let (mut worker, mut bus) = host.start();
+            let mut told = bus.events.subscribe();
+            let target = "192.0.2.1".parse().unwrap();
+            let order = Command::Ban { target, length: None, reason: String::new() };
+            worker.decider.engine.handle_command(order, host.clock.now()).unwrap();
+            worker.decider.collect();
+            worker.settle(false);
+            bus.nodes.put(enforcer(&host, &bus, Vec::new()));
+            worker.handle_tick();
+            host.clock.set(host.clock.now().saturating_add(Duration::from_secs(5)));
+            let mut batch = AccessBatch::new("n".into(), "s".into(), host.clock.now());
+            let client = Ok(Client { addr: target.addr(), via_proxy: false });
+            batch.push(&Event { time: Some(host.clock.now()), client, status: 200, ..Event::default() });
+            feed(&mut worker, &batch);
+
+            let question = bus.questions_in.recv().await.unwrap();
+            let (node, backend, detail) = ("n".to_owned(), "iptables".to_owned(), "what it knows".to_owned());
+            question.reply.send(vec![BackendHold { node, backend, entry: None, detail, spared }]).unwrap();
+            let answered = worker.decider.inquiries.next().await;
+            worker.decider.handle_answer(answered);
+            worker.settle(false);
+            let events: Vec<_> = std::iter::from_fn(|| told.try_recv().ok()).collect();
+            let leaks: Vec<_> = events.iter().filter(|event| event.subject == "ban-leak").collect();
+            assert_eq!(leaks.len(), usize::from(!spared), "{events:?}");
+            let report = worker.decider.report(0, None);
+            assert_eq!(report.detect.unwrap().leaks, u64::from(!spared));
+            assert_eq!(report.problems.iter().any(|problem| problem.text.contains("what it knows")), !spared);
+        }
     }
 
     #[test]

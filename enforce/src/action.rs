@@ -28,6 +28,8 @@ pub(crate) struct Surroundings {
     pub(crate) bans: BanBucket,
     /// What detect publishes beside bans.
     pub(crate) lists: watch::Receiver<Arc<Lists>>,
+    /// Why all bans of this host are lifted, whatever the lists say; not for what is done once for a cluster.
+    pub(crate) host_pause: watch::Receiver<Option<String>>,
     /// Never banned.
     pub(crate) trusted_proxies: NetSet,
     /// Who does what only one host does.
@@ -48,8 +50,9 @@ pub(crate) struct Surroundings {
 
 impl Surroundings {
     /// Of the role that has `inputs`.
-    pub(crate) fn of(inputs: &Inputs, board: Board) -> Self {
+    pub(crate) fn of(inputs: &Inputs, board: Board, host_pause: watch::Receiver<Option<String>>) -> Self {
         Self {
+            host_pause,
             node: inputs.node.clone(),
             bans: inputs.bans.clone(),
             lists: inputs.lists.clone(),

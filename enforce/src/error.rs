@@ -17,6 +17,21 @@ pub enum EnforceError {
     /// Teardown without the right to change the firewall.
     #[error("removing what is ours from the firewall needs root or CAP_NET_ADMIN")]
     NotPermitted,
+    /// Teardown could not pause who may enforce.
+    #[error("cannot pause a running enforce by {path}")]
+    StandOff {
+        /// The file that pauses it.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A running enforce did not lift its bans in time.
+    #[error("a running enforce has not let go of the firewall: stop it, and try again; {path} keeps it paused")]
+    NotReleased {
+        /// The file that pauses it.
+        path: std::path::PathBuf,
+    },
     /// Teardown could not read what is there.
     #[error("cannot look at {what}")]
     Observe {

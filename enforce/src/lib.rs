@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod pipeline;
 pub mod plan;
 mod reconcile;
+pub mod standoff;
 pub mod teardown;
 
 pub use command::CommandError;
@@ -25,4 +26,5 @@ pub use config::{EnforceConfig, RawEnforce};
 pub use error::EnforceError;
 pub use metrics::EnforceMetrics;
 pub use pipeline::{Inputs, run};
+pub use standoff::StandOff;
 pub use teardown::{TeardownReport, teardown};

@@ -28,6 +28,7 @@ use crate::last_set::{self, LastSet, LastSetError};
 use crate::metrics::EnforceMetrics;
 use crate::plan::Family;
 use crate::reconcile::{Observed, Reconciler, chain_of};
+use crate::standoff::Gate;
 
 /// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
 const TICK: Duration = Duration::from_secs(1);
@@ -76,20 +77,32 @@ pub struct Inputs {
 /// When a background job panics.
 pub async fn run(config: EnforceConfig, inputs: Inputs) -> Result<(), EnforceError> {
     let board = Board::default();
-    let around = Surroundings::of(&inputs, board.clone());
+    let gate = Gate::open(inputs.state_dir.clone(), inputs.dry_run).await;
+    let host_pause = watch::Sender::new(gate.paused.clone());
+    let around = Surroundings::of(&inputs, board.clone(), host_pause.subscribe());
     let actions = Actions::start(&config, &around);
-    let mut role = Enforcer::new(config, inputs, board, actions);
+    let mut role = Enforcer::new(config, inputs, Besides { board, actions, gate, host_pause });
     role.start().await?;
     role.follow().await?;
     role.end().await
+}
+
+/// What the role has beside the firewall.
+struct Besides {
+    board: Board,
+    actions: Actions,
+    gate: Gate,
+    /// For actions of this host.
+    host_pause: watch::Sender<Option<String>>,
 }
 
 struct Enforcer {
     config: EnforceConfig,
     inputs: Inputs,
     reconciler: Reconciler,
-    board: Board,
-    actions: Actions,
+    besides: Besides,
+    /// Revision of the ban set that is in force.
+    in_force: u64,
     /// At home, or away in `rules_job`.
     rules: Option<Iptables>,
     rules_job: Option<JoinHandle<(Iptables, RulesOutcome)>>,
@@ -111,18 +124,19 @@ struct Enforcer {
 }
 
 impl Enforcer {
-    fn new(config: EnforceConfig, inputs: Inputs, board: Board, actions: Actions) -> Self {
+    fn new(config: EnforceConfig, inputs: Inputs, besides: Besides) -> Self {
         let Inputs { trusted_proxies, dry_run, clock, metrics, .. } = &inputs;
         let firewall = config.firewall.clone();
-        let reconciler =
+        let mut reconciler =
             Reconciler::new(firewall.clone(), trusted_proxies.clone(), *dry_run, clock.clone(), metrics.clone());
+        reconciler.begin_paused(besides.gate.paused.clone());
         let rules = Iptables::new(firewall, *dry_run, clock.clone());
         let (now, raw) = (clock.now(), clock.raw());
         Self {
             config,
             reconciler,
-            board,
-            actions,
+            besides,
+            in_force: 0,
             rules: Some(rules),
             rules_job: None,
             rules_families: Vec::new(),
@@ -190,7 +204,7 @@ impl Enforcer {
                     Some(question) => self.answer(question),
                     None => questions_open = false,
                 },
-                ended = self.actions.next_end() => ended?,
+                ended = self.besides.actions.next_end() => ended?,
                 done = finish(&mut self.rules_job) => self.take_rules(done)?,
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
@@ -220,7 +234,7 @@ impl Enforcer {
                     tracing::error!(error = %chain_of(&error), "Last ban set not kept");
                 }
             }
-            self.actions.end().await?;
+            self.besides.actions.end().await?;
             self.report();
             Ok(())
         };
@@ -284,7 +298,28 @@ impl Enforcer {
         }
     }
 
+    /// Follows the file that pauses this host.
+    async fn handle_gate(&mut self) {
+        let gate = &mut self.besides.gate;
+        if gate.look() {
+            let paused = gate.paused.clone();
+            tracing::warn!(paused = paused.as_deref().unwrap_or("no more"), "This host's own pause changed");
+            self.besides.host_pause.send_replace(paused.clone());
+            self.reconciler.handle_host_pause(paused).await;
+            self.begin_rules();
+        }
+        let gate = &self.besides.gate;
+        let idle = self.observe_job.is_none() && self.rules_job.is_none();
+        if gate.paused.is_some() && !gate.stands_off && idle {
+            self.begin_observation(true);
+            if self.observe_job.is_none() {
+                self.besides.gate.stand_off();
+            }
+        }
+    }
+
     async fn handle_tick(&mut self) {
+        self.handle_gate().await;
         self.reconciler.handle_time().await;
         self.handle_clock();
         self.tell_kept();
@@ -300,7 +335,7 @@ impl Enforcer {
     async fn handle_resync(&mut self) {
         self.look_at_host().await;
         self.begin_rules();
-        if self.observe_job.is_none() {
+        if self.observe_job.is_none() && !self.besides.gate.stands_off {
             let now = self.inputs.clock.raw();
             let all = now.since(self.observed_at) >= self.config.firewall.full_check_interval;
             if all {
@@ -321,6 +356,12 @@ impl Enforcer {
         if self.reconciler.handle_observed(observed).await {
             self.begin_observation(true);
         }
+        if self.besides.gate.paused.is_some() {
+            if self.reconciler.is_lifted() && self.rules_job.is_none() {
+                self.besides.gate.stand_off();
+            }
+            return Ok(());
+        }
         // Sets that have just come into being are of no use without rules.
         if self.reconciler.families_ready() != self.rules_families {
             self.begin_rules();
@@ -331,7 +372,8 @@ impl Enforcer {
     fn begin_rules(&mut self) {
         let families = self.reconciler.families_ready();
         let observable = !self.inputs.dry_run || host::may_change_firewall();
-        if families.is_empty() || !observable || self.config.firewall.backend == BackendKind::None {
+        let paused = self.besides.gate.paused.is_some();
+        if paused || families.is_empty() || !observable || self.config.firewall.backend == BackendKind::None {
             return;
         }
         // Not at home: the last look still goes on.
@@ -395,7 +437,11 @@ impl Enforcer {
         Ok(())
     }
 
-    fn report(&self) {
+    fn report(&mut self) {
+        // While lists wait, some of it may be lifted for a moment.
+        if self.reconciler.is_in_force() && !self.inputs.lists.has_changed().unwrap_or(false) {
+            self.in_force = self.reconciler.desired.revision();
+        }
         let (desired, metrics) = (&self.reconciler.desired, &self.inputs.metrics);
         let members = self.reconciler.members();
         for (family, count) in &members {
@@ -411,7 +457,9 @@ impl Enforcer {
         report.problems = self.reconciler.problems();
         report.problems.extend(self.outcome.problems.iter().cloned());
         report.problems.extend(self.store_problem.clone());
-        let (backends, problems) = self.board.all();
+        report.problems.extend(self.besides.gate.problem());
+        report.paused = self.reconciler.paused();
+        let (backends, problems) = self.besides.board.all();
         report.problems.extend(problems);
         report.backends = vec![BackendReport {
             name: self.reconciler.backend_name().to_owned(),
@@ -421,10 +469,14 @@ impl Enforcer {
             guarded: desired.refused_count() as u64,
             dropped_packets: self.dropped.0,
             dropped_bytes: self.dropped.1,
-            revision: desired.revision(),
+            revision: self.in_force,
             repairs: self.reconciler.repairs + self.rules_repairs,
+            confirmed: None,
         }];
         report.backends.extend(backends);
+        for backend in &mut report.backends {
+            backend.confirmed = self.inputs.bans.commit_at(backend.revision);
+        }
         self.inputs.nodes.put(report);
     }
 

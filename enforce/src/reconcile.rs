@@ -42,6 +42,8 @@ pub(crate) struct Reconciler {
     blind: Vec<HostError>,
     guard: Guard,
     lists: Arc<Lists>,
+    /// Why this host is paused whatever the lists say: bans are only removed then, and nothing is made or repaired.
+    host_pause: Option<String>,
     kernel: Kernel,
     sets: Option<Sets>,
     /// Why there are no sets.
@@ -124,6 +126,7 @@ impl Reconciler {
             blind,
             guard,
             lists: Arc::default(),
+            host_pause: None,
             kernel: Kernel::default(),
             sets: None,
             unavailable: None,
@@ -143,7 +146,7 @@ impl Reconciler {
         self.guard = Guard::new(&self.facts);
         self.frame.guard_nets = self.guard.nets();
         self.desired.handle_last_set(last.bans, &self.guard, now);
-        self.desired.handle_pause(is_paused(&self.lists, now));
+        self.desired.handle_pause(self.host_pause.is_some() || is_paused(&self.lists, now));
         self.open();
         if let Some(observation) = self.observe_members() {
             let observed = observation.run(self.clock.clone()).await;
@@ -251,12 +254,51 @@ impl Reconciler {
     }
 
     fn take_pause(&mut self) -> bool {
-        let paused = is_paused(&self.lists, self.clock.now());
+        let paused = self.host_pause.is_some() || is_paused(&self.lists, self.clock.now());
         let new = self.desired.handle_pause(paused);
         if new {
             tracing::info!(paused, "Pause changed");
         }
         new
+    }
+
+    /// Lifts all bans of this host, or puts them back; others may have changed what is ours meanwhile.
+    pub(crate) async fn handle_host_pause(&mut self, why: Option<String>) {
+        self.host_pause = why;
+        let is_new = self.take_pause();
+        if self.host_pause.is_some() {
+            if is_new {
+                self.apply_plan().await;
+            }
+            return;
+        }
+        self.generation += 1;
+        if let Some(observation) = self.observe_members() {
+            let observed = observation.run(self.clock.clone()).await;
+            self.handle_observed(observed).await;
+        }
+    }
+
+    /// Sets why this host is paused before [`Self::start`].
+    pub(crate) fn begin_paused(&mut self, why: Option<String>) {
+        self.host_pause = why;
+    }
+
+    /// Why all bans are lifted, if they are.
+    pub(crate) fn paused(&self) -> Option<String> {
+        let by_operator = || self.desired.is_paused().then(|| "by an operator".to_owned());
+        self.host_pause.clone().or_else(by_operator)
+    }
+
+    /// Whether no ban is in the kernel, as was just observed.
+    pub(crate) fn is_lifted(&self) -> bool {
+        let mut sets = self.kernel.sets.iter().filter(|(id, set)| id.holds_bans() && set.form == Form::Ours);
+        !self.doubtful && self.failure.is_none() && sets.all(|(_, set)| set.members.is_empty())
+    }
+
+    /// Whether what was asked for is in force, single bans that the kernel refuses aside.
+    pub(crate) fn is_in_force(&self) -> bool {
+        self.failure.is_none() && (self.sets.is_some() || self.config.backend == BackendKind::None)
     }
 
     /// What is to be observed now: everything when in doubt or asked, else the headers.
@@ -309,7 +351,7 @@ impl Reconciler {
             self.desired.adopt(held, &self.guard, now);
         }
         let steps = plan::plan(&self.frame, &self.desired, &self.kernel, now);
-        let drifted = known && expected.is_empty() && !steps.is_empty();
+        let drifted = known && self.host_pause.is_none() && expected.is_empty() && !steps.is_empty();
         let count = steps.len();
         if self.apply(steps).await && drifted {
             self.repairs += 1;
@@ -347,7 +389,10 @@ impl Reconciler {
     }
 
     /// The one place from which kernel sets are changed. Returns whether every step was taken.
-    async fn apply(&mut self, steps: Vec<Step>) -> bool {
+    async fn apply(&mut self, mut steps: Vec<Step>) -> bool {
+        if self.host_pause.is_some() {
+            steps.retain(|step| matches!(step, Step::Delete { set, .. } | Step::Flush(set) if set.holds_bans()));
+        }
         let Some(sets) = self.sets.clone().filter(|_| !steps.is_empty()) else { return self.sets.is_some() };
         let started = self.clock.now();
         let applied = sets.apply(&steps).await;

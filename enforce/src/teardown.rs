@@ -14,6 +14,7 @@ use crate::error::EnforceError;
 use crate::host;
 use crate::last_set;
 use crate::plan::{Family, Step};
+use crate::standoff;
 
 /// What was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +28,8 @@ pub struct TeardownReport {
 }
 
 /// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
-/// stay, as others may have come to use them. The enforcing role must not be running: it would put everything back.
+/// stay, as others may have come to use them. Hold a [`StandOff`](crate::StandOff) meanwhile, or a running enforce puts
+/// everything back.
 /// A dry run only reports what would be removed.
 ///
 /// # Errors
@@ -73,9 +75,10 @@ pub async fn teardown(
     }
     if let Some(state_dir) = state_dir {
         // What was applied of the bus goes with it: the next start takes whatever set it finds there.
-        for file in [last_set::FILE, replica::FILE_NAME] {
-            let path = state_dir.join(file);
-            report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
+        for dir in standoff::state_dirs(state_dir) {
+            for path in [last_set::FILE, replica::FILE_NAME].map(|file| dir.join(file)) {
+                report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
+            }
         }
     }
     first_error.map_or(Ok(report), Err)

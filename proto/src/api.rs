@@ -178,6 +178,9 @@ pub struct BackendHold {
     pub entry: Option<Target>,
     /// Why it holds or does not hold it, for people.
     pub detail: String,
+    /// Whether it lets the address pass on purpose: it may not be banned on this host, or all bans are lifted there.
+    #[serde(default)]
+    pub spared: bool,
 }
 
 /// Why an address is banned, or why not.

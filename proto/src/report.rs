@@ -158,6 +158,8 @@ pub struct DetectReport {
     pub fingerprint: String,
     /// Newest batch that is decided.
     pub floor: u64,
+    /// Requests of banned clients since start that passed although every back end had confirmed the ban.
+    pub leaks: u64,
     /// Most frequent peer that may not be banned and is no trusted proxy, and its share of the recent lines in per cent.
     pub hidden_behind: Option<(String, u8)>,
 }
@@ -184,6 +186,8 @@ pub struct BackendReport {
     pub revision: u64,
     /// Repairs of drift since start.
     pub repairs: u64,
+    /// The newest commit that is in force here as far as the back end knows; `None` before the first.
+    pub confirmed: Option<Mark>,
 }
 
 /// One role on one node.
@@ -213,6 +217,9 @@ pub struct NodeReport {
     /// `active` or `standby`, where several could do the same work.
     #[serde(default)]
     pub duty: Option<String>,
+    /// Why all bans are lifted on this host, if so, for people.
+    #[serde(default)]
+    pub paused: Option<String>,
     /// What waits: batches to be published, or to be handled, or changes to be applied.
     #[serde(default)]
     pub lag: u64,
@@ -241,6 +248,7 @@ impl NodeReport {
             skew_ms: None,
             applied: None,
             duty: None,
+            paused: None,
             lag: 0,
             sources: Vec::new(),
             detect: None,

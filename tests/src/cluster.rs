@@ -246,6 +246,7 @@ impl Cluster {
     /// what an operator must be told.
     pub fn end(mut self) -> Result<()> {
         self.errors()?;
+        self.no_leaks()?;
         for edge in &mut self.edges {
             edge.stop(Role::Ingest)?;
         }
@@ -253,6 +254,14 @@ impl Cluster {
             detect.stop(Role::Detect)?;
         }
         self.edges.iter_mut().try_for_each(|edge| edge.stop(Role::Enforce))
+    }
+
+    /// Fails when a banned client was seen to pass. Servers that are down at the end tell nothing.
+    fn no_leaks(&self) -> Result<()> {
+        let events = self.events().unwrap_or_default();
+        let leak = events.iter().find(|event| event["subject"] == "ban-leak");
+        ensure!(leak.is_none(), "a ban did not bite: {leak:?}");
+        Ok(())
     }
 
     /// The newest lines of every log.

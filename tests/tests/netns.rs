@@ -4,6 +4,7 @@
 //! what was promised.
 
 mod hostile;
+mod leaks;
 mod privileges;
 mod syslog;
 
@@ -206,6 +207,7 @@ fn cut_off(variant: Variant) {
     }
     let rules = world.server.run(variant.command(true), &["-t", "raw", "-S"]).unwrap();
     assert!(rules.contains("-A PREROUTING -j PORTCULLIS"), "the variant of the host is used:\n{rules}");
+    leaks::none_leaked(&service);
     service.stop().unwrap();
 }
 

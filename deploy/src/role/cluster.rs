@@ -179,7 +179,7 @@ impl Host {
             bans: bus.bans.clone(),
             nodes: self.reports.clone(),
             events: bus.events.clone(),
-            questions: bus.questions,
+            questions: bus.questions.clone(),
             clock: self.clock.clone(),
             shutdown: shutdown.clone(),
         });
@@ -196,6 +196,7 @@ impl Host {
                 events: bus.events.clone(),
                 nodes: self.reports.clone(),
                 names: names.clone(),
+                questions: bus.questions,
             },
             metrics: detect::metrics::Metrics::new(&mut self.registry),
             active,

@@ -85,6 +85,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         events: bus.events.clone(),
         nodes: bus.nodes.clone(),
         names: names.clone(),
+        questions: bus.questions.clone(),
     };
     let parts = Parts {
         node: node.clone(),

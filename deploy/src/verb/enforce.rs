@@ -1,10 +1,12 @@
-//! `enforce`: in this version only `--teardown`, which leaves nothing of ours behind.
+//! `enforce --teardown`, which leaves nothing of ours behind, also where an enforce runs: that one lets go first.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use enforce::StandOff;
 use enforce::teardown::{TeardownReport, teardown};
+use proto::bus::config::BusConfig;
 
 use super::Exit;
 use crate::args::EnforceArgs;
@@ -14,19 +16,24 @@ use crate::telemetry;
 
 pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
     let config = Location::new(args.config.config, Vec::new()).load()?;
-    if !args.dry_run {
+    telemetry::install(&config.telemetry)?;
+    let held = if args.dry_run { None } else { Some(StandOff::begin(&config.state_dir).await?) };
+    let paused = held.as_ref().map(|held| held.files.clone()).unwrap_or_default();
+    if !args.dry_run && paused.is_empty() && config.bus == BusConfig::Local {
         refuse_while_running(&config.api.socket)?;
     }
-    telemetry::install(&config.telemetry)?;
     let removed = teardown(&config.enforce, Some(&config.state_dir), args.dry_run).await;
     let report = removed.context("not all of it could be removed")?;
     for line in describe(&report, if args.dry_run { "would remove" } else { "removed" }) {
         out.line(&line)?;
     }
+    for file in paused {
+        out.line(&format!("enforce is paused on this host; to enforce again: rm {}", file.display()))?;
+    }
     Ok(Exit::Done)
 }
 
-/// A running Portcullis would put everything back.
+/// One that has not let go uses another `state_dir`, or is of an older version: it would put everything back.
 fn refuse_while_running(socket: &Path) -> anyhow::Result<()> {
     match UnixStream::connect(socket) {
         Ok(_) => {

@@ -134,7 +134,11 @@ impl Replay {
                 }
                 Decision::Shadow(ban) => self.bans.push(Found { ban: *ban, shadow: true }),
                 Decision::Alarm { text, .. } => say(&text),
-                Decision::Told(..) | Decision::Record(_) | Decision::Offender(..) | Decision::Control => {}
+                Decision::Told(..)
+                | Decision::Record(_)
+                | Decision::Offender(..)
+                | Decision::Leak(_)
+                | Decision::Control => {}
             }
         }
     }

@@ -229,6 +229,9 @@ fn show_detect(detect: &DetectReport, at: Timestamp, out: &mut Output<'_>) -> an
         detect.future,
         detect.duplicates
     ))?;
+    if detect.leaks > 0 {
+        out.line(&format!("{} requests of banned clients passed: see the alarms, and `explain`", detect.leaks))?;
+    }
     for (target, until) in &detect.allowed {
         let until = until.map_or_else(|| "for ever".to_owned(), |end| format!("until {}", moment(end)));
         out.line(&format!(

@@ -316,6 +316,7 @@ fn explained() -> ExplainReply {
             backend: "iptables".to_owned(),
             entry: None,
             detail: String::new(),
+            spared: false,
         }],
     }
 }

@@ -24,7 +24,6 @@ use tokio::sync::oneshot;
 
 use super::coverage::{cover, covered_from, fingerprint};
 use super::outbox::Outbox;
-use super::peers::Peers;
 use super::seal::{Banned, seal};
 use super::standby::IDLE_LAG;
 use super::view::View;
@@ -33,6 +32,7 @@ use super::{Ended, Logged, Role, open_batch};
 use crate::config::DetectConfig;
 use crate::decider::{Decider, log_event};
 use crate::engine::command::Reply;
+use crate::peers::Peers;
 use crate::resolve::Names;
 use crate::state::encode_control;
 use crate::worker::{CommandError, Request};
@@ -61,6 +61,8 @@ struct Flight {
     outs: Vec<Vec<CloudEvent>>,
     answers: Vec<Answer>,
     begun_at: Timestamp,
+    /// What it publishes, as the engine counts it for leaks.
+    leak_turn: u64,
 }
 
 /// The active detector.
@@ -110,6 +112,8 @@ impl Leader {
         decider.engine.set_coverage(covered);
         decider.engine.set_present(now);
         decider.engine.lead(now);
+        // What stands was published before.
+        decider.engine.publish_leaks(0, written.head.mark, now);
         decider.collect();
         decider.lists_changed |= view.lists.as_ref() != Some(&decider.engine.lists());
         let serving = Shutdown::new();
@@ -183,6 +187,7 @@ impl Leader {
                 () = lease.changed() => if !lease.state().held { return Err(Ended::LeaseLost) },
                 Some(request) = role.requests.recv(), if !ending => self.handle_request(role, request),
                 _ = ticks.tick() => self.handle_tick(role),
+                answered = self.decider.inquiries.next() => self.decider.handle_answer(answered),
                 () = tokio::time::sleep(wait), if due.is_some() && !ending => {
                     self.decider.engine.handle_timeout(present);
                     self.decider.collect();
@@ -280,7 +285,9 @@ impl Leader {
         }
         self.progress_due = self.has_progress();
         let own = fingerprint(self.decider.engine.config());
-        for (kind, text) in self.peers.look(&role.parts.outlets.nodes.all(), &self.decider.node, &own, now) {
+        let reports = role.parts.outlets.nodes.all();
+        self.decider.observe_back_ends(&reports);
+        for (kind, text) in self.peers.look(&reports, &self.decider.node, &own, now) {
             self.decider.raise_alarm(kind, text);
         }
         self.purge_log(now);
@@ -371,7 +378,7 @@ impl Leader {
         if std::mem::take(&mut self.coverage_due) {
             single(KEY_PREDICATE, serde_json::to_vec(&self.coverage).unwrap_or_default());
         }
-        let begun_at = self.decider.clock.now();
+        let (begun_at, leak_turn) = (self.decider.clock.now(), self.decider.engine.leak_turn());
         let next = Head {
             first_out: self.outbox.first_unpublished(),
             floor: self.handled,
@@ -382,7 +389,7 @@ impl Leader {
         let (pieces, outs) = seal(&commit, told, singles, (&self.head, next), (&mut self.banned, begun_at));
         let (writer, at) = (self.writer.clone(), self.at);
         let writing = Box::pin(async move { write(&writer, pieces, at).await });
-        self.flight = Some(Flight { writing, outs, answers: std::mem::take(&mut self.answers), begun_at });
+        self.flight = Some(Flight { writing, outs, answers: std::mem::take(&mut self.answers), begun_at, leak_turn });
     }
 
     /// What was decided is stored, or was for nothing.
@@ -395,6 +402,7 @@ impl Leader {
         };
         self.decider.metrics.committed(self.decider.clock.now().since(flight.begun_at).as_secs_f64());
         (self.head, self.at) = (written.head, written.at);
+        self.decider.engine.publish_leaks(flight.leak_turn, self.head.mark, self.decider.clock.now());
         for (reply, result) in flight.answers {
             // Who asked may have gone.
             let _gone = reply.send(result);

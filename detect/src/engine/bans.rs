@@ -1,6 +1,7 @@
 //! The bans in force, by target and by end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use proto::ban::{Ban, BanChange, BanRecord};
@@ -12,6 +13,8 @@ use proto::time::Timestamp;
 pub struct Bans {
     records: BTreeMap<Target, BanRecord>,
     by_end: BTreeSet<(Timestamp, Target, String)>,
+    /// How many targets have each prefix length: IPv4, IPv6.
+    prefixes: [BTreeMap<u8, usize>; 2],
 }
 
 impl Bans {
@@ -35,6 +38,9 @@ impl Bans {
         let target = ban.target;
         let record = self.records.entry(target).or_insert_with(|| BanRecord { target, bans: Vec::new() });
         let was_banned = !record.bans.is_empty();
+        if !was_banned {
+            *self.prefixes[usize::from(!target.is_ipv4())].entry(target.prefix()).or_default() += 1;
+        }
         if let Some(former) = record.bans.iter().position(|known| known.rule == ban.rule) {
             let former = record.bans.swap_remove(former);
             self.by_end.remove(&end_key(&former));
@@ -48,6 +54,7 @@ impl Bans {
     /// Removes all bans of a target.
     pub fn remove(&mut self, target: &Target) -> Option<BanRecord> {
         let record = self.records.remove(target)?;
+        self.forget_prefix(target);
         for ban in &record.bans {
             self.by_end.remove(&end_key(ban));
         }
@@ -63,10 +70,27 @@ impl Bans {
         let ban = record.bans.remove(at);
         if record.bans.is_empty() {
             self.records.remove(&target);
+            self.forget_prefix(&target);
             return Some((ban, BanChange::Delete(target)));
         }
         let change = BanChange::Put(record.clone());
         Some((ban, change))
+    }
+
+    fn forget_prefix(&mut self, target: &Target) {
+        let prefixes = &mut self.prefixes[usize::from(!target.is_ipv4())];
+        if let Some(count) = prefixes.get_mut(&target.prefix()) {
+            *count -= 1;
+            if *count == 0 {
+                prefixes.remove(&target.prefix());
+            }
+        }
+    }
+
+    /// The records that cover an address, widest first; one look-up for each prefix length that bans have.
+    pub fn covering(&self, addr: IpAddr) -> impl Iterator<Item = &BanRecord> {
+        let prefixes = self.prefixes[usize::from(addr.is_ipv6())].keys();
+        prefixes.filter_map(move |prefix| self.records.get(&Target::new(addr, *prefix)))
     }
 
     /// When the next ban ends.
@@ -143,6 +167,9 @@ mod tests {
             bans.put(ban(target, "r", None));
         }
         let texts = |targets: Vec<Target>| targets.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let covering: Vec<Target> = bans.covering("192.0.2.7".parse().unwrap()).map(|record| record.target).collect();
+        assert_eq!(texts(covering), ["192.0.0.0/16", "192.0.2.0/24", "192.0.2.7"]);
+        assert_eq!(bans.covering("192.1.2.7".parse().unwrap()).count(), 0);
         assert_eq!(texts(bans.wider(&"192.0.2.7".parse().unwrap())), ["192.0.0.0/16", "192.0.2.0/24"]);
         assert_eq!(texts(bans.inside("192.0.2.0/24".parse().unwrap())), ["192.0.2.0/24", "192.0.2.7"]);
         assert_eq!(texts(bans.inside("2001:db8::/32".parse().unwrap())), ["2001:db8::/48", "2001:db8::1"]);

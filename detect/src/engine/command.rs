@@ -119,6 +119,7 @@ impl Engine {
             }
             Command::Resolved { name, addrs } => {
                 if self.allows.set_resolved(&name, addrs) {
+                    self.leaks.renew();
                     self.lift_guarded("a name in never_ban now resolves to it");
                     self.outputs.push_back(Output::Control);
                 }
@@ -259,6 +260,7 @@ impl Engine {
         }
         self.set_coverage(Vec::new());
         self.allows.reconfigure(&self.config.never_ban, names);
+        self.leaks.renew();
         self.lift_guarded("it may not be banned any more");
         self.bound_clients();
         self.bound_offenders();

@@ -212,6 +212,12 @@ impl Engine {
     }
 
     pub(super) fn put_ban(&mut self, ban: Ban) {
+        let now = self.now.max(self.present);
+        // What has ended is lifted everywhere, though perhaps not here yet.
+        let goes_on = self.bans.get(&ban.target).is_some_and(|record| record.end() > now);
+        if !goes_on {
+            self.leaks.begin(ban.target);
+        }
         let was_banned = self.bans.put(ban.clone());
         let kind = if was_banned { EventType::Extend } else { EventType::Ban };
         if let Some(record) = self.bans.get(&ban.target) {

@@ -8,6 +8,7 @@ use proto::envelope::EventType;
 use proto::net::Target;
 use proto::time::Timestamp;
 
+use super::leak::Leak;
 use super::offender::Offender;
 use super::stream::{FileKey, FileState, Position};
 
@@ -26,6 +27,8 @@ pub enum Output {
     Shadow(Box<Ban>),
     /// A ban that is already over: it counts, but is neither enforced nor told.
     Over(Box<Ban>),
+    /// A banned client got through: ask who should have kept it out, then [`Engine::judge_leak`].
+    Leak(Box<Leak>),
     /// Something needs a person.
     Alarm {
         /// A stable word.

@@ -26,9 +26,11 @@ impl Reconciler {
         let held = entry.and_then(|target| self.kernel.held(&target));
         let family = Family::of(&host);
         let set = SetId::Bans(family);
+        let refused = banned.is_some_and(|target| self.desired.refusal(&target).is_some());
+        let spared = self.desired.is_paused() || refused || (banned.is_some() && self.guard.refuse(&host).is_some());
         let detail = match (entry, banned) {
             _ if self.sets.is_none() => "no firewall back end".to_owned(),
-            _ if self.desired.is_paused() => "paused".to_owned(),
+            _ if self.desired.is_paused() => format!("paused {}", self.paused().unwrap_or_default()),
             (Some(target), _) => match (held, self.refused.get(&target), self.guard.refuse(&host)) {
                 (_, Some(why), _) => format!("{target} was refused by the kernel: {why}"),
                 (_, _, Some(refusal)) => format!("let through although {target} is banned: {refusal}"),
@@ -51,6 +53,7 @@ impl Reconciler {
             backend: self.backend_name().to_owned(),
             entry: entry.filter(|_| in_force),
             detail,
+            spared,
         };
         let sets = self.sets.clone();
         async move { ask_kernel(hold, sets, set, host.addr()).await }

@@ -1,7 +1,7 @@
 //! The bus of one process: batches flow forward under backpressure, the ban set is shared state that enforcers follow by
 //! revision, so that a slow enforcer never makes detection wait.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,6 +11,7 @@ use crate::api::BackendHold;
 use crate::ban::{BanChange, BanRecord, Lists};
 use crate::envelope::CloudEvent;
 use crate::event::{AccessBatch, Interest};
+use crate::head::Mark;
 use crate::net::Target;
 use crate::report::{NodeReport, Role};
 use crate::time::Timestamp;
@@ -23,6 +24,8 @@ pub const EVENTS_MAX: usize = 4096;
 const QUESTIONS_MAX: usize = 64;
 /// Deleted records that are remembered; an enforcer further behind gets the whole set.
 const TOMBSTONES_MAX: usize = 65_536;
+/// Commits whose revision is remembered: more than come while an enforcer applies one.
+const MARKS_MAX: usize = 1024;
 
 /// Both ends of everything, made once for a process.
 #[derive(Debug)]
@@ -131,6 +134,8 @@ struct BucketState {
     deleted: BTreeMap<Target, u64>,
     /// When the line that caused the newest change was read.
     cause: Option<Timestamp>,
+    /// Ascending: at this revision, all of this commit was here.
+    marks: VecDeque<(u64, Mark)>,
 }
 
 /// What an enforcer gets: changes since the revision it named, or everything.
@@ -176,7 +181,8 @@ impl BanBucket {
     pub fn replace(&self, records: impl IntoIterator<Item = BanRecord>) {
         self.change(None, |state| {
             let revision = state.revision;
-            *state = BucketState { revision, forgotten: revision, whole: true, ..BucketState::default() };
+            let marks = std::mem::take(&mut state.marks);
+            *state = BucketState { revision, forgotten: revision, whole: true, marks, ..BucketState::default() };
             records.into_iter().for_each(|record| state.apply(BanChange::Put(record)));
         });
     }
@@ -211,6 +217,26 @@ impl BanBucket {
             state.by_revision.range(revision + 1..).map(|(_, target)| state.change(*target)).collect()
         };
         Some(BanUpdate { revision: state.revision, snapshot, changes, cause: state.cause })
+    }
+
+    /// All of commit `mark` has been published, the lists beside the ban set included.
+    pub fn reach(&self, mark: Mark) {
+        let mut state = lock(&self.state);
+        let revision = state.revision;
+        match state.marks.back_mut() {
+            Some(last) if last.0 == revision => last.1 = mark,
+            _ => state.marks.push_back((revision, mark)),
+        }
+        if state.marks.len() > MARKS_MAX {
+            state.marks.pop_front();
+        }
+    }
+
+    /// The newest commit that is in force where `revision` is.
+    pub fn commit_at(&self, revision: u64) -> Option<Mark> {
+        let state = lock(&self.state);
+        let reached = state.marks.partition_point(|(known, _)| *known <= revision);
+        reached.checked_sub(1).map(|at| state.marks[at].1)
     }
 
     /// Whether there is a record of this target.
@@ -308,6 +334,24 @@ mod tests {
         bucket.publish([BanChange::Delete(record(2).target)], None);
         let next = bucket.since(whole.revision).unwrap();
         assert_eq!((next.snapshot, next.changes.len()), (false, 1));
+    }
+
+    #[test]
+    fn a_revision_tells_which_commits_are_in_force() {
+        let bucket = BanBucket::new();
+        let mark = |commit| Mark { epoch: 1, commit };
+        assert_eq!(bucket.commit_at(9), None);
+        bucket.publish([BanChange::Put(record(1))], None);
+        bucket.reach(mark(1));
+        let first = bucket.since(0).unwrap().revision;
+        assert_eq!((bucket.commit_at(first - 1), bucket.commit_at(first)), (None, Some(mark(1))));
+        bucket.reach(mark(2));
+        assert_eq!(bucket.commit_at(first), Some(mark(2)), "a commit of lists alone");
+        bucket.publish([BanChange::Put(record(2))], None);
+        let second = bucket.since(first).unwrap().revision;
+        assert_eq!(bucket.commit_at(second), Some(mark(2)), "not all of the next commit is here yet");
+        bucket.reach(mark(3));
+        assert_eq!((bucket.commit_at(first), bucket.commit_at(second)), (Some(mark(2)), Some(mark(3))));
     }
 
     #[test]

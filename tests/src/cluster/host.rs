@@ -86,6 +86,12 @@ impl Host {
         Ok(std::fs::write(&path, text.replacen(&self.name, name, 1))?)
     }
 
+    /// Appends sections to its configuration, which a SIGHUP or the next start takes over.
+    pub fn amend(&self, sections: &str) -> Result<()> {
+        let mut file = OpenOptions::new().append(true).open(self.folder.join("portcullis.toml"))?;
+        Ok(file.write_all(sections.as_bytes())?)
+    }
+
     /// Starts a role, unless it runs.
     pub fn start(&mut self, role: Role) -> Result<()> {
         if self.roles.contains_key(&role) {

@@ -1,10 +1,14 @@
 //! The verbs of an operator reach the whole cluster through the socket of any detect.
 
+use std::collections::BTreeMap;
+
 use proto::report::Role;
+use proto::time::Clock;
 use serde_json::Value;
+use tests::cluster::host::Host;
 use tests::cluster::network::client;
-use tests::cluster::{Cluster, Layout};
-use tests::portcullis::wait_for;
+use tests::cluster::{CONVERGENCE, Cluster, Layout};
+use tests::portcullis::{wait_for, wait_until};
 
 use super::{burst, probes, wait_banned, wait_counted};
 
@@ -55,11 +59,15 @@ fn pause_and_allow_hold_on_every_host() {
     let verb = |words: &[&str]| cluster.detects[1].verb(words).unwrap().expect(0).unwrap();
     cluster.write(0, &probes(client(7), 15, 0)).unwrap();
     wait_banned(&cluster, &["203.0.113.7"]);
-    verb(&["pause", "--for", "1h"]);
-    wait_banned(&cluster, &[]);
+    let timed = |words: &[&str], banned: &[&str]| {
+        let begun = Clock::system().now();
+        verb(words);
+        wait_banned(&cluster, banned);
+        println!("{words:?} is in force on all hosts after {:?}", Clock::system().now().since(begun));
+    };
+    timed(&["pause", "--for", "1h"], &[]);
     assert_eq!(cluster.get(client(7), 2, "/ok"), Some(200));
-    verb(&["resume"]);
-    wait_banned(&cluster, &["203.0.113.7"]);
+    timed(&["resume"], &["203.0.113.7"]);
     verb(&["allow", "203.0.113.7"]);
     wait_banned(&cluster, &[]);
     // What began before the end of the pause counts for nothing, so all begins anew. The next client is banned after all
@@ -68,6 +76,57 @@ fn pause_and_allow_hold_on_every_host() {
     cluster.write(1, &burst(client(8), 15)).unwrap();
     wait_banned(&cluster, &["203.0.113.8"]);
     assert_eq!(cluster.get(client(7), 1, "/ok"), Some(200), "never banned from now on");
+    cluster.stop().unwrap();
+}
+
+/// One host whose rules somebody removed. They are not looked at again while the test lasts.
+#[test]
+fn a_ban_that_does_not_bite_on_one_host_raises_an_alarm_that_names_it() {
+    let config = "[enforce.firewall]\nresync_interval = \"1h\"\nfull_check_interval = \"1h\"\n\
+                  [detect.leaks]\ngrace_firewall = \"0s\"\n";
+    let cluster = Cluster::start(&Layout { nodes: 2, detects: 1, servers: 1, config, ..Layout::default() }).unwrap();
+    cluster.verb(&["ban", "203.0.113.7", "--for", "1h"]).unwrap().expect(0).unwrap();
+    wait_banned(&cluster, &["203.0.113.7"]);
+    let drop_jump = ["-t", "raw", "-D", "PREROUTING", "-j", "PORTCULLIS"];
+    cluster.edges[1].namespace().run("iptables-nft", &drop_jump).unwrap();
+    let leak = || {
+        assert_eq!(cluster.get(client(7), 1, "/ok"), Some(200));
+        cluster.events().ok()?.into_iter().find(|event| event["subject"] == "ban-leak")
+    };
+    let leak = wait_until("an alarm", CONVERGENCE, leak).unwrap();
+    let text = leak["data"]["text"].as_str().unwrap();
+    assert!(text.contains("reached edge-2: shop.example.net/ok") && text.contains("portcullis-v4"), "{text}");
+    assert_eq!(cluster.get(client(7), 0, "/ok"), None, "edge-1 bans it");
+    assert_eq!(cluster.errors().unwrap(), [] as [String; 0]);
+}
+
+/// What spares somebody reaches every host at once, and a host that is cut off when it comes back.
+#[test]
+fn whom_nobody_may_ban_any_more_is_freed_everywhere_also_on_a_host_that_was_cut_off() {
+    let cluster = Cluster::start(&layout()).unwrap();
+    for address in ["203.0.113.7", "203.0.113.8"] {
+        cluster.verb(&["ban", address, "--for", "1h"]).unwrap().expect(0).unwrap();
+    }
+    wait_banned(&cluster, &["203.0.113.7", "203.0.113.8"]);
+    let edge = &cluster.edges[2];
+    cluster.network.cut(edge.name()).unwrap();
+    cluster.verb(&["allow", "203.0.113.7"]).unwrap().expect(0).unwrap();
+    for detect in &cluster.detects {
+        detect.amend("[detect]\nnever_ban = [\"203.0.113.8\"]\n").unwrap();
+        detect.signal(Role::Detect, "HUP").unwrap();
+    }
+    let free = |host: &Host| host.banned().ok().filter(BTreeMap::is_empty).map(drop);
+    for other in &cluster.edges[..2] {
+        wait_for("both are free where the order arrives", || free(other)).unwrap();
+    }
+    assert_eq!(edge.banned().unwrap().len(), 2, "nobody is freed by silence");
+    cluster.network.heal(edge.name(), edge.namespace()).unwrap();
+    wait_until("both are free on the host that is back", CONVERGENCE, || free(edge)).unwrap();
+    let guarded = || {
+        let guards = edge.namespace().run("ipset", &["save", "portcullis-guard-v4"]).ok()?;
+        ["203.0.113.7", "203.0.113.8"].iter().all(|address| guards.contains(address)).then_some(())
+    };
+    wait_until("its firewall lets both pass", CONVERGENCE, guarded).unwrap();
     cluster.stop().unwrap();
 }
 

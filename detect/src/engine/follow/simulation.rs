@@ -105,7 +105,7 @@ impl Detector {
                 Output::Told(kind, ban) => last.decided.entry(ban.target).or_default().told.push((Some(kind), *ban)),
                 Output::Over(ban) => last.decided.entry(ban.target).or_default().told.push((None, *ban)),
                 Output::Control => last.control = Some(self.engine.control()),
-                Output::Shadow(_) | Output::Alarm { .. } => {}
+                Output::Shadow(_) | Output::Leak(_) | Output::Alarm { .. } => {}
             }
         }
         let mut commits = Vec::new();

@@ -93,7 +93,9 @@ async fn ask_enforcer(connection: &Connection, node: String, address: IpAddr, al
     };
     let holds = answer.and_then(|message| serde_json::from_slice(&message.payload).ok());
     let detail = "this host does not answer: what it holds is not known".to_owned();
-    holds.unwrap_or_else(|| vec![BackendHold { node, backend: "unknown".to_owned(), entry: None, detail }])
+    holds.unwrap_or_else(|| {
+        vec![BackendHold { node, backend: "unknown".to_owned(), entry: None, detail, spared: false }]
+    })
 }
 
 /// A request to the operator API that another detector received.

@@ -319,6 +319,9 @@ impl Replica {
             let bucket = self.head.as_ref().map(|head| head.bucket.clone()).unwrap_or_default();
             let first = self.applied.bucket != bucket;
             self.applied = Applied { version: VERSION, bucket, mark };
+            if let Some(bans) = &self.copies.bans {
+                bans.reach(mark);
+            }
             if first {
                 self.remember();
             }

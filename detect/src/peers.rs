@@ -1,4 +1,4 @@
-//! What the active detector sees of the others, and what of that needs a person. Pure.
+//! What the detector that decides sees of the other roles, on one host or many, and what of that needs a person. Pure.
 //!
 //! What hosts say of themselves may be said by somebody who broke into one: it is cut, and few of it become alarms.
 
@@ -60,6 +60,11 @@ impl Peers {
             alarms.extend(self.tell("node-degraded", &who, &problem.text, now));
         }
         alarms
+    }
+
+    /// What to tell of a problem of our own, if that is new.
+    pub(crate) fn note_own(&mut self, node: &str, problem: &Problem, now: Timestamp) -> Option<Alarm> {
+        self.tell("node-degraded", &format!("detect on {node}"), &problem.text, now)
     }
 
     /// Notes a refused batch; what to tell, if that is new.

@@ -1,0 +1,159 @@
+//! What the engine needs from outside to tell whether bans bite: how back ends are, by their reports, and what the host says
+//! that should have kept a client out, before anybody is alarmed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::api::BackendHold;
+use proto::bus::memory::Question;
+use proto::report::{BackendReport, NodeReport, Role};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use crate::engine::leak::{BackEnd, HostView, Keeper, Leak};
+
+/// How long an enforcer may take to say what it holds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Questions under way; the engine asks for fewer in a minute.
+const ASKING_MAX: usize = 64;
+/// Answers that an alarm quotes.
+const QUOTED_MAX: usize = 3;
+
+/// A leak, and what enforcers said of its client.
+pub(crate) type Answered = (Box<Leak>, Vec<BackendHold>);
+
+/// Questions about leaks that are under way.
+#[derive(Debug)]
+pub(crate) struct Inquiries {
+    questions: mpsc::Sender<Question>,
+    asking: JoinSet<Answered>,
+}
+
+impl Inquiries {
+    /// To be asked through `questions`.
+    pub(crate) fn new(questions: mpsc::Sender<Question>) -> Self {
+        Self { questions, asking: JoinSet::new() }
+    }
+
+    /// Asks what holds the client.
+    pub(crate) fn ask(&mut self, leak: Box<Leak>) {
+        if self.asking.len() >= ASKING_MAX {
+            return;
+        }
+        let questions = self.questions.clone();
+        self.asking.spawn(async move {
+            let (reply, answer) = oneshot::channel();
+            let asked = async {
+                questions.send(Question { address: leak.client, reply }).await.ok()?;
+                answer.await.ok()
+            };
+            let holds = tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().flatten();
+            (leak, holds.unwrap_or_default())
+        });
+    }
+
+    /// The next answer; never where nothing was asked.
+    pub(crate) async fn next(&mut self) -> Answered {
+        loop {
+            match self.asking.join_next().await {
+                Some(Ok(answered)) => return answered,
+                // A question that panicked is not answered.
+                Some(Err(_)) => {}
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+/// Whether a host lets the client of `leak` pass on purpose, and what those say who should have kept it out.
+pub(crate) fn weigh(leak: &Leak, holds: &[BackendHold]) -> (bool, Vec<String>) {
+    let is_asked = |hold: &&BackendHold| match leak.keeper {
+        Keeper::Firewall | Keeper::Forwarded => hold.node == leak.node,
+        Keeper::Cloudflare => hold.backend.starts_with(CLOUDFLARE),
+        Keeper::NoEnforcer | Keeper::NoFirewall | Keeper::BehindProxy => false,
+    };
+    let asked: Vec<&BackendHold> = holds.iter().filter(is_asked).collect();
+    let said = |hold: &&BackendHold| format!("{}: {}", hold.backend, hold.detail);
+    (asked.iter().any(|hold| hold.spared), asked.iter().take(QUOTED_MAX).map(said).collect())
+}
+
+/// Names of back ends that are not the host's firewall begin so.
+const CLOUDFLARE: &str = "cloudflare";
+const FORWARDED: &str = "forwarded";
+
+/// How the back ends of all hosts are, by the reports of their roles.
+pub(crate) fn views(reports: &[NodeReport]) -> Vec<HostView> {
+    let mut views: BTreeMap<&str, HostView> = BTreeMap::new();
+    for report in reports.iter().filter(|report| report.role != Role::Detect) {
+        let view = views.entry(&report.node).or_default();
+        report.node.clone_into(&mut view.node);
+        view.ahead = view.ahead.max(ahead(report));
+        if report.role != Role::Enforce {
+            continue;
+        }
+        view.enforces = true;
+        // The host's own firewall stands first.
+        let Some((firewall, others)) = report.backends.split_first() else { continue };
+        let lifted = report.paused.is_some();
+        view.firewall = back_end(firewall, lifted);
+        for other in others {
+            match &other.name {
+                name if name.starts_with(CLOUDFLARE) => view.cloudflare = back_end(other, false),
+                name if name.starts_with(FORWARDED) => view.forwarded = back_end(other, lifted),
+                _ => {}
+            }
+        }
+    }
+    views.into_values().collect()
+}
+
+fn back_end(report: &BackendReport, lifted: bool) -> BackEnd {
+    match report.name.as_str() {
+        "none" => BackEnd::Absent,
+        "dry-run" => BackEnd::Idle,
+        _ if lifted => BackEnd::Idle,
+        _ => BackEnd::InForce(report.confirmed),
+    }
+}
+
+/// How far the clocks are ahead that a host's lines are written by, at most.
+fn ahead(report: &NodeReport) -> Duration {
+    let millis = |skew: Option<i64>| Duration::from_millis(u64::try_from(skew.unwrap_or(0)).unwrap_or(0));
+    let sources = report.sources.iter().map(|source| millis(source.skew_ms)).max().unwrap_or_default();
+    millis(report.skew_ms) + sources
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::head::Mark;
+    use proto::time::Timestamp;
+
+    use super::*;
+
+    #[test]
+    fn reports_tell_which_back_ends_a_host_has_and_what_they_have_in_force() {
+        let mark = Some(Mark { epoch: 1, commit: 7 });
+        let backend = |name: &str| BackendReport { name: name.to_owned(), confirmed: mark, ..BackendReport::default() };
+        let report = |node: &str, backends: &[&str]| {
+            let mut report = NodeReport::new(node, Role::Enforce, Timestamp::EPOCH);
+            report.backends = backends.iter().map(|name| backend(name)).collect();
+            report
+        };
+        let mut paused = report("b", &["nftables", "cloudflare"]);
+        paused.paused = Some("for a test".to_owned());
+        let mut ingest = NodeReport::new("c", Role::Ingest, Timestamp::EPOCH);
+        ingest.skew_ms = Some(1500);
+        ingest.sources = vec![proto::report::SourceReport { skew_ms: Some(500), ..Default::default() }];
+        let reports = [report("a", &["iptables", "telegram", "forwarded_for"]), paused, ingest, report("d", &["none"])];
+        let views = views(&reports);
+        let is = |at: usize| (views[at].firewall, views[at].forwarded, views[at].cloudflare);
+        assert_eq!(is(0), (BackEnd::InForce(mark), BackEnd::InForce(mark), BackEnd::Absent));
+        assert_eq!(
+            is(1),
+            (BackEnd::Idle, BackEnd::Absent, BackEnd::InForce(mark)),
+            "a host lifts only what is its own"
+        );
+        assert_eq!((views[2].enforces, views[2].ahead), (false, Duration::from_secs(2)));
+        assert_eq!(is(3).0, BackEnd::Absent);
+    }
+}
