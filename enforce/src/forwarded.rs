@@ -132,8 +132,8 @@ struct Forwarded {
     choice: Choice,
     outcome: Outcome,
     repairs: u64,
-    /// What is on disk.
-    kept: Vec<(Target, Claim)>,
+    /// What is on disk, as far as known.
+    kept: Option<Vec<(Target, Claim)>>,
     kept_problem: Option<Problem>,
     skew_ms: i64,
 }
@@ -159,7 +159,7 @@ impl Forwarded {
             choice: Choice::default(),
             outcome: Outcome::default(),
             repairs: 0,
-            kept: Vec::new(),
+            kept: None,
             kept_problem: None,
             skew_ms: 0,
             config: forwarded_for,
@@ -178,7 +178,7 @@ impl Forwarded {
             match kept::load(&state_dir) {
                 Ok(Some(kept)) => {
                     self.known = true;
-                    self.kept.clone_from(&kept);
+                    self.kept = Some(kept.clone());
                     self.claims.handle_kept(kept, now);
                 }
                 Ok(None) => {}
@@ -300,28 +300,21 @@ impl Forwarded {
     }
 
     async fn keep(&mut self) {
+        let Some(state_dir) = self.state_dir().filter(|_| self.known) else { return };
         let clients: Vec<(Target, Claim)> =
             self.choice.refused.iter().map(|(target, claim, _)| (*target, *claim)).collect();
-        let Some(state_dir) =
-            self.state_dir().filter(|_| self.known && (clients != self.kept || self.kept_is_doubtful()))
-        else {
+        if self.kept.as_ref() == Some(&clients) {
             return;
-        };
+        }
         let written = clients.clone();
         let stored = tokio::task::spawn_blocking(move || kept::store(&state_dir, &written)).await;
-        self.kept_problem = match stored {
-            Ok(Ok(())) => {
-                self.kept = clients;
-                None
-            }
-            Ok(Err(error)) => Some(Problem::degraded(chain_of(&error))),
-            Err(_) => Some(Problem::degraded("the job that keeps who is refused broke")),
+        let failure = match stored {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(chain_of(&error)),
+            Err(_) => Some("the job that keeps who is refused broke".to_owned()),
         };
-    }
-
-    /// Nothing was kept yet, or it failed.
-    fn kept_is_doubtful(&self) -> bool {
-        self.kept.is_empty() || self.kept_problem.is_some()
+        self.kept = failure.is_none().then_some(clients);
+        self.kept_problem = failure.map(Problem::degraded);
     }
 
     fn report(&self) {
@@ -333,14 +326,15 @@ impl Forwarded {
         metrics.unmatchable.set(gauge(choice.unspellable.0));
         let mut problems = self.outcome.problems.clone();
         problems.extend(self.kept_problem.clone());
+        let mut detail = self.outcome.detail.clone();
         if choice.left_out > 0 {
             let text = format!(
-                "{} banned clients behind a proxy are not refused because rules_max is {}; the oldest bans are left out",
-                choice.left_out, self.config.rules_max
+                "not everybody is refused because rules_max is {}; the oldest bans are left out",
+                self.config.rules_max
             );
             problems.push(Problem::degraded(text));
+            detail.push(format!("{} clients left out", choice.left_out));
         }
-        let mut detail = self.outcome.detail.clone();
         if let (count, Some(first)) = choice.unspellable {
             detail.push(format!("{count} networks cannot be told from others in a header, such as {first}"));
         }
