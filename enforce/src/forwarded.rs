@@ -67,7 +67,7 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
         tokio::select! {
             biased;
             () = shutdown.draining() => break,
-            _ = pace.tick(), if forwarded.is_due && !forwarded.outcome.failed => forwarded.put().await,
+            _ = pace.tick(), if forwarded.is_due => forwarded.put(false).await,
             changed = forwarded.around.lists.changed(), if lists_open => {
                 lists_open = changed.is_ok();
                 if forwarded.take_lists() {
@@ -83,13 +83,13 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
             _ = tick.tick() => forwarded.handle_tick(),
             _ = resync.tick() => {
                 forwarded.look_at_host();
-                forwarded.put().await;
+                forwarded.put(true).await;
             }
         }
     }
     forwarded.take_bans();
     if forwarded.is_due {
-        forwarded.put().await;
+        forwarded.put(false).await;
     }
 }
 
@@ -241,8 +241,8 @@ impl Forwarded {
         self.report();
     }
 
-    /// Puts in force who is to be refused now.
-    async fn put(&mut self) {
+    /// Puts in force who is to be refused now; where that failed before, only if it is to `retry`.
+    async fn put(&mut self, retry: bool) {
         self.is_due = false;
         let choice = self.claims.choose(&self.guard, &self.config);
         let searches = if self.paused { Searches::new() } else { plan::tree(&choice, self.skew_ms) };
@@ -253,11 +253,11 @@ impl Forwarded {
         let families = host::families();
         if host::may_change_firewall() {
             let known = self.known || self.paused;
-            let outcome = self.chains.put(&searches, known, &families).await;
+            let outcome = self.chains.put(&searches, (known, retry), &families).await;
             self.take_outcome(outcome, &families);
         } else if !self.around.dry_run {
             let text = "cannot change the firewall: run as root or with CAP_NET_ADMIN";
-            self.outcome = Outcome { problems: vec![Problem::degraded(text)], failed: true, ..Outcome::default() };
+            self.outcome = Outcome { problems: vec![Problem::degraded(text)], ..Outcome::default() };
         }
         self.keep().await;
         self.report();

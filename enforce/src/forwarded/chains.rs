@@ -32,8 +32,6 @@ pub(crate) struct Outcome {
     pub(crate) rewrites: u64,
     /// Packets and bytes refused since our chains were first made.
     pub(crate) refused: (u64, u64),
-    /// Whether something could not be done.
-    pub(crate) failed: bool,
 }
 
 /// What a family's rules counted: packets and bytes.
@@ -56,6 +54,8 @@ pub(crate) struct Chains {
     counted: BTreeMap<Family, Counted>,
     /// Families in which the chains were found as they should be, for these searches.
     placed: BTreeSet<Family>,
+    /// Families that could not be changed, and why.
+    failed: BTreeMap<Family, String>,
     searches: Searches,
 }
 
@@ -70,25 +70,38 @@ impl Chains {
             lifts: BTreeMap::new(),
             counted: BTreeMap::new(),
             placed: BTreeSet::new(),
+            failed: BTreeMap::new(),
             searches: Searches::new(),
         }
     }
 
     /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
-    /// somebody stay as they are.
-    pub(crate) async fn put(&mut self, searches: &Searches, known: bool, families: &[Family]) -> Outcome {
+    /// somebody stay as they are. A family that failed is left alone until it is told to `retry`.
+    pub(crate) async fn put(
+        &mut self,
+        searches: &Searches,
+        (known, retry): (bool, bool),
+        families: &[Family],
+    ) -> Outcome {
         if *searches != self.searches {
             self.searches = searches.clone();
             self.placed.clear();
         }
         let mut outcome = Outcome::default();
         for &family in families {
-            if let Err(error) = self.put_family(family, known, &mut outcome).await {
+            if retry {
+                self.failed.remove(&family);
+            }
+            if !self.failed.contains_key(&family)
+                && let Err(error) = self.put_family(family, known, &mut outcome).await
+            {
                 self.placed.remove(&family);
-                outcome.failed = true;
                 let cause = error.source().map(ToString::to_string);
                 tracing::warn!(family = family.as_str(), error = %error, cause, "Forwarded clients not refused");
-                outcome.problems.push(Problem::degraded(format!("{}: {}", family.as_str(), chain_of(&error))));
+                self.failed.insert(family, chain_of(&error));
+            }
+            if let Some(why) = self.failed.get(&family) {
+                outcome.problems.push(Problem::degraded(format!("{}: {why}", family.as_str())));
             }
         }
         for Counted { former, last } in self.counted.values() {
