@@ -116,7 +116,7 @@ mod tests {
     fn what_keys_of_forwarded_for_say_of_each_other_is_checked() {
         let given = json!({"enabled": true, "chains": ["OUTPUT", "INPUT"], "ports": ["80", "8000-8010", "tcp/80"],
             "headers": ["X-Real-Ip", "x-real-ip"], "in_interface": "br-+", "out_interface": "eth0", "whole_list": true});
-        let twice = check(json!({"forwarded_for": given.clone()})).unwrap_err();
+        let twice = check(json!({ "forwarded_for": &given })).unwrap_err();
         assert_eq!(twice, ["enforce.forwarded_for.headers: a header is listed twice"]);
         let mut once = given;
         once["headers"] = json!(["X-Real-Ip"]);
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(check(json!({"forwarded_for": once.clone()})).unwrap_err(), expected);
         once["chains"] = json!(["FORWARD"]);
         once["headers"] = json!(["x-forwarded-for"]);
-        let checked = check(json!({"forwarded_for": once})).unwrap().forwarded_for;
+        let checked = check(json!({ "forwarded_for": once })).unwrap().forwarded_for;
         assert_eq!(checked.ports, [(80, 80), (8000, 8010)]);
         assert!(checked.enabled && checked.has_list());
     }

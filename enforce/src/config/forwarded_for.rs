@@ -93,12 +93,12 @@ impl RawForwardedFor {
         let enabled = self.enabled.or("enabled", default.enabled, mistakes);
         let whole_list = self.whole_list.or("whole_list", default.whole_list, mistakes);
         let rules_max = self.rules_max.or("rules_max", default.rules_max, mistakes);
-        let chains = check_chains(self.chains.or("chains", default.chains, mistakes), mistakes);
-        let ports = check_ports(self.ports.or("ports", Vec::new(), mistakes), mistakes);
+        let chains = check_chains(&self.chains.or("chains", default.chains, mistakes), mistakes);
+        let ports = check_ports(&self.ports.or("ports", Vec::new(), mistakes), mistakes);
         let in_interface = check_interface("in_interface", self.in_interface.take("in_interface", mistakes), mistakes);
         let out_interface =
             check_interface("out_interface", self.out_interface.take("out_interface", mistakes), mistakes);
-        let headers = check_headers(self.headers.or("headers", default.headers, mistakes), mistakes);
+        let headers = check_headers(&self.headers.or("headers", default.headers, mistakes), mistakes);
         let rules_ok = (1..=RULES_MAX_MAX).contains(&rules_max);
         if !rules_ok {
             mistakes.add("rules_max", format!("must be from 1 to {RULES_MAX_MAX}"));
@@ -138,7 +138,7 @@ impl ForwardedForConfig {
     }
 }
 
-fn check_chains(names: Vec<String>, mistakes: &mut Mistakes) -> Option<Vec<String>> {
+fn check_chains(names: &[String], mistakes: &mut Mistakes) -> Option<Vec<String>> {
     if names.is_empty() || names.len() > CHAINS_MAX {
         mistakes.add("chains", format!("expected 1 to {CHAINS_MAX} chains, got {}", names.len()));
         return None;
@@ -163,7 +163,7 @@ fn check_chains(names: Vec<String>, mistakes: &mut Mistakes) -> Option<Vec<Strin
     Some(chains)
 }
 
-fn check_ports(texts: Vec<String>, mistakes: &mut Mistakes) -> Option<Vec<(u16, u16)>> {
+fn check_ports(texts: &[String], mistakes: &mut Mistakes) -> Option<Vec<(u16, u16)>> {
     let parse = |text: &String| {
         let wrong = || format!("expected TCP ports such as \"80\" or \"8000-8010\", got {text:?}");
         let parsed = Ports::parse(text).map_err(|_| wrong())?;
@@ -193,7 +193,7 @@ fn check_interface(key: &str, name: Option<String>, mistakes: &mut Mistakes) -> 
     Some(Some(name))
 }
 
-fn check_headers(names: Vec<String>, mistakes: &mut Mistakes) -> Option<Vec<String>> {
+fn check_headers(names: &[String], mistakes: &mut Mistakes) -> Option<Vec<String>> {
     if names.is_empty() || names.len() > HEADERS_MAX {
         mistakes.add("headers", format!("expected 1 to {HEADERS_MAX} headers, got {}", names.len()));
         return None;

@@ -84,7 +84,7 @@ impl Layout {
         };
         let mut chains = BTreeMap::new();
         for (number, searches) in tree.0.iter().enumerate() {
-            let rules = searches.iter().map(|(pattern, found)| render(pattern, found, &name));
+            let rules = searches.iter().map(|(pattern, found)| render(pattern, found, name));
             let short = (number == 0).then(|| render_short(searches, family)).flatten();
             chains.insert(name(number), short.into_iter().chain(rules).collect());
         }
@@ -278,7 +278,7 @@ mod tests {
             match words[..] {
                 ["-A", chain, rule] => filter.get_mut(chain).unwrap().push(rule.to_owned()),
                 ["-I", chain, rule] => {
-                    filter.get_mut(chain).unwrap().insert(0, rule.strip_prefix("1 ").unwrap().to_owned())
+                    filter.get_mut(chain).unwrap().insert(0, rule.strip_prefix("1 ").unwrap().to_owned());
                 }
                 ["-D", chain, rule] => {
                     let rules = filter.get_mut(chain).unwrap();
