@@ -1,13 +1,18 @@
 //! `[enforce]`: raw as a file says it, then checked.
 
 mod firewall;
+mod forwarded_for;
 
 use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::firewall::RawFirewall;
-pub use crate::config::firewall::{BackendKind, CHAIN, ChainRef, Chains, FirewallConfig, Ports, Protocol, Table};
+pub use crate::config::firewall::{
+    BackendKind, CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table,
+};
+use crate::config::forwarded_for::RawForwardedFor;
+pub use crate::config::forwarded_for::{FORWARDED_CHAIN, FORWARDED_FOR, ForwardedForConfig};
 
 /// `[enforce]` as a file says it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -17,7 +22,7 @@ pub struct RawEnforce {
     cloudflare: Field<Anything>,
     telegram: Field<Anything>,
     webhooks: Field<Anything>,
-    forwarded_for: Field<Anything>,
+    forwarded_for: Field<RawForwardedFor>,
     #[serde(flatten)]
     unknown: Unknown,
 }
@@ -39,18 +44,15 @@ impl FromValue for Anything {
 pub struct EnforceConfig {
     /// The host's firewall.
     pub firewall: FirewallConfig,
+    /// Clients behind a proxy, on their way from Traefik to services.
+    pub forwarded_for: ForwardedForConfig,
 }
 
 impl RawEnforce {
     /// Checks everything; `None` when a mistake was noted.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
-        let later = [
-            ("cloudflare", self.cloudflare),
-            ("telegram", self.telegram),
-            ("webhooks", self.webhooks),
-            ("forwarded_for", self.forwarded_for),
-        ];
+        let later = [("cloudflare", self.cloudflare), ("telegram", self.telegram), ("webhooks", self.webhooks)];
         let mut fine = true;
         for (key, section) in later {
             if section.take(key, mistakes).is_some() {
@@ -62,8 +64,14 @@ impl RawEnforce {
             Field::Absent => Some(RawFirewall::default()),
             given => given.take("firewall", mistakes),
         };
-        let firewall = mistakes.within("firewall", |mistakes| raw?.check(mistakes))?;
-        fine.then_some(EnforceConfig { firewall })
+        let firewall = mistakes.within("firewall", |mistakes| raw?.check(mistakes));
+        let raw = match self.forwarded_for {
+            Field::Absent => Some(RawForwardedFor::default()),
+            given => given.take("forwarded_for", mistakes),
+        };
+        let forwarded_for = mistakes.within("forwarded_for", |mistakes| raw?.check(mistakes));
+        let checked = EnforceConfig { firewall: firewall?, forwarded_for: forwarded_for? };
+        fine.then_some(checked)
     }
 }
 
@@ -84,7 +92,8 @@ mod tests {
 
     #[test]
     fn nothing_given_means_the_defaults() {
-        let defaults = EnforceConfig { firewall: FirewallConfig::default() };
+        let defaults =
+            EnforceConfig { firewall: FirewallConfig::default(), forwarded_for: ForwardedForConfig::default() };
         assert_eq!(check(json!({})).unwrap(), defaults);
         assert_eq!(check(json!({"firewall": {"chains": "auto", "backend": "auto", "ports": []}})).unwrap(), defaults);
     }
@@ -104,9 +113,34 @@ mod tests {
     }
 
     #[test]
+    fn what_keys_of_forwarded_for_say_of_each_other_is_checked() {
+        let given = json!({"enabled": true, "chains": ["OUTPUT", "INPUT"], "ports": ["80", "8000-8010", "tcp/80"],
+            "headers": ["X-Real-Ip", "x-real-ip"], "in_interface": "br-+", "out_interface": "eth0", "whole_list": true});
+        let twice = check(json!({ "forwarded_for": &given })).unwrap_err();
+        assert_eq!(twice, ["enforce.forwarded_for.headers: a header is listed twice"]);
+        let mut once = given;
+        once["headers"] = json!(["X-Real-Ip"]);
+        let expected = [
+            "enforce.forwarded_for.in_interface: packets in chain OUTPUT have come in nowhere",
+            "enforce.forwarded_for.out_interface: packets in chain INPUT go out nowhere",
+            "enforce.forwarded_for.whole_list: needs X-Forwarded-For among headers",
+        ];
+        assert_eq!(check(json!({"forwarded_for": once.clone()})).unwrap_err(), expected);
+        once["chains"] = json!(["FORWARD"]);
+        once["headers"] = json!(["x-forwarded-for"]);
+        let checked = check(json!({ "forwarded_for": once })).unwrap().forwarded_for;
+        assert_eq!(checked.ports, [(80, 80), (8000, 8010)]);
+        assert!(checked.enabled && checked.has_list());
+    }
+
+    #[test]
     fn every_mistake_is_reported_with_its_key() {
         let wrong = json!({
-            "cloudflare": {"api_token_file": "x"}, "telegram": {}, "webhooks": [], "forwarded_for": true, "firewal": {},
+            "cloudflare": {"api_token_file": "x"}, "telegram": {}, "webhooks": [], "firewal": {},
+            "forwarded_for": {
+                "chains": ["nat/PREROUTING", "POSTROUTING", "PORTCULLIS-FWD", "OUTPUT", "INPUT"], "ports": ["udp/80", "0"],
+                "in_interface": "-x", "out_interface": "a name too long", "headers": ["a: b"], "rules_max": 0, "rule_max": 1,
+            },
             "firewall": {
                 "backend": "nftables", "chains": ["nat/PREROUTING", "OUTPUT", "PREROUTING", "-x", "PORTCULLIS"],
                 "ports": ["icmp/1", "0", "9-8"], "bans_max": 0, "ban_prefix_min_ipv4": 33, "resync_interval": "1ms",
@@ -131,7 +165,18 @@ mod tests {
             "enforce.firewall.ports: expected ports such as \"443\", \"tcp/443\" or \"udp/8000-8010\", got \"9-8\"",
             "enforce.firewall.ports: expected ports such as \"443\", \"tcp/443\" or \"udp/8000-8010\", got \"icmp/1\"",
             "enforce.firewall.resync_interval: must be from \"1s\" to \"1h\"",
-            "enforce.forwarded_for: not available in this version",
+            "enforce.forwarded_for.chains: \"PORTCULLIS-FWD\": is a chain that Portcullis makes itself",
+            "enforce.forwarded_for.chains: \"POSTROUTING\": is not in table filter",
+            "enforce.forwarded_for.chains: \"nat/PREROUTING\": expected a chain of table filter such as \"DOCKER-USER\" \
+             or \"OUTPUT\"",
+            "enforce.forwarded_for.headers: expected a header such as \"X-Real-Ip\", got \"a: b\"",
+            "enforce.forwarded_for.in_interface: expected an interface such as \"docker0\" or \"br-+\", got \"-x\"",
+            "enforce.forwarded_for.out_interface: expected an interface such as \"docker0\" or \"br-+\", got \"a name too \
+             long\"",
+            "enforce.forwarded_for.ports: expected TCP ports such as \"80\" or \"8000-8010\", got \"0\"",
+            "enforce.forwarded_for.ports: expected TCP ports such as \"80\" or \"8000-8010\", got \"udp/80\"",
+            "enforce.forwarded_for.rule_max: unknown key; did you mean `rules_max`?",
+            "enforce.forwarded_for.rules_max: must be from 1 to 10000",
             "enforce.telegram: not available in this version",
             "enforce.webhooks: not available in this version",
         ];

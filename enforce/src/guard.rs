@@ -103,6 +103,11 @@ impl Guard {
         (target.prefix() < prefix_min).then_some(Refusal::TooWide)
     }
 
+    /// Whether any guarded address lies in `target`.
+    pub fn touches(&self, target: &Target) -> bool {
+        self.all.intersects(target)
+    }
+
     /// The smallest list of networks that firewalls return before they look at bans, IPv4 first. A network of prefix 0
     /// comes as two halves, because kernel sets hold none.
     pub fn nets(&self) -> Vec<Target> {

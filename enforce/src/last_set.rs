@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use proto::ban::Lists;
 use proto::net::Target;
 use proto::time::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::desired::Entry;
@@ -17,7 +18,7 @@ use crate::desired::Entry;
 /// Name of the file in `state_dir`.
 pub(crate) const FILE: &str = "enforce.json";
 /// The version that is written. Every version ever written can be read.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// What is kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,22 +64,7 @@ pub(crate) enum LastSetError {
 
 /// Reads the last set; `None` where there is none yet.
 pub(crate) fn load(state_dir: &Path) -> Result<Option<LastSet>, LastSetError> {
-    let path = state_dir.join(FILE);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(LastSetError::Io { action: "read", path, source }),
-    };
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    let unreadable = |source| LastSetError::Json { path: path.clone(), source };
-    let Versioned { version } = serde_json::from_slice(&bytes).map_err(unreadable)?;
-    if version != VERSION {
-        return Err(LastSetError::Version { path, version });
-    }
-    let stored: Stored = serde_json::from_slice(&bytes).map_err(unreadable)?;
+    let Some(stored) = read::<Stored>(&state_dir.join(FILE))? else { return Ok(None) };
     let bans = stored.bans.into_iter();
     let bans = bans.map(|ban| (ban.target, Entry { ends: ban.ends, rule: ban.rule.into() })).collect();
     Ok(Some(LastSet { lists: stored.lists, bans }))
@@ -86,21 +72,45 @@ pub(crate) fn load(state_dir: &Path) -> Result<Option<LastSet>, LastSetError> {
 
 /// Replaces the file. Durable when it returns.
 pub(crate) fn store(state_dir: &Path, set: LastSet) -> Result<(), LastSetError> {
-    let path = state_dir.join(FILE);
-    let fresh = state_dir.join(format!("{FILE}.new"));
     let bans = set.bans.into_iter();
     let bans = bans.map(|(target, entry)| StoredBan { target, ends: entry.ends, rule: entry.rule.to_string() });
     let stored = Stored { version: VERSION, lists: set.lists, bans: bans.collect() };
-    let bytes = serde_json::to_vec(&stored).map_err(|source| LastSetError::Json { path: path.clone(), source })?;
+    write(&state_dir.join(FILE), &stored)
+}
+
+/// Reads a file that says its version first; `None` where there is none yet.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, LastSetError> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(LastSetError::Io { action: "read", path: path.to_owned(), source }),
+    };
+    let unreadable = |source| LastSetError::Json { path: path.to_owned(), source };
+    let Versioned { version } = serde_json::from_slice(&bytes).map_err(unreadable)?;
+    if version != VERSION {
+        return Err(LastSetError::Version { path: path.to_owned(), version });
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(unreadable)
+}
+
+/// Replaces a file by way of another beside it, and makes its folder if there is none.
+pub(crate) fn write(path: &Path, stored: &impl Serialize) -> Result<(), LastSetError> {
+    let bytes = serde_json::to_vec(stored).map_err(|source| LastSetError::Json { path: path.to_owned(), source })?;
+    let fresh = path.with_added_extension("new");
+    let folder = path.parent().unwrap_or(Path::new("/"));
     let write = || {
-        fs::create_dir_all(state_dir)?;
+        fs::create_dir_all(folder)?;
         let mut file = File::create(&fresh)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
-        fs::rename(&fresh, &path)?;
-        File::open(state_dir)?.sync_all()
+        fs::rename(&fresh, path)?;
+        File::open(folder)?.sync_all()
     };
-    write().map_err(|source| LastSetError::Io { action: "write", path: path.clone(), source })
+    write().map_err(|source| LastSetError::Io { action: "write", path: path.to_owned(), source })
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod command;
 pub mod config;
 pub mod desired;
 pub mod error;
+mod forwarded;
 pub mod guard;
 mod host;
 mod last_set;

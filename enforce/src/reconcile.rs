@@ -519,7 +519,7 @@ impl Reconciler {
 }
 
 /// Takes what the host says. What it does not say stays as it was; returns why.
-fn read_host(
+pub(crate) fn read_host(
     facts: &mut GuardFacts,
     own: Result<Vec<IpAddr>, HostError>,
     gateways: Result<Vec<IpAddr>, HostError>,
@@ -537,7 +537,7 @@ fn read_host(
     blind
 }
 
-fn is_paused(lists: &Lists, now: Timestamp) -> bool {
+pub(crate) fn is_paused(lists: &Lists, now: Timestamp) -> bool {
     lists.paused.is_some_and(|pause| pause.until.is_none_or(|until| now < until))
 }
 

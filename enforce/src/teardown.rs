@@ -11,6 +11,7 @@ use crate::backend::ipset::Ipset;
 use crate::backend::iptables::Iptables;
 use crate::config::EnforceConfig;
 use crate::error::EnforceError;
+use crate::forwarded;
 use crate::host;
 use crate::last_set;
 use crate::plan::{Family, Step};
@@ -53,6 +54,12 @@ pub async fn teardown(
                 first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
             }
         }
+        let (removed, failure) = forwarded::remove(&mut rules, family, dry_run).await;
+        report.rules += removed;
+        if let Some(source) = failure {
+            let what = format!("our {} rules about forwarded clients", family.as_str());
+            first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
+        }
     }
     if let Some(ipset) = Ipset::find() {
         let sets = ipset.headers().await.map_err(|source| EnforceError::Observe { what: "kernel sets", source })?;
@@ -76,7 +83,7 @@ pub async fn teardown(
     if let Some(state_dir) = state_dir {
         // What was applied of the bus goes with it: the next start takes whatever set it finds there.
         for dir in standoff::state_dirs(state_dir) {
-            for path in [last_set::FILE, replica::FILE_NAME].map(|file| dir.join(file)) {
+            for path in [last_set::FILE, replica::FILE_NAME, forwarded::FILE].map(|file| dir.join(file)) {
                 report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
             }
         }

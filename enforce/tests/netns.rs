@@ -5,6 +5,8 @@
 
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::panic, reason = "a test with its own main")]
 
+#[path = "netns/forwarded.rs"]
+mod forwarded;
 #[path = "netns/inside.rs"]
 mod inside;
 
@@ -27,7 +29,7 @@ const QUICK: &str = r#"{"firewall":{"resync_interval":"1s"}}"#;
 
 type Scenario = fn(&Host);
 
-const SCENARIOS: [(&str, Scenario); 17] = [
+const SCENARIOS: [(&str, Scenario); 21] = [
     ("a_ban_cuts_new_and_open_connections_and_spares_others", cuts_connections),
     ("a_wider_ban_does_not_catch_guarded_addresses", guards),
     ("drift_is_repaired_and_foreign_rules_stay", repairs_drift),
@@ -45,6 +47,10 @@ const SCENARIOS: [(&str, Scenario); 17] = [
     ("sets_of_another_kind_are_named_and_left_alone", leaves_foreign_sets_alone),
     ("a_move_to_the_top_opens_no_gap_and_is_ended_before_we_stop", ends_a_move),
     ("a_burst_is_in_the_kernel_in_one_process_a_batch", takes_bursts),
+    ("forwarded_clients_are_refused_and_their_neighbours_are_not", forwarded::refuses_exactly),
+    ("what_forwarded_clients_can_and_cannot_be_found_by", forwarded::has_limits_that_are_known),
+    ("rules_about_forwarded_clients_are_kept_lifted_and_removed", forwarded::keeps_rules),
+    ("the_oldest_forwarded_clients_are_left_out_and_a_dry_run_changes_nothing", forwarded::leaves_out_the_oldest),
 ];
 
 fn main() -> ExitCode {

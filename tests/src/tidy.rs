@@ -14,7 +14,7 @@ const EDGES: [(&str, &[&str]); 6] = [
 ];
 
 /// Modules that compute and do nothing else: `name.rs` and all of `name/`.
-pub const PURE: [&str; 28] = [
+pub const PURE: [&str; 32] = [
     "proto/src/access",
     "proto/src/api",
     "proto/src/ban",
@@ -39,6 +39,10 @@ pub const PURE: [&str; 28] = [
     "detect/src/peers",
     "detect/src/state",
     "enforce/src/desired",
+    "enforce/src/forwarded/claims",
+    "enforce/src/forwarded/plan",
+    "enforce/src/forwarded/spelling",
+    "enforce/src/forwarded/tree",
     "enforce/src/guard",
     "enforce/src/plan",
     "tests/src/brute",

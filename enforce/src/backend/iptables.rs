@@ -5,6 +5,7 @@
 //! not taken for empty: nothing is decided or changed in that family until the next look.
 
 mod calls;
+pub(crate) mod reading;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

@@ -9,12 +9,14 @@ use serde_json::Value;
 
 /// The chain of ours in each table; no configured chain may have its name.
 pub const CHAIN: &str = "PORTCULLIS";
+/// What Docker leaves to administrators, and calls first for forwarded packets.
+pub const DOCKER_USER: &str = "DOCKER-USER";
 /// Bans held at most, unless configured.
 const BANS_MAX_DEFAULT: u32 = 131_072;
 /// Highest `bans_max`: a kernel set of this size takes about 200 MB.
 const BANS_MAX_MAX: u32 = 1_000_000;
 /// Configured chains at most: each is looked at every `resync_interval`.
-const CHAINS_MAX: usize = 16;
+pub(super) const CHAINS_MAX: usize = 16;
 /// Configured port ranges at most: each is a rule that every packet meets.
 const PORTS_MAX: usize = 32;
 /// Longest name of a chain in the kernel, in bytes.
@@ -152,7 +154,7 @@ impl Table {
     }
 }
 
-const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+pub(super) const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
 /// A chain of a table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -178,10 +180,7 @@ impl ChainRef {
         let (table, chain) = text.split_once('/').unwrap_or(("filter", text));
         let table = Table::parse(table)
             .ok_or_else(|| format!("{text:?}: the table must be raw, mangle or filter, got {table:?}"))?;
-        let name_ok = (1..=CHAIN_NAME_MAX).contains(&chain.len())
-            && chain.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'+' | b':'))
-            && !chain.starts_with('-');
-        if !name_ok {
+        if !is_chain_name(chain) {
             return Err(format!("{text:?}: expected [TABLE/]CHAIN such as \"raw/PREROUTING\" or \"DOCKER-USER\""));
         }
         if chain == CHAIN {
@@ -194,6 +193,13 @@ impl ChainRef {
         }
         Ok(this)
     }
+}
+
+/// Whether a chain can have that name.
+pub(super) fn is_chain_name(name: &str) -> bool {
+    (1..=CHAIN_NAME_MAX).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'+' | b':'))
+        && !name.starts_with('-')
 }
 
 impl fmt::Display for ChainRef {
@@ -237,7 +243,7 @@ pub struct Ports {
 
 impl Ports {
     /// `443`, `tcp/443`, `8000-8010`, `udp/8000-8010`; without a protocol both are meant.
-    fn parse(text: &str) -> Result<Vec<Self>, String> {
+    pub(super) fn parse(text: &str) -> Result<Vec<Self>, String> {
         let wrong = || format!("expected ports such as \"443\", \"tcp/443\" or \"udp/8000-8010\", got {text:?}");
         let (protocols, range): (&[Protocol], &str) = match text.split_once('/') {
             None => (&[Protocol::Tcp, Protocol::Udp], text),
@@ -375,7 +381,11 @@ fn check_ports(key: &str, given: Option<Vec<String>>, mistakes: &mut Mistakes) -
     Some(ports)
 }
 
-fn collect<T>(items: impl Iterator<Item = Result<T, String>>, key: &str, mistakes: &mut Mistakes) -> Option<Vec<T>> {
+pub(super) fn collect<T>(
+    items: impl Iterator<Item = Result<T, String>>,
+    key: &str,
+    mistakes: &mut Mistakes,
+) -> Option<Vec<T>> {
     let (mut good, mut fine) = (Vec::new(), true);
     for item in items {
         match item {

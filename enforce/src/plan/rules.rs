@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use proto::time::Timestamp;
 
-use crate::config::{CHAIN, ChainRef, Chains, FirewallConfig, Ports, Table};
+use crate::config::{CHAIN, ChainRef, Chains, DOCKER_USER, FORWARDED_CHAIN, FirewallConfig, Ports, Table};
 use crate::plan::{Family, SetId};
 
 /// Times that we move to the top of one chain in [`LIFT_WINDOW`]; someone who wants the place more than that gets it.
 pub const LIFTS_MAX: usize = 3;
 /// See [`LIFTS_MAX`].
 pub const LIFT_WINDOW: Duration = Duration::from_secs(600);
-/// What Docker leaves to administrators, and calls first for forwarded packets.
-pub const DOCKER_USER: &str = "DOCKER-USER";
 /// Targets after which a packet goes on to the next rule, or is gone. Everything else could accept it.
 const HARMLESS: [&str; 14] = [
     "DROP", "REJECT", "LOG", "NFLOG", "ULOG", "TRACE", "CT", "NOTRACK", "MARK", "CONNMARK", "SET", "AUDIT", "TCPMSS",
@@ -33,6 +31,8 @@ pub struct View {
     pub foreign: usize,
     /// What the DROP rules of our chains have counted: packets and bytes.
     pub dropped: (u64, u64),
+    /// The like of the rules that refuse forwarded clients.
+    pub refused: (u64, u64),
 }
 
 impl View {
@@ -61,7 +61,11 @@ impl View {
         if chain == CHAIN && rule.ends_with("-j DROP") {
             self.dropped = (self.dropped.0 + counters.0, self.dropped.1 + counters.1);
         }
-        self.foreign += usize::from(chain != CHAIN && !is_jump(rule));
+        let of_forwarded = chain.starts_with(FORWARDED_CHAIN);
+        if of_forwarded && rule.contains(" -j REJECT ") {
+            self.refused = (self.refused.0 + counters.0, self.refused.1 + counters.1);
+        }
+        self.foreign += usize::from(!of_forwarded && chain != CHAIN && !is_jump(rule) && !leads_to_forwarded(rule));
         if let Some(table) = table {
             self.tables.entry(table).or_default().entry(chain.to_owned()).or_default().push(rule.to_owned());
         }
@@ -72,7 +76,8 @@ impl View {
         self.rules(chain).is_some()
     }
 
-    fn rules(&self, chain: &ChainRef) -> Option<&Vec<String>> {
+    /// The rules of a chain that exists.
+    pub fn rules(&self, chain: &ChainRef) -> Option<&Vec<String>> {
         self.tables.get(&chain.table)?.get(&chain.chain)
     }
 }
@@ -88,7 +93,16 @@ fn is_jump(rule: &str) -> bool {
     rule.strip_prefix("-j ") == Some(CHAIN)
 }
 
-fn could_accept(rule: &str) -> bool {
+/// Whether it is a jump to the chain that refuses forwarded clients, which accepts nothing.
+pub fn leads_to_forwarded(rule: &str) -> bool {
+    rule.rsplit_once("-j ").is_some_and(|(_, target)| target == FORWARDED_CHAIN)
+}
+
+/// Whether a packet may go no further than this rule. Ours let everything on that they do not end.
+pub fn could_accept(rule: &str) -> bool {
+    if is_jump(rule) || leads_to_forwarded(rule) {
+        return false;
+    }
     let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
     words.next().is_some() && words.next().is_some_and(|target| !HARMLESS.contains(&target))
 }
@@ -289,7 +303,8 @@ fn render_unjump(place: &ChainRef) -> String {
 pub struct Lifts(BTreeMap<ChainRef, VecDeque<Timestamp>>);
 
 impl Lifts {
-    fn allow(&mut self, chain: &ChainRef, now: Timestamp) -> bool {
+    /// Whether we may move up once more, which is then counted.
+    pub fn allow(&mut self, chain: &ChainRef, now: Timestamp) -> bool {
         let times = self.0.entry(chain.clone()).or_default();
         while times.front().is_some_and(|time| now.since(*time) >= LIFT_WINDOW) {
             times.pop_front();

@@ -11,9 +11,9 @@ use proto::bus::memory::BanUpdate;
 use proto::net::Target;
 use proto::time::Timestamp;
 
-use super::rules::{DOCKER_USER, LIFTS_MAX, Layout, Lifts, RuleStep, View, plan_removal, plan_rules};
+use super::rules::{LIFTS_MAX, Layout, Lifts, RuleStep, View, plan_removal, plan_rules};
 use super::*;
-use crate::config::{CHAIN, ChainRef, Chains, FirewallConfig, Ports, Protocol, Table};
+use crate::config::{CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table};
 use crate::guard::{Guard, GuardFacts};
 
 /// SplitMix64: one seed, one run.

@@ -28,6 +28,8 @@ pub(crate) fn main(args: &[String]) {
         "enforcer" => enforcer(&args[1..]),
         "teardown" => teardown(&args[1]),
         "server" => server(),
+        "service" => service(),
+        "sender" => sender(),
         "client" => client(&args[1], &args[2]),
         other => panic!("no such part: {other}"),
     }
@@ -85,6 +87,16 @@ fn enforcer(args: &[String]) {
             ["ban", list, seconds] => {
                 let seconds: u64 = seconds.parse().unwrap();
                 let records = targets(list).into_iter().map(|target| BanChange::Put(record(target, seconds, &clock)));
+                bus.bans.publish(records, Some(clock.now()));
+                answer("ok");
+            }
+            ["ban-forwarded", list, seconds] => {
+                let seconds: u64 = seconds.parse().unwrap();
+                let records = targets(list).into_iter().map(|target| {
+                    let mut record = record(target, seconds, &clock);
+                    record.bans[0].evidence.via_proxy = true;
+                    BanChange::Put(record)
+                });
                 bus.bans.publish(records, Some(clock.now()));
                 answer("ok");
             }
@@ -157,6 +169,54 @@ fn server() {
     }
     answer("ok");
     let _ = io::stdin().read_to_end(&mut Vec::new());
+}
+
+/// Answers heads of requests on ports 8080 and 8443, `/echo` with a header of the kind that is looked for in requests.
+fn service() {
+    for port in [8080, 8443] {
+        let listener = TcpListener::bind(("::", port)).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                thread::spawn(move || serve(stream.unwrap()));
+            }
+        });
+    }
+    answer("ok");
+    let _ = io::stdin().read_to_end(&mut Vec::new());
+}
+
+fn serve(mut stream: TcpStream) {
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while stream.read_exact(&mut byte).is_ok() {
+        head.push(byte[0]);
+        if head.ends_with(b"\r\n\r\n") {
+            let text = "HTTP/1.1 200 OK\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Length: 0\r\n\r\n";
+            if stream.write_all(text.as_bytes()).is_err() {
+                return;
+            }
+            head.clear();
+        }
+    }
+}
+
+/// Sends `ADDRESS PIECES` (a JSON list) on a connection of its own, each piece in a packet of its own, and says what came
+/// of it: `answered`, `reset`, or neither in time.
+fn sender() {
+    for line in io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let (to, pieces) = line.split_once(' ').unwrap();
+        let pieces: Vec<String> = serde_json::from_str(pieces).unwrap();
+        let mut stream = TcpStream::connect(to).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(CUT_OFF_AFTER)).unwrap();
+        // A reset may come between two pieces; reading tells.
+        pieces.iter().for_each(|piece| drop(stream.write_all(piece.as_bytes())));
+        answer(match stream.read_exact(&mut [0; 8]) {
+            Ok(()) => "answered".to_owned(),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => "reset".to_owned(),
+            Err(error) => error.to_string(),
+        });
+    }
 }
 
 fn echo(mut stream: TcpStream) {

@@ -1,13 +1,14 @@
 //! The benchmark: how fast, how soon, how much memory; beside peers, in the same run, on the same machine.
 //!
 //! ```text
-//! cargo run --release -p tests --example bench -- [replay|latency|bulk|sources|cluster|all] [--lines N] [--samples N]
+//! cargo run --release -p tests --example bench -- [replay|latency|bulk|sources|forwarded|cluster|all] [--lines N] [--samples N]
 //! ```
 //!
 //! `replay` reads a log of N lines (default 1,000,000, about 1.1 GB in the directory for temporary files), `latency` takes
 //! N samples (default 200) from the last line in the log to the kernel that drops, `bulk` appends that log to a watched
 //! file, `sources` brings it in every way there is, beside rsyslog and syslog-ng where they are installed or named by
-//! `RSYSLOGD` and `SYSLOG_NG` (it holds all lines twice in memory: take fewer where that is too much). `cluster` does the like with three hosts, two detectors and NATS
+//! `RSYSLOGD` and `SYSLOG_NG` (it holds all lines twice in memory: take fewer where that is too much). `forwarded` measures
+//! what rules about forwarded clients cost requests to services. `cluster` does the like with three hosts, two detectors and NATS
 //! between them, and measures what travels there. All but the first need root, and send packets in network namespaces of their
 //! own only. fail2ban takes part where it is installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`.
 //! Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer is an error.
@@ -22,6 +23,7 @@ mod cluster;
 mod corpus;
 mod fail2ban;
 mod flow;
+mod forwarded;
 mod host;
 mod kernel;
 mod latency;
@@ -44,7 +46,7 @@ use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::{Pid, Uid};
 use proto::time::Clock;
 
-const USAGE: &str = "usage: bench [replay|latency|bulk|sources|cluster|all] [--lines N] [--samples N]";
+const USAGE: &str = "usage: bench [replay|latency|bulk|sources|forwarded|cluster|all] [--lines N] [--samples N]";
 /// Set for the child: the folder for all that it writes.
 const FOLDER: &str = "PORTCULLIS_BENCH_FOLDER";
 /// Room for samples of 65,536 - 256 addresses.
@@ -69,6 +71,7 @@ struct Options {
     latency: bool,
     bulk: bool,
     sources: bool,
+    forwarded: bool,
     cluster: bool,
     lines: u64,
     samples: u64,
@@ -87,14 +90,17 @@ impl Options {
             match arg.as_str() {
                 "--lines" => lines = count(LINES_MAX)?,
                 "--samples" => samples = count(SAMPLES_MAX)?,
-                "replay" | "latency" | "bulk" | "sources" | "cluster" | "all" if part.is_none() => part = Some(arg),
+                "replay" | "latency" | "bulk" | "sources" | "forwarded" | "cluster" | "all" if part.is_none() => {
+                    part = Some(arg);
+                }
                 _ => bail!("what is {arg}? {USAGE}"),
             }
         }
         let part = part.unwrap_or_else(|| "all".to_owned());
         let wants = |name| part == name || part == "all";
-        let [replay, latency, bulk, sources, cluster] = ["replay", "latency", "bulk", "sources", "cluster"].map(wants);
-        Ok(Self { replay, latency, bulk, sources, cluster, lines, samples })
+        let [replay, latency, bulk, sources, forwarded, cluster] =
+            ["replay", "latency", "bulk", "sources", "forwarded", "cluster"].map(wants);
+        Ok(Self { replay, latency, bulk, sources, forwarded, cluster, lines, samples })
     }
 }
 
@@ -149,8 +155,9 @@ fn work(folder: &Path) -> Result<()> {
     tests::portcullis::binary()?;
     let mut summary = Vec::new();
     let root = Uid::effective().is_root();
-    if (options.latency || options.bulk || options.sources || options.cluster) && !root {
-        println!("not root: without latency, bulk, sources and cluster, which need network namespaces\n");
+    let needs_root = [options.latency, options.bulk, options.sources, options.forwarded, options.cluster];
+    if needs_root.contains(&true) && !root {
+        println!("not root: without latency, bulk, sources, forwarded and cluster, which need network namespaces\n");
     }
     let has_nats = std::env::var_os("NATS_SERVER").is_some() || process::is_installed("nats-server");
     if options.cluster && root && !has_nats {
@@ -186,6 +193,9 @@ fn work(folder: &Path) -> Result<()> {
     }
     if options.latency && root {
         summary.extend(latency::run(folder, options.samples)?);
+    }
+    if options.forwarded && root {
+        summary.extend(forwarded::run(folder)?);
     }
     println!("summary\n{}", summary.iter().map(|line| format!("  {line}\n")).collect::<String>());
     Ok(())

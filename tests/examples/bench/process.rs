@@ -72,7 +72,16 @@ pub(crate) fn peak(pid: u32) -> Option<u64> {
 
 /// User and system time of all children that were waited for, in seconds.
 fn cpu_of_children() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).context("could not read the processor time of children")?;
+    cpu_of(UsageWho::RUSAGE_CHILDREN)
+}
+
+/// User and system time of this process, in seconds: with what the kernel does for its packets when it sends them.
+pub(crate) fn cpu_of_self() -> Result<f64> {
+    cpu_of(UsageWho::RUSAGE_SELF)
+}
+
+fn cpu_of(who: UsageWho) -> Result<f64> {
+    let usage = getrusage(who).context("could not read processor time")?;
     let seconds = |time: nix::sys::time::TimeVal| {
         Duration::new(time.tv_sec().try_into().unwrap_or(0), u32::try_from(time.tv_usec()).unwrap_or(0) * 1_000)
     };

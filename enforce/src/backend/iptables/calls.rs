@@ -86,17 +86,27 @@ impl Calls {
         if output.status.success() { Ok(()) } else { Err(failed(command::one_line(&output.stderr))) }
     }
 
-    /// All of a step or nothing of it, without a moment in between.
     async fn restore(&mut self, programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
-        self.check_finished()?;
         let commands = step.commands();
-        let Some((table, _)) = commands.first() else { return Ok(()) };
-        let lines: Vec<&str> = commands.iter().map(|(_, arguments)| arguments.as_str()).collect();
+        let Some(&(table, _)) = commands.first() else { return Ok(()) };
+        let lines: Vec<String> = commands.into_iter().map(|(_, arguments)| arguments).collect();
+        self.transact(programs, table, &lines, &step.to_string()).await
+    }
+
+    /// All of these lines or none of them, without a moment in between. `what` names them where they fail.
+    pub(super) async fn transact(
+        &mut self,
+        programs: Programs,
+        table: Table,
+        lines: &[String],
+        what: &str,
+    ) -> Result<(), CommandError> {
+        self.check_finished()?;
         let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
         let wait = format!("--wait={LOCK_WAIT_S}");
         let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
         let ended = restore.finish(input.as_bytes()).await?;
-        let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
+        let failed = || CommandError::Failed { command: format!("{}: {what}", programs.restore), said: ended.stderr };
         if ended.success { Ok(()) } else { Err(failed()) }
     }
 }

@@ -1,0 +1,224 @@
+//! Our chains on this host: looks, plans, changes and looks again, in both families.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+
+use proto::report::Problem;
+use proto::time::{Clock, Timestamp};
+
+use crate::backend::iptables::Iptables;
+use crate::backend::iptables::reading::{self, Reading};
+use crate::command::CommandError;
+use crate::config::{FirewallConfig, ForwardedForConfig};
+use crate::forwarded::plan::{self, Layout, Plan};
+use crate::forwarded::tree::Tree;
+use crate::plan::Family;
+use crate::plan::rules::{LIFTS_MAX, Lifts};
+use crate::reconcile::chain_of;
+
+/// Searches, with the end of each ban.
+pub(crate) type Searches = Tree<Option<Timestamp>>;
+
+/// What a look at the chains brought about.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    /// What is not as it should be.
+    pub(crate) problems: Vec<Problem>,
+    /// Where the rules stand, a line a family.
+    pub(crate) detail: Vec<String>,
+    /// Families in which something had drifted.
+    pub(crate) repairs: u64,
+    /// Families whose chains were rewritten.
+    pub(crate) rewrites: u64,
+    /// Packets and bytes refused since our chains were first made.
+    pub(crate) refused: (u64, u64),
+}
+
+/// What a family's rules counted: packets and bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    /// Before they were last made anew.
+    former: (u64, u64),
+    /// At the last look.
+    last: (u64, u64),
+}
+
+/// Keeps the chains.
+#[derive(Debug)]
+pub(crate) struct Chains {
+    config: ForwardedForConfig,
+    iptables: Iptables,
+    dry_run: bool,
+    clock: Clock,
+    lifts: BTreeMap<Family, Lifts>,
+    counted: BTreeMap<Family, Counted>,
+    /// Families in which the chains were found as they should be, for these searches.
+    placed: BTreeSet<Family>,
+    /// Families that could not be changed, and why.
+    failed: BTreeMap<Family, String>,
+    searches: Searches,
+}
+
+impl Chains {
+    /// Knows nothing yet.
+    pub(crate) fn new(config: ForwardedForConfig, firewall: FirewallConfig, dry_run: bool, clock: Clock) -> Self {
+        Self {
+            config,
+            iptables: Iptables::new(firewall, dry_run, clock.clone()),
+            dry_run,
+            clock,
+            lifts: BTreeMap::new(),
+            counted: BTreeMap::new(),
+            placed: BTreeSet::new(),
+            failed: BTreeMap::new(),
+            searches: Searches::new(),
+        }
+    }
+
+    /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
+    /// somebody stay as they are. A family that failed is left alone until it is told to `retry`.
+    pub(crate) async fn put(
+        &mut self,
+        searches: &Searches,
+        (known, retry): (bool, bool),
+        families: &[Family],
+    ) -> Outcome {
+        if *searches != self.searches {
+            self.searches = searches.clone();
+            self.placed.clear();
+        }
+        let mut outcome = Outcome::default();
+        for &family in families {
+            if retry {
+                self.failed.remove(&family);
+            }
+            if !self.failed.contains_key(&family)
+                && let Err(error) = self.put_family(family, known, &mut outcome).await
+            {
+                self.placed.remove(&family);
+                let cause = error.source().map(ToString::to_string);
+                tracing::warn!(family = family.as_str(), error = %error, cause, "Forwarded clients not refused");
+                self.failed.insert(family, chain_of(&error));
+            }
+            if let Some(why) = self.failed.get(&family) {
+                outcome.problems.push(Problem::degraded(format!("{}: {why}", family.as_str())));
+            }
+        }
+        for Counted { former, last } in self.counted.values() {
+            outcome.refused = (outcome.refused.0 + former.0 + last.0, outcome.refused.1 + former.1 + last.1);
+        }
+        outcome
+    }
+
+    async fn put_family(&mut self, family: Family, known: bool, outcome: &mut Outcome) -> Result<(), CommandError> {
+        let Some(reading) = self.iptables.read(family).await? else {
+            let text = format!("{}: {} is not installed", family.as_str(), reading::name(family));
+            outcome.problems.push(Problem::degraded(text));
+            return Ok(());
+        };
+        let layout = Layout::new(&self.config, family, &reading.view, &self.searches);
+        report(family, &reading, &layout, outcome);
+        self.count(family, reading.view.refused);
+        let may_rewrite = known || plan::is_blank(&reading.view);
+        let mut lifts = self.lifts.remove(&family).unwrap_or_default();
+        let plan = plan::plan(&layout, &reading.view, may_rewrite, (&mut lifts, self.clock.now()));
+        self.lifts.insert(family, lifts);
+        for place in &plan.overtaken {
+            let text = format!(
+                "{}: a rule above ours in {place} may let clients in; we moved up {LIFTS_MAX} times in ten minutes and \
+                 someone moves above us each time",
+                family.as_str()
+            );
+            outcome.problems.push(Problem::degraded(text));
+        }
+        self.carry_out((family, may_rewrite), &reading, &plan, outcome).await?;
+        if let Some((variant, view)) = reading.other.filter(|_| !self.dry_run) {
+            let lines = plan::plan_removal(&view);
+            self.iptables.change_filter((family, variant), &lines, "remove our chains").await?;
+        }
+        Ok(())
+    }
+
+    async fn carry_out(
+        &mut self,
+        (family, may_rewrite): (Family, bool),
+        reading: &Reading,
+        plan: &Plan,
+        outcome: &mut Outcome,
+    ) -> Result<(), CommandError> {
+        if plan.lines.is_empty() {
+            self.placed.insert(family);
+            return Ok(());
+        }
+        let drifted = self.placed.remove(&family);
+        if self.dry_run {
+            self.placed.insert(family);
+            return Ok(());
+        }
+        let what = "rewrite our chains in table filter";
+        self.iptables.change_filter((family, reading.variant), &plan.lines, what).await?;
+        outcome.rewrites += u64::from(plan.rewrites);
+        if drifted {
+            outcome.repairs += 1;
+            tracing::warn!(family = family.as_str(), "Repaired rules about forwarded clients");
+        }
+        // After a change nothing should be left to do.
+        let Some(after) = self.iptables.read(family).await? else { return Ok(()) };
+        self.count(family, after.view.refused);
+        let layout = Layout::new(&self.config, family, &after.view, &self.searches);
+        let left = plan::plan(&layout, &after.view, may_rewrite, (&mut Lifts::default(), Timestamp::EPOCH));
+        if left.lines.is_empty() {
+            self.placed.insert(family);
+        } else {
+            tracing::warn!(
+                family = family.as_str(),
+                "Rules about forwarded clients differ right after they were placed"
+            );
+            let text = format!("{}: iptables does not show our rules as they were placed", family.as_str());
+            outcome.problems.push(Problem::degraded(text));
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, family: Family, refused: (u64, u64)) {
+        let Counted { former, last } = self.counted.entry(family).or_default();
+        if refused.0 < last.0 || refused.1 < last.1 {
+            // Our rules were made anew and count from zero again.
+            *former = (former.0 + last.0, former.1 + last.1);
+        }
+        *last = refused;
+    }
+}
+
+fn report(family: Family, reading: &Reading, layout: &Layout, outcome: &mut Outcome) {
+    let family = family.as_str();
+    let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
+    let (variant, why) = (reading.variant.as_str(), reading.why);
+    outcome.detail.push(format!("{family}: {variant} ({why}), {}, {} rules", places.join(", "), layout.rules()));
+    for missing in &layout.missing {
+        let text =
+            format!("{family}: chain {missing} does not exist; forwarded clients are refused there once it does");
+        outcome.problems.push(Problem::warning(text));
+    }
+    if layout.places.is_empty() {
+        let text = format!("{family}: none of the configured chains exists; no forwarded client is refused");
+        outcome.problems.push(Problem::degraded(text));
+    }
+}
+
+/// Removes our chains from both variants of a family. Returns how many rules and chains went, and what could not be done.
+pub(crate) async fn remove(iptables: &mut Iptables, family: Family, dry_run: bool) -> (usize, Option<CommandError>) {
+    let (views, mut failure) = iptables.read_all(family).await;
+    let mut removed = 0;
+    for (variant, view) in views {
+        let lines = plan::plan_removal(&view);
+        let change = async {
+            if dry_run { Ok(()) } else { iptables.change_filter((family, variant), &lines, "remove our chains").await }
+        };
+        match change.await {
+            Ok(()) => removed += lines.iter().filter(|line| !line.starts_with("-F")).count(),
+            Err(error) => drop(failure.get_or_insert(error)),
+        }
+    }
+    (removed, failure)
+}
