@@ -1,11 +1,14 @@
 //! `[enforce]`: raw as a file says it, then checked.
 
+mod cloudflare;
 mod firewall;
 
 use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::config::cloudflare::RawCloudflare;
+pub use crate::config::cloudflare::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
 use crate::config::firewall::RawFirewall;
 pub use crate::config::firewall::{BackendKind, CHAIN, ChainRef, Chains, FirewallConfig, Ports, Protocol, Table};
 
@@ -14,7 +17,7 @@ pub use crate::config::firewall::{BackendKind, CHAIN, ChainRef, Chains, Firewall
 #[serde(default)]
 pub struct RawEnforce {
     firewall: Field<RawFirewall>,
-    cloudflare: Field<Anything>,
+    cloudflare: Field<RawCloudflare>,
     telegram: Field<Anything>,
     webhooks: Field<Anything>,
     forwarded_for: Field<Anything>,
@@ -39,6 +42,8 @@ impl FromValue for Anything {
 pub struct EnforceConfig {
     /// The host's firewall.
     pub firewall: FirewallConfig,
+    /// Cloudflare, where it is configured.
+    pub cloudflare: Option<CloudflareConfig>,
 }
 
 impl RawEnforce {
@@ -46,7 +51,6 @@ impl RawEnforce {
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
         let later = [
-            ("cloudflare", self.cloudflare),
             ("telegram", self.telegram),
             ("webhooks", self.webhooks),
             ("forwarded_for", self.forwarded_for),
@@ -58,12 +62,20 @@ impl RawEnforce {
                 fine = false;
             }
         }
+        let cloudflare = match self.cloudflare {
+            Field::Absent => Some(None),
+            given => {
+                let raw = given.take("cloudflare", mistakes);
+                mistakes.within("cloudflare", |mistakes| raw?.check(mistakes)).map(Some)
+            }
+        };
         let raw = match self.firewall {
             Field::Absent => Some(RawFirewall::default()),
             given => given.take("firewall", mistakes),
         };
         let firewall = mistakes.within("firewall", |mistakes| raw?.check(mistakes))?;
-        fine.then_some(EnforceConfig { firewall })
+        let cloudflare = cloudflare?;
+        fine.then_some(EnforceConfig { firewall, cloudflare })
     }
 }
 
@@ -84,7 +96,7 @@ mod tests {
 
     #[test]
     fn nothing_given_means_the_defaults() {
-        let defaults = EnforceConfig { firewall: FirewallConfig::default() };
+        let defaults = EnforceConfig { firewall: FirewallConfig::default(), cloudflare: None };
         assert_eq!(check(json!({})).unwrap(), defaults);
         assert_eq!(check(json!({"firewall": {"chains": "auto", "backend": "auto", "ports": []}})).unwrap(), defaults);
     }
@@ -115,7 +127,7 @@ mod tests {
         });
         let texts = check(wrong).unwrap_err();
         let expected = [
-            "enforce.cloudflare: not available in this version",
+            "enforce.cloudflare.scope: is required",
             "enforce.firewal: unknown key; did you mean `firewall`?",
             "enforce.firewall.backend: \"nftables\" is not available in this version",
             "enforce.firewall.ban_prefix_min_ipv4: must be from 1 to 32",

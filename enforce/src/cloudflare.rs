@@ -1,0 +1,3 @@
+//! x
+mod call;
+mod mirror;
