@@ -1,6 +1,7 @@
 //! Back ends beside the host's firewall. Each runs in a task of its own, with its own queue, pace and health, so that one
 //! that hangs delays no other; each says what it does on the [`Board`].
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::board::Board;
+use crate::cloudflare;
 use crate::config::EnforceConfig;
 use crate::error::EnforceError;
 use crate::metrics::EnforceMetrics;
@@ -30,6 +32,8 @@ pub(crate) struct Surroundings {
     pub(crate) lists: watch::Receiver<Arc<Lists>>,
     /// Never banned.
     pub(crate) trusted_proxies: NetSet,
+    /// Servers that connect the cluster, never banned.
+    pub(crate) bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Who does what only one host does.
     pub(crate) duties: Duties,
     /// Where state is kept; `None` = nowhere.
@@ -54,6 +58,7 @@ impl Surroundings {
             bans: inputs.bans.clone(),
             lists: inputs.lists.clone(),
             trusted_proxies: inputs.trusted_proxies.clone(),
+            bus_servers: inputs.bus_servers.clone(),
             duties: inputs.duties.clone(),
             state_dir: inputs.state_dir.clone(),
             dry_run: inputs.dry_run,
@@ -71,8 +76,12 @@ pub(crate) struct Actions(JoinSet<()>);
 
 impl Actions {
     /// Starts those that are configured.
-    pub(crate) fn start(_config: &EnforceConfig, _around: &Surroundings) -> Self {
-        Self::default()
+    pub(crate) fn start(config: &EnforceConfig, around: &Surroundings) -> Self {
+        let mut actions = Self::default();
+        if config.cloudflare.is_some() {
+            actions.0.spawn(cloudflare::run(config.clone(), around.clone()));
+        }
+        actions
     }
 
     /// Returns when one of them ended; for ever where none runs.

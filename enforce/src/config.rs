@@ -64,9 +64,11 @@ impl RawEnforce {
         }
         let cloudflare = match self.cloudflare {
             Field::Absent => Some(None),
-            given => {
-                let raw = given.take("cloudflare", mistakes);
-                mistakes.within("cloudflare", |mistakes| raw?.check(mistakes)).map(Some)
+            Field::Given(raw) => mistakes.within("cloudflare", |mistakes| raw.check(mistakes)).map(Some),
+            // What stands there may be a secret.
+            Field::Wrong(_) => {
+                mistakes.add("cloudflare", "expected a table");
+                None
             }
         };
         let raw = match self.firewall {

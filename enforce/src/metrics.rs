@@ -7,6 +7,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::cloudflare::CloudflareMetrics;
+
 /// Which kind of step.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Kind {
@@ -34,6 +36,7 @@ pub struct EnforceMetrics {
     pub(crate) dropped_bytes: Counter,
     pub(crate) apply_seconds: Histogram,
     pub(crate) log_to_kernel_seconds: Histogram,
+    pub(crate) cloudflare: CloudflareMetrics,
 }
 
 impl EnforceMetrics {
@@ -54,6 +57,7 @@ impl EnforceMetrics {
             dropped_bytes: Counter::default(),
             apply_seconds: histogram(),
             log_to_kernel_seconds: histogram(),
+            cloudflare: CloudflareMetrics::register(registry),
         };
         let m = &metrics;
         registry.register("portcullis_enforce_steps", "Steps carried out, by kind", m.steps.clone());

@@ -423,6 +423,7 @@ impl Enforcer {
             dropped_bytes: self.dropped.1,
             revision: desired.revision(),
             repairs: self.reconciler.repairs + self.rules_repairs,
+            ..BackendReport::default()
         }];
         report.backends.extend(backends);
         self.inputs.nodes.put(report);

@@ -492,7 +492,8 @@ fn read_host(
     blind
 }
 
-fn is_paused(lists: &Lists, now: Timestamp) -> bool {
+/// Whether all bans are lifted at `now`.
+pub(crate) fn is_paused(lists: &Lists, now: Timestamp) -> bool {
     lists.paused.is_some_and(|pause| pause.until.is_none_or(|until| now < until))
 }
 

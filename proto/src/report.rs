@@ -184,6 +184,10 @@ pub struct BackendReport {
     pub revision: u64,
     /// Repairs of drift since start.
     pub repairs: u64,
+    /// Changes that wait, of a back end that works them off one by one.
+    pub waiting: u64,
+    /// Whether another host does this back end's work, so that the figures are not of this one.
+    pub standby: bool,
 }
 
 /// One role on one node.

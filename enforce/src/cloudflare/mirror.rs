@@ -10,7 +10,7 @@ mod trouble;
 mod wishes;
 
 #[cfg(test)]
-mod sim;
+pub(super) mod sim;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -38,6 +38,8 @@ pub(super) struct Tempo {
     pub(super) poll_max: Duration,
     /// How long an operation may take.
     pub(super) operation_max: Duration,
+    /// How long one takes that we did not hear the beginning of.
+    pub(super) unseen_max: Duration,
     /// How long a call may take.
     pub(super) call_max: Duration,
     /// What `calls_max` is counted over.
@@ -53,6 +55,7 @@ impl Default for Tempo {
             poll_min: second / 2,
             poll_max: 5 * second,
             operation_max: 600 * second,
+            unseen_max: 60 * second,
             call_max: 20 * second,
             window: 300 * second,
         }
@@ -213,12 +216,18 @@ impl Mirror {
         later.min().map(|until| until.since(now))
     }
 
+    /// ID of the list, once it is known.
+    pub(super) fn list(&self) -> Option<&str> {
+        self.books.iter().find_map(Book::list)
+    }
+
     /// The ban set and what is made of it.
     pub(super) fn wishes(&self) -> &Wishes {
         &self.wishes
     }
 
     /// Whether all places are known and nothing is left to do.
+    #[cfg(test)]
     pub(super) fn is_settled(&self) -> bool {
         self.books.iter().all(Book::is_settled)
     }

@@ -104,6 +104,8 @@ pub(super) struct Book {
     /// ID of the list.
     list: Option<String>,
     operation: Option<Operation>,
+    /// When an addition that may have begun unseen should have ended, and shows.
+    second_look: Option<Timestamp>,
     batch_max: usize,
     /// Entries refused one after the other.
     refusals: u32,
@@ -127,6 +129,7 @@ impl Book {
             find: None,
             list: None,
             operation: None,
+            second_look: None,
             batch_max: BATCH_MAX,
             refusals: 0,
             trouble: Trouble::new(seed),
@@ -179,6 +182,10 @@ impl Book {
         }
         if self.form == Form::List && self.list.is_none() {
             return Some(Ask::FindList);
+        }
+        if self.second_look.is_some_and(|at| at <= view.now) {
+            self.second_look = None;
+            self.doubt();
         }
         if matches!(self.look, Look::Needed) {
             let cursor = if self.form == Form::List { Cursor::After(None) } else { Cursor::Page(1) };
@@ -466,7 +473,10 @@ impl Book {
             Ask::Create(target, _) | Ask::SetMode(_, target) | Ask::Delete(_, target) if error.is_unclear() => {
                 self.find = Some((*target, false));
             }
-            Ask::Append(_) if error.is_unclear() => self.doubt(),
+            Ask::Append(_) if error.is_unclear() => {
+                self.second_look = Some(view.now.saturating_add(view.tempo.unseen_max));
+                self.doubt();
+            }
             Ask::Remove(_) if !matches!(error, CallError::Limited { .. }) => self.doubt(),
             // It is forgotten after a time; what it did is seen by looking.
             Ask::Poll(_) if error.is_gone() => {
@@ -562,6 +572,7 @@ impl Book {
     }
 
     /// Whether nothing is left to do.
+    #[cfg(test)]
     pub(super) fn is_settled(&self) -> bool {
         let is_idle = self.operation.is_none() && self.find.is_none() && self.strays.is_empty();
         is_idle && self.known && matches!(self.look, Look::Done) && self.order.is_empty()
