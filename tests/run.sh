@@ -2,7 +2,7 @@
 # Everything that holds this repository together, in one command. Needs Rust; the rest it installs on Debian when missing.
 #
 #   ./tests/run.sh             every stage
-#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers packaging start fuzz
+#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz
 #
 # The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
 # nothing outside of them is touched. Ends with `N passed, N failed, N skipped`; fails when anything failed, and under
@@ -89,7 +89,7 @@ install_python_packages() {
   echo "installing what $python_packages names"
   # Only a whole one gets the list that is compared above.
   python3 -m venv --clear "$folder" \
-    && "$python" -m pip install --quiet --disable-pip-version-check --requirement "$python_packages" \
+    && "$python" -m pip install --quiet --disable-pip-version-check --no-compile --requirement "$python_packages" \
     && cp "$python_packages" "$folder/installed"
 }
 
@@ -197,6 +197,9 @@ stage_shippers() {
   run_tests shippers "$python" tests/shippers/test_push.py
 }
 
+# The stand-in for Cloudflare that the tests of enforce use, against the official client.
+stage_cloudflare() { run_tests cloudflare "$python" tests/cloudflare/official.py; }
+
 # Units are only checked. The cluster of Compose starts, in network namespaces and with a Docker of its own.
 stage_packaging() {
   build_portcullis || return
@@ -263,7 +266,7 @@ stage_fuzz() {
   done
 }
 
-stages=(fmt clippy deny test nats consumers shippers packaging start fuzz)
+stages=(fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz)
 case "${1:-}" in
   -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
   "") ;;

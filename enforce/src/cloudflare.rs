@@ -18,6 +18,7 @@ mod wire;
 mod tests;
 
 use std::future::{Future, pending};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,35 +59,43 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     }
 }
 
+/// Entries could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemovalError {
+    #[error(transparent)]
+    Installation(#[from] InstallationError),
+    #[error(transparent)]
+    Login(#[from] LoginError),
+    #[error("{place}: {text}")]
+    Refused { place: String, text: String },
+}
+
 /// Removes all that is ours, or only counts it. Returns how many entries that is.
 ///
 /// # Errors
-/// In words, when it could not be done. What was removed until then is gone.
+/// When it could not be done. What was removed until then is gone.
 pub(crate) async fn remove_all(
-    config: &EnforceConfig,
-    around: (Option<&std::path::Path>, bool),
-    clock: Clock,
-) -> Result<usize, String> {
-    let Some(cloudflare) = &config.cloudflare else { return Ok(0) };
-    let (state_dir, dry_run) = around;
-    let name = installation::name(cloudflare.installation.as_deref(), state_dir, true);
-    let mark = Mark::new(&name.map_err(|error| status::chain(&error))?);
+    cloudflare: &CloudflareConfig,
+    state_dir: Option<&Path>,
+    dry_run: bool,
+) -> Result<usize, RemovalError> {
+    let clock = Clock::system();
+    let mark = Mark::new(&installation::name(cloudflare.installation.as_deref(), state_dir, true)?);
     let tempo = Tempo::default();
     let pace = Arc::new(Pace::new(cloudflare.calls_max, tempo.window, clock.clone()));
-    let login = Login::read(&cloudflare.login).map_err(|error| status::chain(&error))?;
-    let client = Client::new(cloudflare, login, pace, tempo.call_max, CloudflareMetrics::default());
-    let client = client.map_err(|error| status::chain(&error))?;
+    let login = Login::read(&cloudflare.login)?;
+    let client = Client::new(cloudflare, login, pace, tempo.call_max, CloudflareMetrics::default())?;
     let mut mirror = Mirror::new(cloudflare, mark, Guard::new(&GuardFacts::default()), tempo, 1);
     if dry_run {
         mirror.set_read_only();
     }
-    mirror.handle_pause(true, clock.raw());
+    mirror.handle_pause(true, clock.now());
     let mut most = 0;
     loop {
         let Some(call) = mirror.next(clock.raw()) else {
             let summary = mirror.summary();
             if let Some((place, text)) = summary.troubles.first() {
-                return Err(format!("{place}: {text}"));
+                return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
             }
             match mirror.pause(clock.raw()) {
                 None => return Ok(most),
@@ -218,14 +227,19 @@ impl Runner {
         match &self.installation {
             Err(error) => tracing::error!(error = status::chain(error), "Nobody is banned at Cloudflare"),
             Ok(name) => {
-                let seed = self.around.clock.raw().as_nanos().unsigned_abs();
+                let start = self.around.clock.raw().as_nanos().unsigned_abs();
+                let seed = self.around.node.bytes().fold(start, |seed, byte| seed.rotate_left(8) ^ u64::from(byte));
                 let guard = Guard::new(&self.facts);
                 let mut mirror = Mirror::new(&self.config, Mark::new(name), guard, self.tempo.clone(), seed);
                 if self.around.dry_run {
                     mirror.set_read_only();
                 }
                 self.mirror = Some(mirror);
-                tracing::info!(installation = name, dry_run = self.around.dry_run, "Cloudflare is kept as the ban set is");
+                tracing::info!(
+                    installation = name,
+                    dry_run = self.around.dry_run,
+                    "Cloudflare is kept as the ban set is"
+                );
                 self.take_bans();
             }
         }
@@ -240,9 +254,8 @@ impl Runner {
             return;
         }
         let metrics = self.around.metrics.cloudflare.clone();
-        let made = login.and_then(|login| {
-            Client::new(&self.config, login, self.pace.clone(), self.tempo.call_max, metrics)
-        });
+        let made =
+            login.and_then(|login| Client::new(&self.config, login, self.pace.clone(), self.tempo.call_max, metrics));
         if let Err(error) = &made {
             tracing::error!(error = status::chain(error), "Cloudflare cannot be called");
         }

@@ -50,11 +50,7 @@ impl RawEnforce {
     /// Checks everything; `None` when a mistake was noted.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
-        let later = [
-            ("telegram", self.telegram),
-            ("webhooks", self.webhooks),
-            ("forwarded_for", self.forwarded_for),
-        ];
+        let later = [("telegram", self.telegram), ("webhooks", self.webhooks), ("forwarded_for", self.forwarded_for)];
         let mut fine = true;
         for (key, section) in later {
             if section.take(key, mistakes).is_some() {

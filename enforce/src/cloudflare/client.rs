@@ -36,7 +36,7 @@ pub(super) struct Login {
 
 /// There is no login.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LoginError {
+pub(crate) enum LoginError {
     #[error(transparent)]
     File(#[from] SecretFileError),
     #[error("the file with Cloudflare's token or key holds something else")]
@@ -92,7 +92,7 @@ impl Request {
         Self::new(Method::GET, path)
     }
 
-    fn with(mut self, key: &'static str, value: impl ToString) -> Self {
+    fn with(mut self, key: &'static str, value: &dyn ToString) -> Self {
         self.query.push((key, value.to_string()));
         self
     }
@@ -125,7 +125,8 @@ impl Client {
     ) -> Result<Self, LoginError> {
         proto::tls::use_ring();
         let builder = reqwest::Client::builder().default_headers(login.headers.clone()).timeout(call_max);
-        let builder = builder.redirect(redirect::Policy::none()).user_agent(concat!("portcullis/", env!("CARGO_PKG_VERSION")));
+        let builder =
+            builder.redirect(redirect::Policy::none()).user_agent(concat!("portcullis/", env!("CARGO_PKG_VERSION")));
         // Without TLS it is on this host, where no proxy leads to and no authorities are needed.
         let is_plain = config.api_url.starts_with("http://");
         let builder = if is_plain { builder.no_proxy().tls_certs_only([]) } else { builder };
@@ -150,14 +151,14 @@ impl Client {
         let (get, post, delete) = (Request::get, Method::POST, Method::DELETE);
         match &call.ask {
             Ask::Look(Cursor::Page(page)) => {
-                let request = get(rules()).with("notes", MARK_OF_ALL).with("page", page).with("per_page", PAGE);
+                let request = get(rules()).with("notes", &MARK_OF_ALL).with("page", page).with("per_page", &PAGE);
                 let (found, info) = self.send::<Vec<wire::Rule>>(request).await?;
                 let more = info.total_pages.unwrap_or_default() > *page;
                 let next = more.then_some(Cursor::Page(page + 1));
                 Ok(Answer::Page { entries: seen(found), next, total: info.total_count })
             }
             Ask::Look(Cursor::After(after)) => {
-                let request = get(items()).with("per_page", PAGE);
+                let request = get(items()).with("per_page", &PAGE);
                 let request = after.iter().fold(request, |request, after| request.with("cursor", after));
                 let (found, info) = self.send::<Vec<wire::Item>>(request).await?;
                 let after = info.cursors.and_then(|cursors| cursors.after).filter(|after| !after.is_empty());
@@ -221,11 +222,11 @@ impl Client {
         let found = match &call.list {
             None => {
                 let request = Request::get(self.rules(call.place));
-                let request = request.with("configuration.value", target).with("page", 1).with("per_page", PAGE);
+                let request = request.with("configuration.value", target).with("page", &1).with("per_page", &PAGE);
                 seen(self.send::<Vec<wire::Rule>>(request).await?.0)
             }
             Some(list) => {
-                let request = Request::get(self.items(list)).with("search", target).with("per_page", PAGE);
+                let request = Request::get(self.items(list)).with("search", target).with("per_page", &PAGE);
                 seen(self.send::<Vec<wire::Item>>(request).await?.0)
             }
         };

@@ -30,7 +30,12 @@ impl CloudflareMetrics {
         registry.register("portcullis_cloudflare_entries", "Entries of ours at Cloudflare", m.entries.clone());
         registry.register("portcullis_cloudflare_queue", "Changes that wait for Cloudflare", m.queue.clone());
         let help = "How long the oldest of them waits";
-        registry.register_with_unit("portcullis_cloudflare_queue_age", help, Unit::Seconds, m.queue_age_seconds.clone());
+        registry.register_with_unit(
+            "portcullis_cloudflare_queue_age",
+            help,
+            Unit::Seconds,
+            m.queue_age_seconds.clone(),
+        );
         let help = "Entries left out because of entries_max";
         registry.register("portcullis_cloudflare_left_out", help, m.left_out.clone());
         m

@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn the_word_of_cloudflare_holds_calls_back() {
         let clock = Clock::manual(Timestamp::from_secs(1000));
-        let pace = Pace::new(1000, Duration::from_secs(300), clock.clone());
+        let pace = Pace::new(1000, Duration::from_secs(300), clock);
         let at = |seconds: i64| Timestamp::from_secs(1000 + seconds);
         pace.learn(StatusCode::OK, &headers(&[("retry-after", "9"), ("ratelimit", "\"default\";r=50;t=30")]));
         assert!(pace.holds().all < at(0) && pace.holds().others < at(0), "enough is left");

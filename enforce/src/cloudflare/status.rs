@@ -28,7 +28,8 @@ pub(super) struct Status<'a> {
 impl Status<'_> {
     /// The report, and what is wrong. Sets the gauges.
     pub(super) fn report(&self, metrics: &CloudflareMetrics, now: Timestamp) -> (BackendReport, Vec<Problem>) {
-        let mut report = BackendReport { name: NAME.to_owned(), detail: vec![self.scope()], ..BackendReport::default() };
+        let mut report =
+            BackendReport { name: NAME.to_owned(), detail: vec![self.scope()], ..BackendReport::default() };
         let summary = self.mirror.map(Mirror::summary).unwrap_or_default();
         let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         let waiting = summary.additions + summary.removals;
@@ -70,8 +71,7 @@ impl Status<'_> {
     }
 
     fn details(&self, summary: &Summary) -> Vec<String> {
-        let mut details: Vec<String> =
-            self.installation.iter().map(|name| format!("installation {name}")).collect();
+        let mut details: Vec<String> = self.installation.iter().map(|name| format!("installation {name}")).collect();
         let waiting = format!("{} to add, {} to remove", summary.additions, summary.removals);
         if self.dry_run {
             details.push(format!("dry run: nothing is changed; {waiting}"));

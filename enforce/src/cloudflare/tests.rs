@@ -236,8 +236,10 @@ fn zone(n: usize) -> String {
 /// Entries that are not ours; those of 203.0.113.3 and 2001:db8:3::/64 meet bans.
 fn strangers() -> Value {
     let notes = ["", "portcullis:you:r", "Portcullis:me:r", "portcullis:me2:r", "portcullis:ME:r"];
-    let rule = |n: usize, target: &str, value: String| json!({"whose": zone(0), "target": target, "value": value,
-        "notes": notes[n], "mode": "whitelist"});
+    let rule = |n: usize, target: &str, value: String| {
+        json!({"whose": zone(0), "target": target, "value": value,
+        "notes": notes[n], "mode": "whitelist"})
+    };
     let mut rules: Vec<Value> = (0..notes.len()).map(|n| rule(n, "ip", format!("203.0.113.{n}"))).collect();
     rules.push(rule(0, "ip_range", "2001:db8:3::/64".to_owned()));
     rules.push(rule(0, "country", "XX".to_owned()));
@@ -251,9 +253,8 @@ async fn random_run(scope: Scope, places: &[(String, &[&str])], seed: u64) {
     let fake = Fake::start(strangers()).await;
     let chaos = json!({"unavailable": 0.05, "limited": 0.01, "refused": 0.04, "late": 0.05, "broken": 0.05, "cut": 0.05,
         "slow": 0.02, "operation": 0.1});
-    let before = foreign(
-        &fake.control(json!({"seed": seed, "settings": {"chaos": chaos, "limit": 300, "window": 2.0}})).await,
-    );
+    let before =
+        foreign(&fake.control(json!({"seed": seed, "settings": {"chaos": chaos, "limit": 300, "window": 2.0}})).await);
     let config = config(&fake, scope);
     let mut host = Host::new();
     host.start(&config);
@@ -391,7 +392,8 @@ async fn a_list_that_no_rule_uses_raises_an_alarm() {
         let mut host = Host::new();
         host.ban(&["203.0.113.1"]);
         host.start(&config(&fake, list()));
-        let is_said = || problem.map_or(host.said().0.members == 1 && host.said().1.is_empty(), |p| host.has_problem(p));
+        let is_said =
+            || problem.map_or(host.said().0.members == 1 && host.said().1.is_empty(), |p| host.has_problem(p));
         until(&fake, "it is said", |_| is_said()).await;
         host.stop().await;
     }

@@ -66,11 +66,8 @@ async fn rules(client: &Client, path: String) -> Result<Option<Vec<wire::CustomR
 async fn zones(client: &Client, account: &str) -> Result<Option<Vec<wire::Identified>>, CallError> {
     let mut all = Vec::new();
     for page in 1..=ZONES_MAX / ZONES_PAGE + 1 {
-        let query = [
-            ("account.id", account.to_owned()),
-            ("page", page.to_string()),
-            ("per_page", ZONES_PAGE.to_string()),
-        ];
+        let query =
+            [("account.id", account.to_owned()), ("page", page.to_string()), ("per_page", ZONES_PAGE.to_string())];
         match client.read::<Vec<wire::Identified>>("/zones".to_owned(), &query).await {
             Ok((zones, info)) => {
                 all.extend(zones);

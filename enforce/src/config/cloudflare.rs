@@ -25,10 +25,10 @@ const LIST_NAME_MAX: usize = 50;
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct RawCloudflare {
-    api_token: Field<String>,
+    api_token: Field<RawSecret>,
     api_token_file: Field<PathBuf>,
     email: Field<String>,
-    api_key: Field<String>,
+    api_key: Field<RawSecret>,
     api_key_file: Field<PathBuf>,
     scope: Field<Scope>,
     mode: Field<String>,
@@ -42,6 +42,17 @@ pub(super) struct RawCloudflare {
 }
 
 proto::section!(RawCloudflare);
+
+/// A secret as a file says it. Its mistakes do not show it.
+#[derive(Clone, Debug)]
+struct RawSecret(Secret);
+
+impl FromValue for RawSecret {
+    fn from_value(value: Value) -> Result<Self, String> {
+        let text = String::from_value(value).map_err(|_| "expected a string".to_owned())?;
+        Ok(Self(Secret::new(text)))
+    }
+}
 
 /// `[enforce.cloudflare]`, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,8 +174,9 @@ impl Scope {
         };
         let is_id = |id: &str| id.len() == 32 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let bad = ids.iter().filter(|id| !is_id(id));
-        let mut mistakes: Vec<String> =
-            bad.map(|id| format!("an ID is 32 digits and letters a to f, as on the overview page; got {id:?}")).collect();
+        let mut mistakes: Vec<String> = bad
+            .map(|id| format!("an ID is 32 digits and letters a to f, as on the overview page; got {id:?}"))
+            .collect();
         if let Self::Zones(zones) = self {
             let mut sorted = zones.clone();
             sorted.sort();
@@ -251,22 +263,19 @@ impl RawCloudflare {
 
 fn check_secret(
     key: &str,
-    given: Field<String>,
+    given: Field<RawSecret>,
     file: Field<PathBuf>,
     mistakes: &mut Mistakes,
 ) -> Option<SecretSource> {
     let file_key = format!("{key}_file");
-    match (given, file.take(&file_key, mistakes)) {
-        (Field::Absent, file) => file.map(SecretSource::File),
-        (Field::Given(_), Some(_)) => {
+    match (given.take(key, mistakes), file.take(&file_key, mistakes)) {
+        (None, file) => file.map(SecretSource::File),
+        (Some(_), Some(_)) => {
             mistakes.add(&file_key, format!("cannot stand beside {key}"));
             None
         }
-        (Field::Given(text), None) => check_header(key, &text, mistakes).then(|| SecretSource::Given(Secret::new(text))),
-        (Field::Wrong(_), _) => {
-            // What stood there may be the secret.
-            mistakes.add(key, "expected a string");
-            None
+        (Some(RawSecret(secret)), None) => {
+            check_header(key, secret.expose(), mistakes).then_some(SecretSource::Given(secret))
         }
     }
 }

@@ -4,6 +4,7 @@
 //! not confirmed, and a call that may have been done is safe to repeat.
 
 use std::cmp::Reverse;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use proto::net::Target;
@@ -365,10 +366,11 @@ impl Book {
         // With our mark on what is no address, somebody else has made it.
         let Some(target) = target else { return };
         self.taken.remove(&target);
-        if self.held.contains_key(&target) {
-            self.strays.insert(id, target);
-        } else {
-            self.held.insert(target, Held { id: Some(id), mode });
+        match self.held.entry(target) {
+            Entry::Occupied(_) => drop(self.strays.insert(id, target)),
+            Entry::Vacant(free) => {
+                free.insert(Held { id: Some(id), mode });
+            }
         }
     }
 

@@ -224,8 +224,16 @@ impl Run {
         let places = vec![BTreeMap::new(); count];
         // What a list gets by an operation that nobody saw begin comes on top.
         let ours_max = if form == Form::Rules { 12 } else { 24 };
-        let model =
-            Model { form, places, next_id: 0, operation: None, results: BTreeMap::new(), fails: true, dice: Dice(seed), ours_max };
+        let model = Model {
+            form,
+            places,
+            next_id: 0,
+            operation: None,
+            results: BTreeMap::new(),
+            fails: true,
+            dice: Dice(seed),
+            ours_max,
+        };
         let mirror = Mirror::new(&config, Mark::new("me"), guard(&["192.0.2.3/32"]), Tempo::default(), seed);
         let mut run = Self { mirror, model, now: Timestamp::from_secs(1000), revision: 0, bans: BTreeMap::new() };
         for (n, note) in ["", "portcullis:you:r", "Portcullis:me:r", "portcullis:me2:r"].iter().enumerate() {
