@@ -6,6 +6,7 @@
 mod book;
 mod cover;
 mod mark;
+mod queue;
 mod trouble;
 mod wishes;
 

@@ -3,7 +3,6 @@
 //! What is not known whole is looked at first. After any doubt it is looked at again: nothing is taken for done that was
 //! not confirmed, and a call that may have been done is safe to repeat.
 
-use std::cmp::Reverse;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,6 +10,7 @@ use proto::net::Target;
 use proto::time::Timestamp;
 
 use super::cover::Form;
+use super::queue::Queue;
 use super::trouble::Trouble;
 use super::wishes::Wishes;
 use crate::cloudflare::call::{Answer, Ask, CallError, Cursor, Progress, Seen};
@@ -55,18 +55,6 @@ enum Step {
     Delete,
 }
 
-/// A change that waits.
-#[derive(Clone, Copy, Debug)]
-struct Pending {
-    is_addition: bool,
-    /// Revision of the ban set that first asked for it.
-    revision: u64,
-    since: Timestamp,
-}
-
-/// Removals first, then additions, the newest first: who was banned just now is about.
-type Order = (bool, Reverse<u64>, Target);
-
 #[derive(Debug)]
 enum Look {
     Needed,
@@ -98,8 +86,7 @@ pub(super) struct Book {
     /// Targets that Cloudflare does not take.
     refused: BTreeSet<Target>,
     others: BTreeMap<String, usize>,
-    pending: BTreeMap<Target, Pending>,
-    order: BTreeSet<Order>,
+    queue: Queue,
     /// A target to ask for before anything else, and whether Cloudflare called its entry a duplicate.
     find: Option<(Target, bool)>,
     /// ID of the list.
@@ -125,8 +112,7 @@ impl Book {
             taken: BTreeSet::new(),
             refused: BTreeSet::new(),
             others: BTreeMap::new(),
-            pending: BTreeMap::new(),
-            order: BTreeSet::new(),
+            queue: Queue::default(),
             find: None,
             list: None,
             operation: None,
@@ -156,21 +142,15 @@ impl Book {
         if !self.known {
             return;
         }
-        let former = self.pending.remove(&target);
-        if let Some(former) = former {
-            self.order.remove(&(former.is_addition, Reverse(former.revision), target));
+        match self.step(&target, view) {
+            None => self.queue.remove(&target),
+            Some(step) => self.queue.put(target, step != Step::Delete, revision, view.now),
         }
-        let Some(step) = self.step(&target, view) else { return };
-        let is_addition = step != Step::Delete;
-        let former = former.filter(|former| former.is_addition == is_addition);
-        let pending = former.unwrap_or(Pending { is_addition, revision, since: view.now });
-        self.pending.insert(target, pending);
-        self.order.insert((is_addition, Reverse(pending.revision), target));
     }
 
     /// Whether somebody waits to be freed.
     pub(super) fn has_removals(&self) -> bool {
-        self.order.first().is_some_and(|(is_addition, ..)| !is_addition) || !self.strays.is_empty()
+        self.queue.removals().next().is_some() || !self.strays.is_empty()
     }
 
     /// The next call, if it is time for one.
@@ -235,22 +215,21 @@ impl Book {
         if let Some((id, target)) = self.strays.first_key_value() {
             return Some(Ask::Delete(id.clone(), *target));
         }
-        while let Some(&(.., target)) = self.order.first() {
+        while let Some(target) = self.queue.first() {
             let id = self.held.get(&target).and_then(|held| held.id.clone());
             match (self.step(&target, view), id) {
                 (Some(Step::Create(note)), _) => return self.has_room(view).then_some(Ask::Create(target, note)),
                 (Some(Step::SetMode), Some(id)) => return Some(Ask::SetMode(id, target)),
                 (Some(Step::Delete), Some(id)) => return Some(Ask::Delete(id, target)),
                 // It was changed meanwhile; or it has no ID, which of rules are all known.
-                (None, _) | (Some(_), None) => self.settle(&target),
+                (None, _) | (Some(_), None) => self.queue.remove(&target),
             }
         }
         None
     }
 
     fn next_items(&mut self, view: &View<'_>) -> Option<Ask> {
-        let removals: Vec<Target> =
-            self.order.iter().take_while(|(is_addition, ..)| !is_addition).map(|(.., target)| *target).collect();
+        let removals: Vec<Target> = self.queue.removals().copied().collect();
         let id_of = |target: &Target| self.held.get(target).and_then(|held| held.id.clone());
         let nameless: Vec<Target> = removals.iter().filter(|target| id_of(target).is_none()).copied().collect();
         let mut ids: Vec<(String, Target)> = self.strays.iter().map(|(id, target)| (id.clone(), *target)).collect();
@@ -267,7 +246,7 @@ impl Book {
             return Some(Ask::Find(*target));
         }
         let room = view.entries_max.saturating_sub(self.held.len()).min(self.batch_max);
-        let additions = self.order.iter().filter_map(|(.., target)| match self.step(target, view) {
+        let additions = self.queue.additions().filter_map(|target| match self.step(target, view) {
             Some(Step::Create(note)) => Some((*target, note)),
             Some(Step::SetMode | Step::Delete) | None => None,
         });
@@ -337,7 +316,7 @@ impl Book {
         self.refused.retain(|target| view.wishes.wanted(target).is_some());
         self.look = Look::Done;
         self.known = true;
-        let waiting: BTreeSet<Target> = self.pending.keys().copied().collect();
+        let waiting: BTreeSet<Target> = self.queue.targets().copied().collect();
         let mut targets: BTreeSet<Target> = view.wishes.all_wanted().chain(self.held.keys()).copied().collect();
         targets.extend(&waiting);
         let revision = view.wishes.desired().revision();
@@ -345,7 +324,7 @@ impl Book {
             self.touch(*target, revision, view);
         }
         let changed = |target: &&Target| expected.contains_key(target) != self.held.contains_key(target);
-        let repaired = self.pending.keys().filter(|target| !waiting.contains(target)).filter(changed).count();
+        let repaired = self.queue.targets().filter(|target| !waiting.contains(target)).filter(changed).count();
         if drifts {
             self.repairs += repaired as u64;
         }
@@ -458,7 +437,7 @@ impl Book {
             Ask::Create(target, _) if error.is_about_entry() && self.refusals < REFUSALS_MAX => {
                 self.refusals += 1;
                 self.refused.insert(*target);
-                self.settle(target);
+                self.queue.remove(target);
                 return;
             }
             Ask::Delete(id, target) if error.is_gone() => {
@@ -501,7 +480,7 @@ impl Book {
         if let [(target, _)] = items {
             let target = *target;
             self.refused.insert(target);
-            self.settle(&target);
+            self.queue.remove(&target);
             return false;
         }
         self.trouble.rest(view.now, view.tempo.backoff_min);
@@ -518,12 +497,6 @@ impl Book {
 
     fn retouch(&mut self, target: &Target, view: &View<'_>) {
         self.touch(*target, view.wishes.desired().revision(), view);
-    }
-
-    fn settle(&mut self, target: &Target) {
-        if let Some(pending) = self.pending.remove(target) {
-            self.order.remove(&(pending.is_addition, Reverse(pending.revision), *target));
-        }
     }
 
     /// ID of the list, once it is known.
@@ -543,18 +516,17 @@ impl Book {
 
     /// Changes that wait: additions and removals.
     pub(super) fn waiting(&self) -> (usize, usize) {
-        let additions = self.order.iter().filter(|(is_addition, ..)| *is_addition).count();
-        (additions, self.order.len() - additions)
+        (self.queue.additions().count(), self.queue.removals().count())
     }
 
     /// When the one that waits longest came.
     pub(super) fn oldest(&self) -> Option<Timestamp> {
-        self.pending.values().map(|pending| pending.since).min()
+        self.queue.oldest()
     }
 
     /// Revision of the ban set up to which all is done here; `None` before it was looked at.
     pub(super) fn confirmed(&self, revision: u64) -> Option<u64> {
-        let first = self.pending.values().map(|pending| pending.revision).min();
+        let first = self.queue.first_revision();
         self.known.then(|| first.map_or(revision, |first| first.saturating_sub(1)))
     }
 
@@ -577,6 +549,6 @@ impl Book {
     #[cfg(test)]
     pub(super) fn is_settled(&self) -> bool {
         let is_idle = self.operation.is_none() && self.find.is_none() && self.strays.is_empty();
-        is_idle && self.known && matches!(self.look, Look::Done) && self.order.is_empty()
+        is_idle && self.known && matches!(self.look, Look::Done) && self.queue.is_empty()
     }
 }
