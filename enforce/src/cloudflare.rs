@@ -90,7 +90,6 @@ pub(crate) async fn remove_all(
         mirror.set_read_only();
     }
     mirror.handle_pause(true, clock.now());
-    let mut most = 0;
     loop {
         let Some(call) = mirror.next(clock.raw()) else {
             let summary = mirror.summary();
@@ -98,14 +97,13 @@ pub(crate) async fn remove_all(
                 return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
             }
             match mirror.pause(clock.raw()) {
-                None => return Ok(most),
+                None => return Ok(if dry_run { summary.entries } else { summary.removed }),
                 Some(pause) => sleep(pause).await,
             }
             continue;
         };
         let answer = client.carry_out(&call).await;
         mirror.handle(call, answer, clock.raw());
-        most = most.max(mirror.summary().entries);
     }
 }
 

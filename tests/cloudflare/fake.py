@@ -451,6 +451,11 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def handle_error(self, request, client_address):
+        """Clients are killed in the middle of requests; anything else is a mistake here."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 def start():
     """Serves on a free port in this process; returns the port and what is there."""

@@ -78,6 +78,8 @@ pub(super) struct Summary {
     pub(super) taken: usize,
     pub(super) refused: usize,
     pub(super) repairs: u64,
+    /// Entries removed since the places were first looked at.
+    pub(super) removed: usize,
     pub(super) others: BTreeMap<String, usize>,
     /// What is wrong, by place.
     pub(super) troubles: Vec<(String, String)>,
@@ -254,6 +256,7 @@ impl Mirror {
             summary.taken += book.taken(&self.wishes);
             summary.refused += book.refused();
             summary.repairs += book.repairs;
+            summary.removed += book.removed;
             for (other, count) in book.others() {
                 *summary.others.entry(other.clone()).or_default() += count;
             }

@@ -99,6 +99,7 @@ pub(super) struct Book {
     refusals: u32,
     pub(super) trouble: Trouble,
     pub(super) repairs: u64,
+    pub(super) removed: usize,
 }
 
 impl Book {
@@ -121,6 +122,7 @@ impl Book {
             refusals: 0,
             trouble: Trouble::new(seed),
             repairs: 0,
+            removed: 0,
         }
     }
 
@@ -488,9 +490,12 @@ impl Book {
     }
 
     fn remove(&mut self, id: &str, target: &Target, view: &View<'_>) {
-        self.strays.remove(id);
+        if self.strays.remove(id).is_some() {
+            self.removed += 1;
+        }
         if self.held.get(target).is_some_and(|held| held.id.as_deref() == Some(id)) {
             self.held.remove(target);
+            self.removed += 1;
         }
         self.retouch(target, view);
     }
