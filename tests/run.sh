@@ -2,7 +2,7 @@
 # Everything that holds this repository together, in one command. Needs Rust; the rest it installs on Debian when missing.
 #
 #   ./tests/run.sh             every stage
-#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers packaging start fuzz
+#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz
 #
 # The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
 # nothing outside of them is touched. Beside `test`, which mostly waits, run the stages that only need the processor; they
@@ -90,7 +90,7 @@ install_python_packages() {
   echo "installing what $python_packages names"
   # Only a whole one gets the list that is compared above.
   python3 -m venv --clear "$folder" \
-    && "$python" -m pip install --quiet --disable-pip-version-check --requirement "$python_packages" \
+    && "$python" -m pip install --quiet --disable-pip-version-check --no-compile --requirement "$python_packages" \
     && cp "$python_packages" "$folder/installed"
 }
 
@@ -266,6 +266,9 @@ stage_shippers() {
   run_tests shippers "$python" tests/shippers/test_push.py
 }
 
+# The stand-in for Cloudflare that the tests of enforce use, against the official client.
+stage_cloudflare() { run_tests cloudflare "$python" tests/cloudflare/official.py; }
+
 # Units are only checked. The cluster of Compose starts, in network namespaces and with a Docker of its own.
 stage_packaging() {
   build_portcullis || return
@@ -333,7 +336,7 @@ stage_fuzz() {
   done
 }
 
-stages=(fmt clippy deny test nats consumers shippers packaging start fuzz)
+stages=(fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz)
 case "${1:-}" in
   -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
   "") ;;

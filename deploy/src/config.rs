@@ -198,6 +198,11 @@ fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config
         let wrong = nats_sources(&ingest, "works over NATS: set bus.kind = \"nats\" and bus.urls");
         wrong.into_iter().for_each(|mistake| mistakes.add(&mistake.key, mistake.text));
     }
+    let cloudflare = enforce.as_ref().and_then(|enforce| enforce.cloudflare.as_ref());
+    if matches!(bus, BusConfig::Nats(_)) && cloudflare.is_some_and(|cloudflare| cloudflare.installation.is_none()) {
+        let text = "is required over NATS: the same on all hosts, so that each knows the entries of the others";
+        mistakes.add("enforce.cloudflare.installation", text);
+    }
     // One setting for two: whom ingest looks behind, and what enforcement refuses, detection may not ban.
     let enforce = enforce?;
     detect.engine.trusted_proxies = ingest.client_ip.proxies();

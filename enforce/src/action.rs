@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::board::Board;
+use crate::cloudflare;
 use crate::config::EnforceConfig;
 use crate::error::EnforceError;
 use crate::forwarded;
@@ -85,6 +86,9 @@ impl Actions {
             actions.0.spawn(forwarded::run(config.clone(), around.clone()));
         } else {
             actions.0.spawn(forwarded::clear(config.clone(), around.clone()));
+        }
+        if config.cloudflare.is_some() {
+            actions.0.spawn(cloudflare::run(config.clone(), around.clone()));
         }
         actions
     }

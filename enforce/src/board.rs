@@ -7,7 +7,10 @@ use proto::report::{BackendReport, Problem};
 
 /// One place for all of them; clones are the same place.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Board(Arc<Mutex<BTreeMap<String, (BackendReport, Vec<Problem>)>>>);
+pub(crate) struct Board(Arc<Mutex<Entries>>);
+
+/// By name of the back end.
+type Entries = BTreeMap<String, (BackendReport, Vec<Problem>)>;
 
 impl Board {
     /// What the back end that `report` names says from now on.
@@ -38,7 +41,8 @@ mod tests {
         let board = Board::default();
         let report = |name: &str, members| BackendReport { name: name.to_owned(), members, ..BackendReport::default() };
         board.put(report("b", 1), vec![Problem::degraded("old")]);
-        board.clone().put(report("b", 2), vec![Problem::warning("new")]);
+        let same = board.clone();
+        same.put(report("b", 2), vec![Problem::warning("new")]);
         board.put(report("a", 3), Vec::new());
         let (reports, problems) = board.all();
         assert_eq!(reports, [report("a", 3), report("b", 2)]);

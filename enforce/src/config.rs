@@ -1,5 +1,6 @@
 //! `[enforce]`: raw as a file says it, then checked.
 
+mod cloudflare;
 mod firewall;
 mod forwarded_for;
 
@@ -7,6 +8,8 @@ use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::config::cloudflare::RawCloudflare;
+pub use crate::config::cloudflare::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
 use crate::config::firewall::RawFirewall;
 pub use crate::config::firewall::{
     BackendKind, CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table,
@@ -19,7 +22,7 @@ pub use crate::config::forwarded_for::{FORWARDED_CHAIN, FORWARDED_FOR, Forwarded
 #[serde(default)]
 pub struct RawEnforce {
     firewall: Field<RawFirewall>,
-    cloudflare: Field<Anything>,
+    cloudflare: Field<RawCloudflare>,
     telegram: Field<Anything>,
     webhooks: Field<Anything>,
     forwarded_for: Field<RawForwardedFor>,
@@ -46,13 +49,15 @@ pub struct EnforceConfig {
     pub firewall: FirewallConfig,
     /// Clients behind a proxy, on their way from Traefik to services.
     pub forwarded_for: ForwardedForConfig,
+    /// Cloudflare, where it is configured.
+    pub cloudflare: Option<CloudflareConfig>,
 }
 
 impl RawEnforce {
     /// Checks everything; `None` when a mistake was noted.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
-        let later = [("cloudflare", self.cloudflare), ("telegram", self.telegram), ("webhooks", self.webhooks)];
+        let later = [("telegram", self.telegram), ("webhooks", self.webhooks)];
         let mut fine = true;
         for (key, section) in later {
             if section.take(key, mistakes).is_some() {
@@ -60,6 +65,15 @@ impl RawEnforce {
                 fine = false;
             }
         }
+        let cloudflare = match self.cloudflare {
+            Field::Absent => Some(None),
+            Field::Given(raw) => mistakes.within("cloudflare", |mistakes| raw.check(mistakes)).map(Some),
+            // What stands there may be a secret.
+            Field::Wrong(_) => {
+                mistakes.add("cloudflare", "expected a table");
+                None
+            }
+        };
         let raw = match self.firewall {
             Field::Absent => Some(RawFirewall::default()),
             given => given.take("firewall", mistakes),
@@ -70,7 +84,7 @@ impl RawEnforce {
             given => given.take("forwarded_for", mistakes),
         };
         let forwarded_for = mistakes.within("forwarded_for", |mistakes| raw?.check(mistakes));
-        let checked = EnforceConfig { firewall: firewall?, forwarded_for: forwarded_for? };
+        let checked = EnforceConfig { firewall: firewall?, forwarded_for: forwarded_for?, cloudflare: cloudflare? };
         fine.then_some(checked)
     }
 }
@@ -92,8 +106,11 @@ mod tests {
 
     #[test]
     fn nothing_given_means_the_defaults() {
-        let defaults =
-            EnforceConfig { firewall: FirewallConfig::default(), forwarded_for: ForwardedForConfig::default() };
+        let defaults = EnforceConfig {
+            firewall: FirewallConfig::default(),
+            forwarded_for: ForwardedForConfig::default(),
+            cloudflare: None,
+        };
         assert_eq!(check(json!({})).unwrap(), defaults);
         assert_eq!(check(json!({"firewall": {"chains": "auto", "backend": "auto", "ports": []}})).unwrap(), defaults);
     }
@@ -149,7 +166,7 @@ mod tests {
         });
         let texts = check(wrong).unwrap_err();
         let expected = [
-            "enforce.cloudflare: not available in this version",
+            "enforce.cloudflare.scope: is required",
             "enforce.firewal: unknown key; did you mean `firewall`?",
             "enforce.firewall.backend: \"nftables\" is not available in this version",
             "enforce.firewall.ban_prefix_min_ipv4: must be from 1 to 32",

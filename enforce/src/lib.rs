@@ -7,6 +7,7 @@
 mod action;
 mod backend;
 mod board;
+mod cloudflare;
 mod command;
 pub mod config;
 pub mod desired;

@@ -7,6 +7,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::cloudflare::CloudflareMetrics;
 use crate::forwarded::metrics::ForwardedMetrics;
 
 /// Which kind of step.
@@ -37,6 +38,7 @@ pub struct EnforceMetrics {
     pub(crate) apply_seconds: Histogram,
     pub(crate) log_to_kernel_seconds: Histogram,
     pub(crate) forwarded: ForwardedMetrics,
+    pub(crate) cloudflare: CloudflareMetrics,
 }
 
 impl EnforceMetrics {
@@ -58,6 +60,7 @@ impl EnforceMetrics {
             apply_seconds: histogram(),
             log_to_kernel_seconds: histogram(),
             forwarded: ForwardedMetrics::register(registry),
+            cloudflare: CloudflareMetrics::register(registry),
         };
         let m = &metrics;
         registry.register("portcullis_enforce_steps", "Steps carried out, by kind", m.steps.clone());

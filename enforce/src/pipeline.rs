@@ -471,7 +471,7 @@ impl Enforcer {
             dropped_bytes: self.dropped.1,
             revision: self.in_force,
             repairs: self.reconciler.repairs + self.rules_repairs,
-            confirmed: None,
+            ..BackendReport::default()
         }];
         report.backends.extend(backends);
         for backend in &mut report.backends {

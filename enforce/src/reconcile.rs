@@ -537,6 +537,7 @@ pub(crate) fn read_host(
     blind
 }
 
+/// Whether all bans are lifted at `now`.
 pub(crate) fn is_paused(lists: &Lists, now: Timestamp) -> bool {
     lists.paused.is_some_and(|pause| pause.until.is_none_or(|until| now < until))
 }

@@ -1,4 +1,4 @@
-//! Removes all that is ours from this host: rules, chains, sets, and the last set.
+//! Removes all that is ours from this host: rules, chains, sets, and the last set. And from Cloudflare.
 
 use std::fs;
 use std::io;
@@ -9,6 +9,7 @@ use proto::time::Clock;
 
 use crate::backend::ipset::Ipset;
 use crate::backend::iptables::Iptables;
+use crate::cloudflare;
 use crate::config::EnforceConfig;
 use crate::error::EnforceError;
 use crate::forwarded;
@@ -26,6 +27,8 @@ pub struct TeardownReport {
     pub sets: Vec<String>,
     /// Whether a last set was kept and is gone.
     pub last_set: bool,
+    /// Entries removed from Cloudflare, for the whole cluster.
+    pub cloudflare: usize,
 }
 
 /// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
@@ -85,6 +88,15 @@ pub async fn teardown(
         for dir in standoff::state_dirs(state_dir) {
             for path in [last_set::FILE, replica::FILE_NAME, forwarded::FILE].map(|file| dir.join(file)) {
                 report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
+            }
+        }
+    }
+    if let Some(config) = &config.cloudflare {
+        match cloudflare::remove_all(config, state_dir, dry_run).await {
+            Ok(removed) => report.cloudflare = removed,
+            Err(source) => {
+                let what = "our entries from Cloudflare".to_owned();
+                first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
             }
         }
     }

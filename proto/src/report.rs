@@ -188,6 +188,10 @@ pub struct BackendReport {
     pub repairs: u64,
     /// The newest commit that is in force here as far as the back end knows; `None` before the first.
     pub confirmed: Option<Mark>,
+    /// Changes that wait, of a back end that works them off one by one.
+    pub waiting: u64,
+    /// Whether another host does this back end's work, so that the figures are not of this one.
+    pub standby: bool,
 }
 
 /// One role on one node.

@@ -1,4 +1,4 @@
-//! TLS of our listeners: TLS 1.2 and 1.3, from PEM files.
+//! TLS of our listeners: TLS 1.2 and 1.3, from PEM files. And who does the cryptography, of all TLS in the process.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +59,11 @@ pub enum TlsError {
         #[source]
         source: VerifierBuilderError,
     },
+}
+
+/// Has TLS use ring in this process; needed before any HTTP client is made. Doing it again changes nothing.
+pub fn use_ring() {
+    let _already = ring::default_provider().install_default();
 }
 
 impl TlsFiles {

@@ -14,7 +14,7 @@ const EDGES: [(&str, &[&str]); 6] = [
 ];
 
 /// Modules that compute and do nothing else: `name.rs` and all of `name/`.
-pub const PURE: [&str; 32] = [
+pub const PURE: [&str; 34] = [
     "proto/src/access",
     "proto/src/api",
     "proto/src/ban",
@@ -38,6 +38,8 @@ pub const PURE: [&str; 32] = [
     "detect/src/engine",
     "detect/src/peers",
     "detect/src/state",
+    "enforce/src/cloudflare/call",
+    "enforce/src/cloudflare/mirror",
     "enforce/src/desired",
     "enforce/src/forwarded/claims",
     "enforce/src/forwarded/plan",

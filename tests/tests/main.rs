@@ -4,6 +4,7 @@
 
 mod api;
 mod cli;
+mod cloudflare;
 mod cluster;
 mod netns;
 mod pipe;

@@ -14,9 +14,10 @@ use anyhow::{Context, anyhow, bail};
 use nix::unistd::{Gid, Group};
 use proto::api::{TOKEN_BYTES_MAX, TOKEN_BYTES_MIN};
 use proto::secret::{self, Secret};
+pub(crate) use proto::tls::use_ring;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Certificate, ClientBuilder, Url, redirect};
-use tokio_rustls::rustls::{self, CertificateError, crypto::ring};
+use tokio_rustls::rustls::{self, CertificateError};
 
 use crate::args::ClientArgs;
 use crate::socket;
@@ -30,11 +31,6 @@ const TOKEN_VARIABLE: &str = "PORTCULLIS_TOKEN";
 const TOKEN_FILE_BYTES_MAX: u64 = 4096;
 /// The group that may use the system's socket, for the error text where the socket itself cannot be looked at.
 const GROUP: &str = "portcullis";
-
-/// Has TLS use ring in this process; needed before any HTTP client is made. Doing it again changes nothing.
-pub(crate) fn use_ring() {
-    let _already = ring::default_provider().install_default();
-}
 
 /// How to reach it.
 #[derive(Clone, Debug)]

@@ -243,6 +243,23 @@ fn the_example_is_right_as_it_stands_and_with_everything_switched_on() {
 }
 
 #[test]
+fn the_example_tells_the_real_defaults_of_cloudflare() {
+    let documented = load(&example(true).replace("kind = \"local\"", "kind = \"nats\"")).enforce.cloudflare;
+    let needed = "[enforce.cloudflare]\napi_token_file = \"/run/secrets/cloudflare\"\n\
+                  scope = { zones = [\"023e105f4ecef8ad9ca31a8372d0c353\"] }\ninstallation = \"shop\"\n";
+    assert_eq!(documented, load(&format!("{EXAMPLE}{needed}")).enforce.cloudflare);
+}
+
+#[test]
+fn hosts_of_a_cluster_share_the_name_that_cloudflare_knows_them_by() {
+    let section = "[enforce.cloudflare]\napi_token = \"t\"\nscope = \"user\"\n";
+    let dir = files(&[("portcullis.toml", &format!("bus.kind = \"nats\"\n{section}"))]);
+    let invalid = location(dir.path()).load().unwrap_err();
+    assert_eq!(texts(&invalid).len(), 1);
+    assert!(texts(&invalid)[0].starts_with("enforce.cloudflare.installation: is required over NATS"));
+}
+
+#[test]
 fn the_example_tells_the_real_defaults() {
     // The rule that is off is compared as well, switched on.
     let bots =
@@ -298,7 +315,9 @@ fn the_example_documents_every_key() {
     let not_yet = |section: &str, keys: &[&str]| keys.iter().map(|key| format!("{section}.{key}")).collect::<Vec<_>>();
     // Of the ways to log in to NATS one excludes the others; they stand in the text.
     let mut absent = not_yet("RawBus", &["credentials_file", "nkey_file", "token_file"]);
-    absent.extend(not_yet("RawEnforce", &["cloudflare", "telegram", "webhooks"]));
+    absent.extend(not_yet("RawEnforce", &["telegram", "webhooks"]));
+    // One way to log in excludes the others here too.
+    absent.extend(not_yet("RawCloudflare", &["api_key", "api_key_file", "api_token", "email"]));
     absent.sort();
     let missing: Vec<String> = fields.into_iter().filter(|(_, given)| !given).map(|(field, _)| field).collect();
     assert_eq!(missing, absent);

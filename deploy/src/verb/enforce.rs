@@ -54,6 +54,9 @@ fn describe(report: &TeardownReport, verb: &str) -> Vec<String> {
     if report.last_set {
         lines.push(format!("{verb} the bans kept for the next start"));
     }
+    if report.cloudflare > 0 {
+        lines.push(format!("{verb} {} entries at Cloudflare", report.cloudflare));
+    }
     if lines.is_empty() {
         lines.push("nothing of ours was here".to_owned());
     }

@@ -1,0 +1,420 @@
+//! Bans at Cloudflare: access rules of a user, zones or an account, or the items of an account's list.
+//!
+//! [`mirror`] knows what should be there and what is, and names the next call; [`client`] carries it out; the task here
+//! joins the two, one call at a time. Only entries that begin with our mark are ever changed. Entries have no end of their
+//! own, so they stay when we stop, and who starts looks at all of them first. On a cluster one host does this.
+
+mod call;
+mod client;
+mod installation;
+mod metrics;
+mod mirror;
+mod pace;
+mod status;
+mod usage;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::future::{Future, pending};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::bus::duty::Duty;
+use proto::time::{Clock, Timestamp};
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use self::call::{Answer, Ask, Call, CallError};
+use self::client::{Client, Login, LoginError};
+use self::installation::InstallationError;
+pub(crate) use self::metrics::CloudflareMetrics;
+use self::mirror::{Mark, Mirror, Tempo};
+use self::pace::Pace;
+use self::usage::Usage;
+use crate::action::Surroundings;
+use crate::config::{CloudflareConfig, EnforceConfig, FirewallConfig, Scope};
+use crate::guard::{Guard, GuardFacts};
+use crate::host;
+use crate::reconcile::is_paused;
+
+/// The name of the back end, and of its lease.
+const NAME: &str = "cloudflare";
+/// How often ended bans are forgotten and the report is renewed.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the host's addresses, the login's file and the use of the list are looked at.
+const CARE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A call under way.
+type Job = Pin<Box<dyn Future<Output = (Call, Result<Answer, CallError>)> + Send>>;
+/// A look for rules that use the list.
+type UsageJob = Pin<Box<dyn Future<Output = Result<Usage, CallError>> + Send>>;
+
+/// Keeps Cloudflare as the ban set is, until the shutdown begins. What is wrong is said on the board.
+pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
+    if let Some(cloudflare) = config.cloudflare {
+        Runner::new(cloudflare, &config.firewall, around, Tempo::default()).run().await;
+    }
+}
+
+/// Entries could not be removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemovalError {
+    #[error(transparent)]
+    Installation(#[from] InstallationError),
+    #[error(transparent)]
+    Login(#[from] LoginError),
+    #[error("{place}: {text}")]
+    Refused { place: String, text: String },
+}
+
+/// Removes all that is ours, or only counts it. Returns how many entries that is.
+///
+/// # Errors
+/// When it could not be done. What was removed until then is gone.
+pub(crate) async fn remove_all(
+    cloudflare: &CloudflareConfig,
+    state_dir: Option<&Path>,
+    dry_run: bool,
+) -> Result<usize, RemovalError> {
+    let clock = Clock::system();
+    let mark = Mark::new(&installation::name(cloudflare.installation.as_deref(), state_dir, true)?);
+    let tempo = Tempo::default();
+    let pace = Arc::new(Pace::new(cloudflare.calls_max, tempo.window, clock.clone()));
+    let login = Login::read(&cloudflare.login)?;
+    let client = Client::new(cloudflare, login, pace, tempo.call_max, CloudflareMetrics::default())?;
+    let mut mirror = Mirror::new(cloudflare, mark, Guard::new(&GuardFacts::default()), tempo, 1);
+    if dry_run {
+        mirror.set_read_only();
+    }
+    mirror.handle_pause(true, clock.now());
+    loop {
+        let Some(call) = mirror.next(clock.raw()) else {
+            let summary = mirror.summary();
+            if let Some((place, text)) = summary.troubles.first() {
+                return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
+            }
+            match mirror.pause(clock.raw()) {
+                None => return Ok(if dry_run { summary.entries } else { summary.removed }),
+                Some(pause) => sleep(pause).await,
+            }
+            continue;
+        };
+        let answer = client.carry_out(&call).await;
+        mirror.handle(call, answer, clock.raw());
+    }
+}
+
+struct Runner {
+    config: CloudflareConfig,
+    around: Surroundings,
+    tempo: Tempo,
+    facts: GuardFacts,
+    pace: Arc<Pace>,
+    /// `None` while there is no name, and so nothing is ours.
+    mirror: Option<Mirror>,
+    installation: Result<String, InstallationError>,
+    client: Result<Arc<Client>, LoginError>,
+    /// `None` in a dry run, which takes the work from nobody.
+    duty: Option<Duty>,
+    held: bool,
+    /// `None` until it was looked for.
+    usage: Option<Usage>,
+    usage_at: Timestamp,
+    reconciled_at: Timestamp,
+    cared_at: Timestamp,
+}
+
+impl Runner {
+    fn new(config: CloudflareConfig, firewall: &FirewallConfig, around: Surroundings, tempo: Tempo) -> Self {
+        let facts = GuardFacts {
+            trusted_proxies: around.trusted_proxies.clone(),
+            prefix_min_v4: firewall.prefix_min_v4,
+            prefix_min_v6: firewall.prefix_min_v6,
+            ..GuardFacts::default()
+        };
+        let pace = Arc::new(Pace::new(config.calls_max, tempo.window, around.clock.clone()));
+        let duty = (!around.dry_run).then(|| around.duties.take(NAME));
+        Self {
+            held: duty.as_ref().is_none_or(Duty::is_held),
+            duty,
+            pace,
+            mirror: None,
+            installation: Err(InstallationError::NoPlace),
+            client: Err(LoginError::NoSecret),
+            usage: None,
+            usage_at: Timestamp::EPOCH,
+            reconciled_at: around.clock.raw(),
+            cared_at: Timestamp::EPOCH,
+            facts,
+            tempo,
+            config,
+            around,
+        }
+    }
+
+    async fn run(mut self) {
+        let shutdown = self.around.shutdown.clone();
+        let mut revision = self.around.bans.watch();
+        let mut lists_open = true;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut job, mut usage_job): (Option<Job>, Option<UsageJob>) = (None, None);
+        self.care();
+        // What was published before we followed.
+        revision.mark_changed();
+        self.take_lists();
+        loop {
+            if job.is_none() {
+                job = self.next_job();
+            }
+            if usage_job.is_none() {
+                usage_job = self.next_usage_job();
+            }
+            let pause = self.pause(job.is_some());
+            tokio::select! {
+                biased;
+                () = shutdown.draining() => break,
+                () = changed(&mut self.duty) => {
+                    if self.take_duty() {
+                        (job, usage_job) = (None, None);
+                    }
+                }
+                changed = revision.changed() => if changed.is_ok() { self.take_bans() },
+                changed = self.around.lists.changed(), if lists_open => match changed {
+                    Ok(()) => self.take_lists(),
+                    Err(_) => lists_open = false,
+                },
+                (call, answer) = finish(&mut job) => self.take_answer(call, answer),
+                usage = finish(&mut usage_job) => self.take_usage(usage),
+                _ = tick.tick() => self.handle_tick(),
+                () = sleep(pause) => {}
+            }
+        }
+        if let Some(duty) = self.duty.take() {
+            duty.give_back().await;
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.around.clock.now()
+    }
+
+    /// Sees to what the work needs: a name, a login, and whom this host must not ban.
+    fn care(&mut self) {
+        self.cared_at = self.around.clock.raw();
+        self.facts.own = host::own_addresses().unwrap_or_default();
+        self.facts.gateways = host::gateways().unwrap_or_default();
+        self.facts.bus_servers = self.around.bus_servers.borrow().clone();
+        self.take_login();
+        if self.mirror.is_none() {
+            self.make_mirror();
+        }
+        let guard = Guard::new(&self.facts);
+        let now = self.now();
+        if let Some(mirror) = &mut self.mirror {
+            mirror.handle_guard(guard, now);
+        }
+    }
+
+    fn make_mirror(&mut self) {
+        let state_dir = self.around.state_dir.as_deref();
+        self.installation = installation::name(self.config.installation.as_deref(), state_dir, self.around.dry_run);
+        match &self.installation {
+            Err(error) => tracing::error!(error = status::chain(error), "Nobody is banned at Cloudflare"),
+            Ok(name) => {
+                let start = self.around.clock.raw().as_nanos().unsigned_abs();
+                let seed = self.around.node.bytes().fold(start, |seed, byte| seed.rotate_left(8) ^ u64::from(byte));
+                let guard = Guard::new(&self.facts);
+                let mut mirror = Mirror::new(&self.config, Mark::new(name), guard, self.tempo.clone(), seed);
+                if self.around.dry_run {
+                    mirror.set_read_only();
+                }
+                self.mirror = Some(mirror);
+                tracing::info!(
+                    installation = name,
+                    dry_run = self.around.dry_run,
+                    "Cloudflare is kept as the ban set is"
+                );
+                self.take_bans();
+            }
+        }
+    }
+
+    /// Reads the login again: its file may hold another by now.
+    fn take_login(&mut self) {
+        let login = Login::read(&self.config.login);
+        if let (Ok(login), Ok(client)) = (&login, &self.client)
+            && client.is_as(login)
+        {
+            return;
+        }
+        let metrics = self.around.metrics.cloudflare.clone();
+        let made =
+            login.and_then(|login| Client::new(&self.config, login, self.pace.clone(), self.tempo.call_max, metrics));
+        if let Err(error) = &made {
+            tracing::error!(error = status::chain(error), "Cloudflare cannot be called");
+        }
+        self.client = made.map(Arc::new);
+    }
+
+    fn take_bans(&mut self) {
+        let now = self.now();
+        let Some(mirror) = &mut self.mirror else { return };
+        if let Some(update) = self.around.bans.since(mirror.wishes().desired().revision()) {
+            mirror.handle_update(&update, now);
+        }
+    }
+
+    fn take_lists(&mut self) {
+        let now = self.now();
+        let lists = self.around.lists.borrow_and_update().clone();
+        self.facts.never_ban.clone_from(&lists.never_ban);
+        let guard = Guard::new(&self.facts);
+        if let Some(mirror) = &mut self.mirror {
+            mirror.handle_guard(guard, now);
+            mirror.handle_pause(is_paused(&lists, now), now);
+        }
+    }
+
+    /// Takes whose duty it is now. Returns whether that is new.
+    fn take_duty(&mut self) -> bool {
+        let held = self.duty.as_ref().is_none_or(Duty::is_held);
+        let is_new = std::mem::replace(&mut self.held, held) != held;
+        if is_new {
+            tracing::info!(held, "Cloudflare is this host's duty");
+            self.reconciled_at = self.around.clock.raw();
+            self.usage = None;
+            if let Some(mirror) = &mut self.mirror {
+                mirror.forget();
+            }
+        }
+        is_new
+    }
+
+    fn next_job(&mut self) -> Option<Job> {
+        if !self.held {
+            return None;
+        }
+        let now = self.now();
+        let client = self.client.as_ref().ok()?.clone();
+        let call = self.mirror.as_mut()?.next(now)?;
+        Some(Box::pin(async move {
+            let answer = client.carry_out(&call).await;
+            (call, answer)
+        }))
+    }
+
+    fn next_usage_job(&mut self) -> Option<UsageJob> {
+        let Scope::List { account, list } = &self.config.scope else { return None };
+        let now = self.around.clock.raw();
+        let due = self.usage.is_none() || now.since(self.usage_at) >= self.config.reconcile_interval;
+        let list_id = self.mirror.as_ref()?.list().map(str::to_owned);
+        let (account, list, list_id) = (account.clone(), list.clone(), list_id?);
+        if !due || !self.held || now < self.usage_at {
+            return None;
+        }
+        let client = self.client.as_ref().ok()?.clone();
+        Some(Box::pin(async move { usage::look(&client, &account, &list_id, &list).await }))
+    }
+
+    fn take_usage(&mut self, usage: Result<Usage, CallError>) {
+        let now = self.around.clock.raw();
+        match usage {
+            Ok(usage) => {
+                self.usage = Some(usage);
+                // A rule that is missing is soon made, and then the alarm should end.
+                let again = if usage == Usage::Unused { CARE_INTERVAL } else { Duration::ZERO };
+                let rested = self.config.reconcile_interval.saturating_sub(again);
+                self.usage_at = if again.is_zero() { now } else { now.saturating_sub(rested) };
+            }
+            Err(error) => {
+                tracing::debug!(error = status::chain(&error), "Use of the list not seen");
+                self.usage_at = now.saturating_add(CARE_INTERVAL);
+            }
+        }
+    }
+
+    fn take_answer(&mut self, call: Call, answer: Result<Answer, CallError>) {
+        let now = self.now();
+        if let Err(error) = &answer {
+            tracing::debug!(error = status::chain(error), "Call of Cloudflare failed");
+            if error.is_about_login() {
+                self.take_login();
+            }
+        }
+        if let (true, Ok(_), Some(update)) = (call.ask.is_write(), &answer, told(&call.ask)) {
+            tracing::debug!(change = update, "Changed at Cloudflare");
+        }
+        if let Some(mirror) = &mut self.mirror {
+            mirror.handle(call, answer, now);
+        }
+    }
+
+    fn handle_tick(&mut self) {
+        let (now, raw) = (self.now(), self.around.clock.raw());
+        if raw.since(self.cared_at) >= CARE_INTERVAL {
+            self.care();
+        }
+        let paused = is_paused(&self.around.lists.borrow(), now);
+        if let Some(mirror) = &mut self.mirror {
+            mirror.handle_time(now);
+            mirror.handle_pause(paused, now);
+            if raw.since(self.reconciled_at) >= self.config.reconcile_interval {
+                self.reconciled_at = raw;
+                mirror.doubt();
+            }
+        }
+        self.report();
+    }
+
+    /// How long there is nothing to do.
+    fn pause(&self, is_busy: bool) -> Duration {
+        let pause = self.mirror.as_ref().and_then(|mirror| mirror.pause(self.now()));
+        if is_busy || !self.held { TICK } else { pause.unwrap_or(TICK) }
+    }
+
+    fn report(&self) {
+        let (report, problems) = status::Status {
+            config: &self.config,
+            installation: &self.installation,
+            login_error: self.client.as_ref().err(),
+            mirror: self.mirror.as_ref(),
+            holder: self.duty.as_ref().filter(|_| !self.held).map(Duty::holder),
+            usage: self.usage,
+            dry_run: self.around.dry_run,
+        }
+        .report(&self.around.metrics.cloudflare, self.now());
+        self.around.board.put(report, problems);
+    }
+}
+
+fn told(ask: &Ask) -> Option<&'static str> {
+    match ask {
+        Ask::Create(..) | Ask::Append(_) => Some("added"),
+        Ask::SetMode(..) => Some("mode"),
+        Ask::Delete(..) | Ask::Remove(_) => Some("removed"),
+        Ask::Look(_) | Ask::FindList | Ask::Find(_) | Ask::Poll(_) => None,
+    }
+}
+
+async fn changed(duty: &mut Option<Duty>) {
+    match duty {
+        Some(duty) => duty.changed().await,
+        None => pending().await,
+    }
+}
+
+/// Waits for a job and forgets it; without a job for ever. Dropping the wait leaves the job where it is.
+async fn finish<T>(job: &mut Option<Pin<Box<dyn Future<Output = T> + Send>>>) -> T {
+    match job {
+        None => pending().await,
+        Some(running) => {
+            let done = running.as_mut().await;
+            *job = None;
+            done
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The name that our entries at Cloudflare carry: configured, or made once and kept in `state_dir`.
+//!
+//! Who loses it leaves entries behind that are nobody's, so the report names those of other installations that it sees.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use proto::subject::is_name;
+
+/// Name of the file in `state_dir`.
+const FILE: &str = "installation";
+/// Random bytes of a name.
+const NAME_BYTES: usize = 8;
+
+/// There is no name.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InstallationError {
+    #[error("there is no place to keep the name of this installation: set `installation`, or make state_dir writable")]
+    NoPlace,
+    #[error("cannot {action} the name of this installation at {}", .path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{} holds no name of an installation: [a-z0-9-]{{1,63}}", .path.display())]
+    NoName { path: PathBuf },
+}
+
+/// The name: as configured, as kept, or a new one, which is kept unless `read_only`.
+pub(crate) fn name(
+    configured: Option<&str>,
+    state_dir: Option<&Path>,
+    read_only: bool,
+) -> Result<String, InstallationError> {
+    if let Some(name) = configured {
+        return Ok(name.to_owned());
+    }
+    let path = state_dir.ok_or(InstallationError::NoPlace)?.join(FILE);
+    match fs::read_to_string(&path) {
+        Ok(text) if is_name(text.trim()) => Ok(text.trim().to_owned()),
+        Ok(_) => Err(InstallationError::NoName { path }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let name = make().map_err(|source| InstallationError::Io { action: "make", path: path.clone(), source })?;
+            if !read_only {
+                let kept = keep(&path, &name);
+                kept.map_err(|source| InstallationError::Io { action: "keep", path, source })?;
+            }
+            Ok(name)
+        }
+        Err(source) => Err(InstallationError::Io { action: "read", path, source }),
+    }
+}
+
+fn make() -> io::Result<String> {
+    let mut bytes = [0; NAME_BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let mut name = String::new();
+    for byte in bytes {
+        // Writing to a text cannot fail.
+        let _ = write!(name, "{byte:02x}");
+    }
+    Ok(name)
+}
+
+/// Durable before the first entry carries it.
+fn keep(path: &Path, name: &str) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut file = File::create(&fresh)?;
+    file.write_all(format!("{name}\n").as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&fresh, path)?;
+    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_made_once_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_ne!(name(None, Some(dir.path()), true).unwrap(), name(None, Some(dir.path()), true).unwrap());
+        let made = name(None, Some(dir.path()), false).unwrap();
+        assert!(is_name(&made) && made.len() == 2 * NAME_BYTES, "{made}");
+        assert_eq!(name(None, Some(dir.path()), false).unwrap(), made);
+        assert_eq!(name(Some("mine"), Some(dir.path()), false).unwrap(), "mine");
+        fs::write(dir.path().join(FILE), "Not a name").unwrap();
+        assert!(matches!(name(None, Some(dir.path()), false), Err(InstallationError::NoName { .. })));
+        assert!(matches!(name(None, None, false), Err(InstallationError::NoPlace)));
+    }
+}

@@ -1,0 +1,429 @@
+//! The whole back end against a stand-in for Cloudflare, over HTTP.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use proto::ban::{BanChange, Lists, Pause};
+use proto::bus::duty::Duties;
+use proto::bus::memory::Bus;
+use proto::net::{NetSet, Target};
+use proto::report::{BackendReport, Problem};
+use proto::secret::Secret;
+use proto::shutdown::Shutdown;
+use proto::time::{Clock, Timestamp};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::mirror::sim::record;
+use super::{Runner, Tempo};
+use crate::action::Surroundings;
+use crate::board::Board;
+use crate::config::{CloudflareConfig, CloudflareLogin, FirewallConfig, Mode, Scope, SecretSource};
+use crate::metrics::EnforceMetrics;
+
+const ACCOUNT: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+const ZONES: [&str; 2] = ["11111111111111111111111111111111", "22222222222222222222222222222222"];
+const LIST: &str = "cccccccccccccccccccccccccccccccc";
+
+/// The stand-in. Ends when dropped.
+struct Fake {
+    process: Child,
+    base: String,
+    http: reqwest::Client,
+}
+
+impl Fake {
+    async fn start(wishes: Value) -> Self {
+        proto::tls::use_ring();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/cloudflare/fake.py");
+        let mut command = Command::new("python3");
+        let mut process =
+            command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 starts");
+        let mut port = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
+        let http = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
+        let fake = Self { process, base: format!("http://127.0.0.1:{}", port.trim()), http };
+        fake.control(json!({
+            "lists": [{"account": ACCOUNT, "name": "bad", "id": LIST}],
+            "zones": {(ZONES[0]): ACCOUNT, (ZONES[1]): ACCOUNT},
+        }))
+        .await;
+        fake.control(wishes).await;
+        fake
+    }
+
+    async fn control(&self, wishes: Value) -> Value {
+        let sent = self.http.post(format!("{}/_fake", self.base)).json(&wishes).send().await.unwrap();
+        sent.json().await.unwrap()
+    }
+
+    async fn state(&self) -> Value {
+        self.control(json!({})).await
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn tempo() -> Tempo {
+    let ms = Duration::from_millis;
+    Tempo {
+        backoff_min: ms(10),
+        backoff_max: ms(100),
+        poll_min: ms(5),
+        poll_max: ms(20),
+        operation_max: ms(5000),
+        unseen_max: ms(300),
+        call_max: ms(250),
+        window: ms(2000),
+    }
+}
+
+fn config(fake: &Fake, scope: Scope) -> CloudflareConfig {
+    CloudflareConfig {
+        login: CloudflareLogin::Token(SecretSource::Given(Secret::new("token"))),
+        scope,
+        mode: Mode::ManagedChallenge,
+        installation: Some("me".to_owned()),
+        entries_max: 1000,
+        calls_max: 250,
+        reconcile_interval: Duration::from_secs(3600),
+        api_url: fake.base.clone(),
+    }
+}
+
+fn zones() -> Scope {
+    Scope::Zones(ZONES.map(str::to_owned).to_vec())
+}
+
+fn list() -> Scope {
+    Scope::List { account: ACCOUNT.to_owned(), list: "bad".to_owned() }
+}
+
+/// A host, on which the back end may live several lives.
+struct Host {
+    bus: Bus,
+    dir: tempfile::TempDir,
+    metrics: EnforceMetrics,
+    board: Board,
+    shutdown: Shutdown,
+    dry_run: bool,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self {
+            bus: Bus::new(),
+            dir: tempfile::tempdir().unwrap(),
+            metrics: EnforceMetrics::register(&mut Registry::default()),
+            board: Board::default(),
+            shutdown: Shutdown::new(),
+            dry_run: false,
+            task: None,
+        }
+    }
+
+    fn start(&mut self, config: &CloudflareConfig) {
+        let around = Surroundings {
+            node: "n".into(),
+            bans: self.bus.bans.clone(),
+            lists: self.bus.lists.subscribe(),
+            trusted_proxies: NetSet::default(),
+            bus_servers: watch::channel(Vec::new()).1,
+            duties: Duties::alone(),
+            state_dir: Some(self.dir.path().to_owned()),
+            dry_run: self.dry_run,
+            clock: Clock::system(),
+            board: self.board.clone(),
+            metrics: self.metrics.clone(),
+            shutdown: self.shutdown.clone(),
+        };
+        let runner = Runner::new(config.clone(), &FirewallConfig::default(), around, tempo());
+        self.task = Some(tokio::spawn(runner.run()));
+    }
+
+    /// Ends it in the middle of whatever it does.
+    async fn kill(&mut self) {
+        let task = self.task.take().unwrap();
+        task.abort();
+        assert!(task.await.unwrap_err().is_cancelled(), "it had ended by itself");
+    }
+
+    async fn stop(mut self) {
+        self.shutdown.begin();
+        self.task.take().unwrap().await.unwrap();
+    }
+
+    fn ban(&self, targets: &[&str]) {
+        self.bus.bans.publish(targets.iter().map(|target| BanChange::Put(record(target, None, 1))), None);
+    }
+
+    fn free(&self, targets: &[&str]) {
+        self.bus.bans.publish(targets.iter().map(|target| BanChange::Delete(target.parse().unwrap())), None);
+    }
+
+    fn said(&self) -> (BackendReport, Vec<Problem>) {
+        let (mut reports, problems) = self.board.all();
+        (reports.pop().unwrap_or_default(), problems)
+    }
+
+    fn has_problem(&self, text: &str) -> bool {
+        self.said().1.iter().any(|problem| problem.text.contains(text))
+    }
+}
+
+/// Ours, as Cloudflare has them: by place and target, with how often each is there.
+fn ours(state: &Value) -> BTreeMap<String, BTreeMap<Target, usize>> {
+    let mut ours: BTreeMap<String, BTreeMap<Target, usize>> = BTreeMap::new();
+    for (kind, note, value) in [("rules", "notes", "/configuration/value"), ("items", "comment", "/ip")] {
+        for (place, entries) in state[kind].as_object().unwrap() {
+            for entry in entries.as_array().unwrap() {
+                if entry[note].as_str().unwrap().starts_with("portcullis:me:") {
+                    // Ours can only be what we make: addresses and networks.
+                    let Ok(target) = entry.pointer(value).unwrap().as_str().unwrap().parse() else { continue };
+                    *ours.entry(place.clone()).or_default().entry(target).or_default() += 1;
+                }
+            }
+        }
+    }
+    ours
+}
+
+fn foreign(state: &Value) -> Vec<String> {
+    let places = ["rules", "items"].into_iter().flat_map(|kind| state[kind].as_object().unwrap().values());
+    let entries = places.flat_map(|entries| entries.as_array().unwrap());
+    let is_foreign = |entry: &&Value| {
+        let note = entry["notes"].as_str().or(entry["comment"].as_str()).unwrap();
+        !note.starts_with("portcullis:me:")
+    };
+    entries.filter(is_foreign).map(ToString::to_string).collect()
+}
+
+/// Looks until it is so; fails with what was there when it never is.
+async fn until(fake: &Fake, what: &str, mut is_so: impl FnMut(&Value) -> bool) -> Value {
+    let clock = Clock::system();
+    let end = clock.now().saturating_add(Duration::from_secs(30));
+    loop {
+        let state = fake.state().await;
+        if is_so(&state) {
+            return state;
+        }
+        assert!(clock.now() < end, "waited in vain: {what}: {:?}, {}", ours(&state), state["stats"]);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn has(state: &Value, place: &str, targets: &[&str]) -> bool {
+    let wanted = targets.iter().map(|target| (target.parse().unwrap(), 1)).collect();
+    ours(state).remove(place).unwrap_or_default() == wanted
+}
+
+fn zone(n: usize) -> String {
+    format!("zones/{}", ZONES[n])
+}
+
+/// Entries that are not ours; those of 203.0.113.3 and 2001:db8:3::/64 meet bans.
+fn strangers() -> Value {
+    let notes = ["", "portcullis:you:r", "Portcullis:me:r", "portcullis:me2:r", "portcullis:ME:r"];
+    let rule = |n: usize, target: &str, value: String| {
+        json!({"whose": zone(0), "target": target, "value": value,
+        "notes": notes[n], "mode": "whitelist"})
+    };
+    let mut rules: Vec<Value> = (0..notes.len()).map(|n| rule(n, "ip", format!("203.0.113.{n}"))).collect();
+    rules.push(rule(0, "ip_range", "2001:db8:3::/64".to_owned()));
+    rules.push(rule(0, "country", "XX".to_owned()));
+    rules.push(json!({"whose": zone(1), "target": "country", "value": "XX", "notes": "portcullis:me:r"}));
+    let item = |n: usize| json!({"list": LIST, "ip": format!("203.0.113.{n}"), "comment": notes[n]});
+    json!({"rules": rules, "items": (0..notes.len()).map(item).collect::<Vec<_>>()})
+}
+
+/// Bans and frees at random while everything fails at random and the back end is killed; then all must be as it should.
+async fn random_run(scope: Scope, places: &[(String, &[&str])], seed: u64) {
+    let fake = Fake::start(strangers()).await;
+    let chaos = json!({"unavailable": 0.05, "limited": 0.01, "refused": 0.04, "late": 0.05, "broken": 0.05, "cut": 0.05,
+        "slow": 0.02, "operation": 0.1});
+    let before =
+        foreign(&fake.control(json!({"seed": seed, "settings": {"chaos": chaos, "limit": 300, "window": 2.0}})).await);
+    let config = config(&fake, scope);
+    let mut host = Host::new();
+    host.start(&config);
+    let mut wanted: BTreeSet<String> = BTreeSet::new();
+    let mut dice = seed;
+    let mut roll = |sides: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) % sides
+    };
+    for step in 0..60 {
+        let n = roll(25);
+        let target = if n % 5 == 4 { format!("2001:db8:{n}::/64") } else { format!("203.0.113.{n}") };
+        if roll(3) == 0 {
+            host.free(&[&target]);
+            wanted.remove(&target);
+        } else {
+            host.ban(&[&target]);
+            wanted.insert(target);
+        }
+        // So that steps fall between calls.
+        fake.state().await;
+        if step % 20 == 19 {
+            host.kill().await;
+            host.start(&config);
+        }
+    }
+    host.ban(&["198.51.100.0/23"]);
+    fake.control(json!({"settings": {"chaos": {}}})).await;
+    for (place, extra) in places {
+        let is_free = |target: &str| !matches!(target, "203.0.113.0" | "203.0.113.1" | "203.0.113.2" | "203.0.113.3");
+        let is_taken = |target: &str| place == &zone(0) || place == LIST && !is_free(target);
+        let mut expected: Vec<&str> = wanted.iter().map(String::as_str).collect();
+        expected.retain(|target| !is_taken(target) || is_free(target) && *target != "2001:db8:3::/64");
+        expected.retain(|target| place == &zone(1) || *target != "203.0.113.4");
+        expected.extend(*extra);
+        until(&fake, place, |state| has(state, place, &expected)).await;
+    }
+    let state = until(&fake, "all operations end", |state| state["running"] == json!([])).await;
+    let stats = &state["stats"];
+    assert_eq!(stats.get("over"), None, "{stats}");
+    let touched = state["touched"].as_array().unwrap();
+    assert!(touched.iter().all(|note| note.as_str().unwrap().starts_with("portcullis:me:")), "{touched:?}");
+    let after = foreign(&state);
+    assert_eq!(after, before);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn rules_of_zones_end_as_desired_whatever_fails() {
+    let split: &[&str] = &["198.51.100.0/24", "198.51.101.0/24"];
+    random_run(zones(), &[(zone(0), split), (zone(1), split)], 7).await;
+}
+
+#[tokio::test]
+async fn items_of_a_list_end_as_desired_whatever_fails() {
+    random_run(list(), &[(LIST.to_owned(), &["198.51.100.0/23"])], 11).await;
+}
+
+#[tokio::test]
+async fn what_cloudflare_says_of_its_limit_keeps_calls_under_it() {
+    // Far fewer calls than the configuration allows, as others use the same login.
+    let fake = Fake::start(json!({"settings": {"limit": 40, "window": 1.0}})).await;
+    let mut host = Host::new();
+    let targets: Vec<String> = (0..60).map(|n| format!("203.0.113.{n}")).collect();
+    let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
+    host.ban(&targets);
+    host.start(&CloudflareConfig { calls_max: 1000, ..config(&fake, Scope::User) });
+    let state = until(&fake, "all are banned", |state| has(state, "user", &targets)).await;
+    assert_eq!(state["stats"].get("over"), None, "{}", state["stats"]);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_pause_lifts_everything_and_no_ban_ends_before_the_set_is_whole() {
+    let fake = Fake::start(json!({"rules": [
+        {"whose": "user", "target": "ip", "value": "203.0.113.1", "notes": "portcullis:me:r", "mode": "block"},
+        {"whose": "user", "target": "ip", "value": "203.0.113.2", "notes": "portcullis:me:r"},
+    ]}))
+    .await;
+    let mut host = Host::new();
+    host.bus.bans.publish_partial([BanChange::Put(record("203.0.113.9", None, 1))]);
+    host.start(&config(&fake, Scope::User));
+    until(&fake, "one more", |state| has(state, "user", &["203.0.113.1", "203.0.113.2", "203.0.113.9"])).await;
+    host.ban(&["203.0.113.1"]);
+    host.bus.bans.replace([record("203.0.113.1", None, 1)]);
+    let state = until(&fake, "the others are freed", |state| has(state, "user", &["203.0.113.1"])).await;
+    assert_eq!(state["rules"]["user"][0]["mode"], "managed_challenge", "its mode is as configured now");
+    let paused = Some(Pause { since: Timestamp::EPOCH, until: None });
+    host.bus.lists.send_replace(Arc::new(Lists { paused, ..Lists::default() }));
+    until(&fake, "nobody is banned", |state| has(state, "user", &[])).await;
+    host.bus.lists.send_replace(Arc::default());
+    until(&fake, "he is again", |state| has(state, "user", &["203.0.113.1"])).await;
+    let guarded = Lists { never_ban: vec!["203.0.113.1/32".parse().unwrap()], ..Lists::default() };
+    host.bus.lists.send_replace(Arc::new(guarded));
+    until(&fake, "whom the guard names is freed", |state| has(state, "user", &[])).await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_wrong_login_is_said_without_showing_it_and_a_new_file_is_read() {
+    let fake = Fake::start(json!({})).await;
+    let mut host = Host::new();
+    let path = host.dir.path().join("token");
+    write_secret(&path, "hush-hush\n");
+    let login = CloudflareLogin::Token(SecretSource::File(path.clone()));
+    host.ban(&["203.0.113.1"]);
+    host.start(&CloudflareConfig { login, ..config(&fake, Scope::Account(ACCOUNT.to_owned())) });
+    until(&fake, "the refusal is said", |_| host.has_problem("code 9109")).await;
+    let (report, problems) = host.said();
+    assert!(host.has_problem("[hidden]") && !format!("{report:?} {problems:?}").contains("hush"), "{problems:?}");
+    assert_eq!((report.revision, report.members), (0, 0));
+    write_secret(&path, "token");
+    let place = format!("accounts/{ACCOUNT}");
+    until(&fake, "the ban", |state| has(state, &place, &["203.0.113.1"])).await;
+    until(&fake, "all is well", |_| host.said().1.is_empty() && host.said().0.revision > 0).await;
+    host.stop().await;
+}
+
+fn write_secret(path: &Path, text: &str) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+}
+
+#[tokio::test]
+async fn a_list_that_no_rule_uses_raises_an_alarm() {
+    let rule = json!({"action": "block", "expression": "ip.src in $bad", "enabled": true});
+    let name = format!("zones/{}", ZONES[1]);
+    for (wishes, problem) in [
+        (json!({}), Some("no custom rule uses the list")),
+        (json!({"entry_points": {name: [rule]}}), None),
+        (json!({"settings": {"sees_rulesets": false}}), Some("cannot see whether a custom rule")),
+    ] {
+        let fake = Fake::start(wishes).await;
+        let mut host = Host::new();
+        host.ban(&["203.0.113.1"]);
+        host.start(&config(&fake, list()));
+        let is_said =
+            || problem.map_or(host.said().0.members == 1 && host.said().1.is_empty(), |p| host.has_problem(p));
+        until(&fake, "it is said", |_| is_said()).await;
+        host.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_full_quota_is_said_and_a_bad_item_takes_no_batch_along() {
+    let fake = Fake::start(json!({"settings": {"bad": ["203.0.113.7"]}})).await;
+    let mut host = Host::new();
+    let targets: Vec<String> = (0..12).map(|n| format!("203.0.113.{n}")).collect();
+    host.ban(&targets.iter().map(String::as_str).collect::<Vec<_>>());
+    host.start(&CloudflareConfig { entries_max: 10, ..config(&fake, list()) });
+    until(&fake, "all that fit", |state| ours(state).get(LIST).map_or(0, BTreeMap::len) == 9).await;
+    until(&fake, "both are said", |_| {
+        host.has_problem("entries_max is reached") && host.has_problem("Cloudflare refuses some entries")
+    })
+    .await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing_and_says_what_it_would_do() {
+    let fake = Fake::start(strangers()).await;
+    let mut host = Host::new();
+    host.dry_run = true;
+    host.ban(&["203.0.113.9", "203.0.113.10"]);
+    host.start(&CloudflareConfig { installation: None, ..config(&fake, Scope::User) });
+    let would = "dry run: nothing is changed; 2 to add, 0 to remove";
+    until(&fake, "it is said", |_| host.said().0.detail.iter().any(|detail| detail == would)).await;
+    assert_eq!(ours(&fake.state().await).get("user"), None);
+    assert_eq!(std::fs::read_dir(host.dir.path()).unwrap().count(), 0);
+    host.stop().await;
+}
