@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use proto::ban::Lists;
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::BanBucket;
 use proto::net::NetSet;
 use proto::shutdown::Shutdown;
@@ -17,6 +18,7 @@ use crate::board::Board;
 use crate::config::EnforceConfig;
 use crate::error::EnforceError;
 use crate::metrics::EnforceMetrics;
+use crate::notify;
 use crate::pipeline::Inputs;
 
 /// What every back end works on.
@@ -32,6 +34,8 @@ pub(crate) struct Surroundings {
     pub(crate) trusted_proxies: NetSet,
     /// Who does what only one host does.
     pub(crate) duties: Duties,
+    /// What happens.
+    pub(crate) events: EventSource,
     /// Where state is kept; `None` = nowhere.
     pub(crate) state_dir: Option<PathBuf>,
     /// Change nothing outside.
@@ -55,6 +59,7 @@ impl Surroundings {
             lists: inputs.lists.clone(),
             trusted_proxies: inputs.trusted_proxies.clone(),
             duties: inputs.duties.clone(),
+            events: inputs.events.clone(),
             state_dir: inputs.state_dir.clone(),
             dry_run: inputs.dry_run,
             clock: inputs.clock.clone(),
@@ -71,8 +76,12 @@ pub(crate) struct Actions(JoinSet<()>);
 
 impl Actions {
     /// Starts those that are configured.
-    pub(crate) fn start(_config: &EnforceConfig, _around: &Surroundings) -> Self {
-        Self::default()
+    pub(crate) fn start(config: &EnforceConfig, around: &Surroundings) -> Self {
+        let mut actions = Self::default();
+        for notifier in notify::configured(config, around) {
+            actions.0.spawn(notifier.run());
+        }
+        actions
     }
 
     /// Returns when one of them ended; for ever where none runs.

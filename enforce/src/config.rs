@@ -1,6 +1,10 @@
 //! `[enforce]`: raw as a file says it, then checked.
 
 mod firewall;
+mod notify;
+mod secret;
+mod telegram;
+mod webhooks;
 
 use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use serde::Deserialize;
@@ -8,6 +12,12 @@ use serde_json::Value;
 
 use crate::config::firewall::RawFirewall;
 pub use crate::config::firewall::{BackendKind, CHAIN, ChainRef, Chains, FirewallConfig, Ports, Protocol, Table};
+use crate::config::secret::Hidden;
+pub use crate::config::secret::SecretSource;
+use crate::config::telegram::RawTelegram;
+pub use crate::config::telegram::TelegramConfig;
+use crate::config::webhooks::RawWebhooks;
+pub use crate::config::webhooks::WebhookConfig;
 
 /// `[enforce]` as a file says it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -15,8 +25,8 @@ pub use crate::config::firewall::{BackendKind, CHAIN, ChainRef, Chains, Firewall
 pub struct RawEnforce {
     firewall: Field<RawFirewall>,
     cloudflare: Field<Anything>,
-    telegram: Field<Anything>,
-    webhooks: Field<Anything>,
+    telegram: Field<RawTelegram>,
+    webhooks: Field<Hidden<RawWebhooks>>,
     forwarded_for: Field<Anything>,
     #[serde(flatten)]
     unknown: Unknown,
@@ -39,18 +49,24 @@ impl FromValue for Anything {
 pub struct EnforceConfig {
     /// The host's firewall.
     pub firewall: FirewallConfig,
+    /// Messages to a chat.
+    pub telegram: Option<TelegramConfig>,
+    /// Requests to other programs, by name.
+    pub webhooks: Vec<WebhookConfig>,
+}
+
+impl EnforceConfig {
+    /// How many notifiers there are.
+    pub fn notifiers(&self) -> usize {
+        usize::from(self.telegram.is_some()) + self.webhooks.len()
+    }
 }
 
 impl RawEnforce {
     /// Checks everything; `None` when a mistake was noted.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
-        let later = [
-            ("cloudflare", self.cloudflare),
-            ("telegram", self.telegram),
-            ("webhooks", self.webhooks),
-            ("forwarded_for", self.forwarded_for),
-        ];
+        let later = [("cloudflare", self.cloudflare), ("forwarded_for", self.forwarded_for)];
         let mut fine = true;
         for (key, section) in later {
             if section.take(key, mistakes).is_some() {
@@ -62,9 +78,27 @@ impl RawEnforce {
             Field::Absent => Some(RawFirewall::default()),
             given => given.take("firewall", mistakes),
         };
-        let firewall = mistakes.within("firewall", |mistakes| raw?.check(mistakes))?;
-        fine.then_some(EnforceConfig { firewall })
+        let firewall = mistakes.within("firewall", |mistakes| raw?.check(mistakes));
+        let telegram = check_section("telegram", self.telegram, RawTelegram::check, mistakes);
+        let webhooks =
+            check_section("webhooks", self.webhooks, |Hidden(raw), mistakes| webhooks::check(raw, mistakes), mistakes);
+        let (firewall, telegram, webhooks) = (firewall?, telegram?, webhooks?.unwrap_or_default());
+        fine.then_some(EnforceConfig { firewall, telegram, webhooks })
     }
+}
+
+/// A section that may be left out: `Some(None)` when it is, `None` when a mistake was noted.
+fn check_section<R, T>(
+    key: &str,
+    section: Field<R>,
+    check: impl FnOnce(R, &mut Mistakes) -> Option<T>,
+    mistakes: &mut Mistakes,
+) -> Option<Option<T>> {
+    if matches!(section, Field::Absent) {
+        return Some(None);
+    }
+    let raw = section.take(key, mistakes)?;
+    mistakes.within(key, |mistakes| check(raw, mistakes)).map(Some)
 }
 
 #[cfg(test)]
@@ -84,7 +118,8 @@ mod tests {
 
     #[test]
     fn nothing_given_means_the_defaults() {
-        let defaults = EnforceConfig { firewall: FirewallConfig::default() };
+        let firewall = FirewallConfig::default();
+        let defaults = EnforceConfig { firewall, telegram: None, webhooks: Vec::new() };
         assert_eq!(check(json!({})).unwrap(), defaults);
         assert_eq!(check(json!({"firewall": {"chains": "auto", "backend": "auto", "ports": []}})).unwrap(), defaults);
     }
@@ -132,8 +167,9 @@ mod tests {
             "enforce.firewall.ports: expected ports such as \"443\", \"tcp/443\" or \"udp/8000-8010\", got \"icmp/1\"",
             "enforce.firewall.resync_interval: must be from \"1s\" to \"1h\"",
             "enforce.forwarded_for: not available in this version",
-            "enforce.telegram: not available in this version",
-            "enforce.webhooks: not available in this version",
+            "enforce.telegram.bot_token_file: is required (or bot_token)",
+            "enforce.telegram.chat_id: is required",
+            "enforce.webhooks: expected a table",
         ];
         assert_eq!(texts, expected);
     }
