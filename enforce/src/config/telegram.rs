@@ -129,3 +129,59 @@ fn check_texts(given: Field<BTreeMap<String, String>>, mistakes: &mut Mistakes) 
         fine.then_some(texts)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn check(value: Value) -> Result<TelegramConfig, Vec<String>> {
+        let raw: RawTelegram = serde_json::from_value(value).unwrap();
+        let mut mistakes = Mistakes::new();
+        let checked = raw.check(&mut mistakes);
+        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
+        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
+        checked.ok_or(texts)
+    }
+
+    #[test]
+    fn a_token_and_a_chat_are_enough() {
+        let config = check(json!({"bot_token_file": "/run/secrets/telegram", "chat_id": -1_001_234})).unwrap();
+        assert_eq!((config.chat_id.as_str(), config.api_url.as_str()), ("-1001234", "https://api.telegram.org/"));
+        assert!(config.events.contains(&EventKind::Alarm) && !config.events.contains(&EventKind::Unbanned));
+        assert_eq!(config.texts, defaults());
+        let text = json!({"bot_token": "1:a", "chat_id": "@my_channel", "templates": {"banned": "{target}!"}});
+        assert_ne!(check(text).unwrap().texts, defaults());
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_key_and_none_shows_a_secret() {
+        let wrong = json!({"bot_token": "1:s3cret", "bot_token_file": "relative", "chat_id": "me", "api_url": "x",
+            "events": ["ban", "banned"], "look_up_url": "{target}", "chat": 1,
+            "templates": {"banned": "{rul}", "bans": "x", "alarm": ""}});
+        let texts = check(wrong).unwrap_err();
+        let keys: Vec<&str> = texts.iter().map(|text| text.split(':').next().unwrap()).collect();
+        let expected = [
+            "api_url",
+            "bot_token",
+            "chat",
+            "chat_id",
+            "events",
+            "look_up_url",
+            "templates.alarm",
+            "templates.banned",
+            "templates.bans",
+        ];
+        assert_eq!(keys, expected, "{texts:#?}");
+        assert!(texts.iter().all(|text| !text.contains("s3cret")), "{texts:#?}");
+        assert!(texts[4].contains("banned, extended, unbanned, started, stopped, alarm"), "{texts:#?}");
+        assert!(texts[7].contains("unknown placeholder {rul}; known are {alarm} {ban_count}"), "{texts:#?}");
+        assert_eq!(
+            check(json!({"bot_token": ["s3cret"], "chat_id": 1})).unwrap_err(),
+            ["bot_token: expected a string"]
+        );
+        let relative = check(json!({"bot_token_file": "relative", "chat_id": 1, "events": []})).unwrap_err();
+        assert_eq!(relative.len(), 2, "{relative:?}");
+    }
+}

@@ -259,3 +259,86 @@ fn check_headers(
     });
     fine.then_some(headers)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn checked(value: Value) -> Result<Vec<WebhookConfig>, Vec<String>> {
+        let raw: Hidden<RawWebhooks> = proto::settings::FromValue::from_value(value).unwrap();
+        let mut mistakes = Mistakes::new();
+        let checked = check(raw.0, &mut mistakes);
+        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
+        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
+        checked.ok_or(texts)
+    }
+
+    #[test]
+    fn an_address_is_enough_and_gets_the_cloud_event() {
+        let [webhook] = &checked(json!({"a": {"url": "https://x/s3cret"}})).unwrap()[..] else { panic!("one") };
+        assert_eq!((webhook.content_type.as_str(), webhook.timeout), (CLOUD_EVENT, TIMEOUT));
+        assert!(webhook.body.is_none() && webhook.events.len() == EventKind::ALL.len());
+        assert!(!format!("{webhook:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn values_are_escaped_as_the_body_needs_it() {
+        for (content_type, escape) in [
+            ("application/json; charset=utf-8", Escape::Json),
+            ("application/vnd.x+json", Escape::Json),
+            ("application/x-www-form-urlencoded", Escape::Url),
+            ("text/plain", Escape::Plain),
+        ] {
+            let hook = json!({"url": "http://x", "content_type": content_type, "body": "[\"{text}\"]"});
+            assert_eq!(checked(json!({ "a": hook })).unwrap()[0].escape, escape, "{content_type}");
+        }
+        let number = json!({"url": "http://x", "body": r#"{"n": {ban_count}, "t": "{text}"}"#});
+        assert!(checked(json!({ "a": number })).is_ok());
+    }
+
+    #[test]
+    fn every_mistake_is_told_with_its_key_and_none_shows_a_secret() {
+        let wrong = json!({
+            "A": {"url": "https://x"},
+            "b": {"url": "hooks.example.net/s3cret", "method": "GET", "timeout": "0s", "events": ["all"], "bdy": "x",
+                "token": "s3cret", "secret": "", "headers": {"Content-Type": "s3cret", "Authorization": "s3cret",
+                "X Y": "s3cret", "X-A": "s3cret\n", "X-B": ["s3cret"]}},
+            "c": {"url": "https://x", "content_type": "text/plain"},
+            "d": {"url": "https://x", "body": "{\"text\": {text}, \"x\": }"},
+            "e": {"url": "https://x", "url_file": "/x", "body": "{foo}", "headers": {"Host": "x"}},
+        });
+        let texts = checked(wrong).unwrap_err();
+        let keys: Vec<&str> = texts.iter().map(|text| text.split(':').next().unwrap()).collect();
+        let expected = [
+            "A",
+            "b.bdy",
+            "b.events",
+            "b.headers",
+            "b.method",
+            "b.secret",
+            "b.timeout",
+            "b.url",
+            "c.content_type",
+            "d.body",
+            "e.body",
+            "e.headers.Host",
+            "e.url",
+        ];
+        assert_eq!(keys, expected, "{texts:#?}");
+        assert!(texts.iter().all(|text| !text.contains("s3cret")), "{texts:#?}");
+        let headers = json!({"url": "https://x", "token": "t", "headers": {"Content-Type": "s3cret",
+            "Authorization": "s3cret", "X Y": "s3cret", "X-A": "s3cret\n", "X-Portcullis-Signature": "s3cret"}});
+        let texts = checked(json!({ "a": headers })).unwrap_err();
+        assert_eq!(texts.len(), 5, "{texts:#?}");
+        assert!(texts.iter().all(|text| !text.contains("s3cret")), "{texts:#?}");
+    }
+
+    #[test]
+    fn an_address_in_the_place_of_a_table_is_not_shown() {
+        let raw: Result<Hidden<RawWebhooks>, String> =
+            proto::settings::FromValue::from_value(json!({"slack": "https://hooks.slack.com/s3cret"}));
+        assert_eq!(raw.unwrap_err(), "expected a table");
+    }
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::bus::duty::Duty;
-use proto::bus::feed::{EventFeed, Fed};
+use proto::bus::feed::{EventFeed, Fed, Others};
 use proto::bus::nats::told::TellError;
 use proto::report::{BackendReport, Problem};
 use proto::shutdown::Shutdown;
@@ -206,7 +206,8 @@ impl Notifier {
             Fed::Begun { was_running } => {
                 self.has_begun = true;
                 // Where the others were killed, nobody could say that the service stopped.
-                let runs = was_running && !self.feed.is_alone(&self.node).await.unwrap_or(false);
+                let others = self.feed.others(&self.node).await.unwrap_or(Others::Running);
+                let runs = was_running && others != Others::None;
                 self.is_announced = runs || !self.wanted.contains(&EventKind::Started);
                 if !self.is_announced && self.duty.is_some() {
                     self.queue.handle_own(Notice::Started(self.life(now)), now);
@@ -376,7 +377,8 @@ impl Notifier {
         while let Some(fed) = self.feed.try_next() {
             self.take_one(fed).await;
         }
-        let is_last = self.duty.is_some() && self.feed.is_alone(&self.node).await.unwrap_or(false);
+        let others = self.feed.others(&self.node).await.unwrap_or(Others::Running);
+        let is_last = self.duty.is_some() && others != Others::Running;
         let now = self.clock.now();
         if is_last && self.wanted.contains(&EventKind::Stopped) {
             self.queue.handle_own(Notice::Stopped(self.life(now)), now);

@@ -13,10 +13,12 @@ use crate::config::WebhookConfig;
 use crate::notify::http;
 use crate::notify::message::Message;
 use crate::notify::queue::Outcome;
-use crate::notify::text::{defaults, html, plain};
+use crate::notify::text::{cut_html, defaults, html, plain};
 
 /// The header of the signature: `t=SECONDS,v1=HEX`, of which HEX is the HMAC-SHA256 of `SECONDS.BODY`.
 pub(crate) const SIGNATURE: &str = "x-portcullis-signature";
+/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 of a message, title included.
+const TEXT_UNITS_MAX: usize = 1800;
 /// Wait where the server asks for one and does not say how long.
 const WAIT_UNNAMED: Duration = Duration::from_secs(30);
 
@@ -51,7 +53,7 @@ impl Webhook {
     pub(crate) fn render(&self, message: &Message) -> String {
         let Some(body) = &self.config.body else { return message.cloud_event().to_string() };
         let mut values = message.values(&self.config.look_up);
-        let text = plain(&html(&defaults(), message, &values));
+        let text = plain(&cut_html(&html(&defaults(), message, &values), TEXT_UNITS_MAX));
         values.insert("text", text);
         body.render(&values, self.config.escape)
     }

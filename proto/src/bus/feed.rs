@@ -31,6 +31,17 @@ pub enum Fed {
     Missed(u64),
 }
 
+/// Which other hosts of a cluster enforce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Others {
+    /// None.
+    None,
+    /// None any more, but one has stopped in order a moment ago.
+    Stopped,
+    /// Some.
+    Running,
+}
+
 /// Where events come from. Clones are the same place.
 #[derive(Clone, Debug)]
 pub struct EventSource(Source);
@@ -129,14 +140,14 @@ impl EventFeed {
         }
     }
 
-    /// Whether this host is the only one of the cluster that enforces; always on one host.
+    /// Which other hosts of the cluster enforce.
     ///
     /// # Errors
     /// When the heartbeats cannot be read.
-    pub async fn is_alone(&self, node: &str) -> Result<bool, BusError> {
+    pub async fn others(&self, node: &str) -> Result<Others, BusError> {
         match &self.0 {
-            Feed::Local { .. } => Ok(true),
-            Feed::Shared(session) => session.is_alone(node).await,
+            Feed::Local { .. } => Ok(Others::None),
+            Feed::Shared(session) => session.others(node).await,
         }
     }
 

@@ -17,7 +17,7 @@ use tokio::time::MissedTickBehavior;
 use super::follow::{Entry, Start, fetch, first_since, last_of};
 use super::nodes::{SILENT_AFTER, STOPPED};
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
-use crate::bus::feed::Fed;
+use crate::bus::feed::{Fed, Others};
 use crate::report::{NodeReport, Role};
 use crate::subject::{bucket_key, bucket_stream, node_key, told_key};
 use crate::time::Timestamp;
@@ -165,14 +165,18 @@ impl Session {
         Ok(())
     }
 
-    pub(crate) async fn is_alone(&self, node: &str) -> Result<bool, BusError> {
+    pub(crate) async fn others(&self, node: &str) -> Result<Others, BusError> {
         let bucket = self.connection.subjects().nodes_bucket();
         let filter = bucket_key(&bucket, &node_key(Role::Enforce, "*"));
         let (entries, _) = fetch(&self.connection, &bucket_stream(&bucket), &filter, Start::Sequence(1)).await?;
         let now = self.connection.clock().now();
-        let others = entries.iter().filter(|entry| now.since(entry.time) < SILENT_AFTER);
-        let mut reports = others.filter_map(|entry| serde_json::from_slice::<NodeReport>(&entry.payload).ok());
-        Ok(!reports.any(|report| report.node != node && report.duty.as_deref() != Some(STOPPED)))
+        let heard = entries.iter().filter(|entry| now.since(entry.time) < SILENT_AFTER);
+        let reports = heard.filter_map(|entry| serde_json::from_slice::<NodeReport>(&entry.payload).ok());
+        let others = reports.filter(|report| report.node != node).map(|report| match report.duty.as_deref() {
+            Some(STOPPED) => Others::Stopped,
+            _ => Others::Running,
+        });
+        Ok(others.max().unwrap_or(Others::None))
     }
 }
 
