@@ -14,7 +14,7 @@ const EDGES: [(&str, &[&str]); 6] = [
 ];
 
 /// Modules that compute and do nothing else: `name.rs` and all of `name/`.
-pub const PURE: [&str; 28] = [
+pub const PURE: [&str; 33] = [
     "proto/src/access",
     "proto/src/api",
     "proto/src/ban",
@@ -40,6 +40,11 @@ pub const PURE: [&str; 28] = [
     "detect/src/state",
     "enforce/src/desired",
     "enforce/src/guard",
+    "enforce/src/notify/digest",
+    "enforce/src/notify/message",
+    "enforce/src/notify/queue",
+    "enforce/src/notify/template",
+    "enforce/src/notify/text",
     "enforce/src/plan",
     "tests/src/brute",
     "tests/src/random",

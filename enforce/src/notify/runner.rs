@@ -308,7 +308,7 @@ impl Notifier {
 
     fn note_trouble(&mut self, why: String, may_pass: bool) {
         let is_new = self.trouble.as_ref().is_none_or(|(known, _)| *known != why);
-        if is_new && (!may_pass || self.queue.failures() >= FAILURES_SILENT) {
+        if (may_pass && self.queue.failures() == FAILURES_SILENT) || (!may_pass && is_new) {
             tracing::warn!(notifier = self.name, reason = why, "A message cannot be delivered, it is tried again");
         }
         self.trouble = Some((why, may_pass));

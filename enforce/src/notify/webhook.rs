@@ -46,7 +46,9 @@ impl Webhook {
 
     /// Where messages go, for people: without what may be secret.
     pub(crate) fn destination(&self) -> String {
-        self.ready.as_ref().map(|ready| http::shown(&ready.url)).unwrap_or_default()
+        let read = || self.config.url.load().and_then(|text| parse_url(text.expose()));
+        let url = self.ready.as_ref().map_or_else(read, |ready| Ok(ready.url.clone()));
+        url.map_or_else(|_| "no address yet".to_owned(), |url| http::shown(&url))
     }
 
     /// The body as it would be sent.

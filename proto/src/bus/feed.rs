@@ -128,7 +128,7 @@ impl EventFeed {
         matches!(self.0, Feed::Shared(_))
     }
 
-    /// Everything up to number `at` is told, and whether the service runs. Call it again after an error other than
+    /// Everything up to number `at` is told (0 = nothing more), and whether the service runs. Call it again after an error other than
     /// [`TellError::Deposed`]; a later call makes up for it.
     ///
     /// # Errors
@@ -151,7 +151,7 @@ impl EventFeed {
         }
     }
 
-    /// Forgets what was taken, and begins where the last teller left off.
+    /// Forgets what was taken; the next look begins where the last teller left off.
     pub fn begin_again(&mut self) {
         if let Feed::Shared(session) = &mut self.0 {
             session.begin_again();

@@ -72,8 +72,8 @@ pub(crate) struct Session {
     connection: Connection,
     name: String,
     watches: bool,
-    items: mpsc::Receiver<Item>,
-    task: JoinHandle<()>,
+    /// From the first look on.
+    reading: Option<Reading>,
     /// What is written, under which revision; `None` before the beginning.
     told: Option<(Told, u64)>,
     /// When the events were stored that were taken and not told.
@@ -83,20 +83,19 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn begin(connection: &Connection, name: &str, watches: bool) -> Self {
         let (connection, name) = (connection.clone(), name.to_owned());
-        let (items, task) = spawn(&connection, &name, watches);
-        Self { connection, name, watches, items, task, told: None, taken: VecDeque::new() }
+        Self { connection, name, watches, reading: None, told: None, taken: VecDeque::new() }
     }
 
     pub(crate) fn begin_again(&mut self) {
-        self.task.abort();
-        (self.items, self.task) = spawn(&self.connection, &self.name, self.watches);
-        self.told = None;
+        (self.reading, self.told) = (None, None);
         self.taken.clear();
     }
 
     pub(crate) async fn next(&mut self) -> Fed {
         loop {
-            match self.items.recv().await {
+            let reading =
+                self.reading.get_or_insert_with(|| Reading::spawn(&self.connection, &self.name, self.watches));
+            match reading.items.recv().await {
                 Some(item) => {
                     if let Some(fed) = self.take(item) {
                         return fed;
@@ -109,7 +108,7 @@ impl Session {
     }
 
     pub(crate) fn try_next(&mut self) -> Option<Fed> {
-        while let Ok(item) = self.items.try_recv() {
+        while let Ok(item) = self.reading.as_mut()?.items.try_recv() {
             if let Some(fed) = self.take(item) {
                 return Some(fed);
             }
@@ -145,6 +144,7 @@ impl Session {
 
     pub(crate) async fn tell(&mut self, sequence: u64, running: bool) -> Result<(), TellError> {
         let Some((told, revision)) = self.told else { return Ok(()) };
+        let sequence = if sequence == 0 { told.sequence } else { sequence };
         // Never before the event itself: a successor would take what follows for another stream.
         let at = self.taken.iter().find(|(taken, _)| *taken >= sequence).or(self.taken.back());
         let at = at.map_or(told.at, |(_, time)| told.at.max(*time));
@@ -180,15 +180,25 @@ impl Session {
     }
 }
 
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.task.abort();
+/// The task that reads, which ends with this.
+#[derive(Debug)]
+struct Reading {
+    items: mpsc::Receiver<Item>,
+    task: JoinHandle<()>,
+}
+
+impl Reading {
+    fn spawn(connection: &Connection, name: &str, watches: bool) -> Self {
+        let (sender, items) = mpsc::channel(WAITING_MAX);
+        let task = tokio::spawn(follow(connection.clone(), name.to_owned(), watches, sender));
+        Self { items, task }
     }
 }
 
-fn spawn(connection: &Connection, name: &str, watches: bool) -> (mpsc::Receiver<Item>, JoinHandle<()>) {
-    let (sender, items) = mpsc::channel(WAITING_MAX);
-    (items, tokio::spawn(follow(connection.clone(), name.to_owned(), watches, sender)))
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 async fn read(connection: &Connection, name: &str) -> Result<Option<(Told, u64)>, BusError> {
