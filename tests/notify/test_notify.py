@@ -60,7 +60,7 @@ class Service:
         (folder / "secret").chmod(0o600)
         config = (f'node = "edge-1"\nstate_dir = "{folder}/state"\napi.socket = "{self.socket}"\n'
                   f'[ingest.sources.traefik]\ntype = "file"\ninclude = ["{self.access_log}"]\n'
-                  '[enforce.firewall]\nbackend = "none"\n' + config)
+                  '[telemetry]\nlog_level = "trace"\n[enforce.firewall]\nbackend = "none"\n' + config)
         (folder / "portcullis.toml").write_text(config)
         self.start()
 

@@ -158,8 +158,18 @@ impl Queue {
         self.waiting.gathering.iter_mut().for_each(|gathering| gathering.due = now);
     }
 
+    /// Nothing waits for longer than it may because the clock was set back.
+    fn follow_clock(&mut self, now: Timestamp) {
+        let waiting = &mut self.waiting;
+        let (window, asked) = (now.saturating_add(WINDOW), now.saturating_add(ASKED_MAX));
+        waiting.gathering.iter_mut().for_each(|gathering| gathering.due = gathering.due.min(window));
+        waiting.flood_until = waiting.flood_until.map(|until| until.min(window));
+        self.not_before = self.not_before.map(|start| start.min(asked));
+    }
+
     /// The message to be sent now, which then is on its way until [`Queue::handle_outcome`].
     pub(crate) fn poll_message(&mut self, now: Timestamp) -> Option<Message> {
+        self.follow_clock(now);
         if self.is_sending || self.not_before.is_some_and(|start| now < start) {
             return None;
         }
@@ -322,6 +332,18 @@ mod tests {
         assert_eq!(told.iter().map(Message::count).sum::<u64>(), 100_001);
         assert_eq!(told[0], Message::One(banned(1, "r")));
         assert_eq!(queue.position(), 100_007);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_holds_up_nothing_for_long() {
+        let mut queue = Queue::new("telegram", Waiting::default());
+        for n in 0..10 {
+            queue.handle_notice(banned(n, "r"), u64::from(n), at(86_400_000));
+        }
+        run(&mut queue, at(86_400_000), |_| Outcome::Delivered);
+        assert_eq!(run(&mut queue, at(0), |_| Outcome::Delivered), []);
+        assert_eq!(queue.poll_message(at(0)), None);
+        assert_eq!(queue.poll_timeout(), Some(at(60_000)));
     }
 
     #[test]
