@@ -107,7 +107,8 @@ def count(fake, word):
 
 
 def never_a_secret(service):
-    """In nothing that anybody but their owner reads."""
+    """In nothing that anybody but their owner reads, however much is logged."""
+    assert " TRACE " in service.log.read_text(errors="replace")
     seen = {"log": service.log.read_text(errors="replace"), "status": "".join(service.verb("status")[1:])}
     seen["arguments"] = Path(f"/proc/{service.process.pid}/cmdline").read_text()
     for file in (service.folder / "state").glob("notify-*"):
@@ -274,7 +275,11 @@ def the_examples_are_what_each_service_takes(fake, folder):
     """The documentation's own sections, with the addresses and files of this test."""
     examples, accepts = {}, {"ntfy": is_ntfy, "discord": is_discord, "slack": is_slack, "gotify": is_gotify,
                              "pushover": is_pushover}
-    for text in re.findall(r"```toml\n(.*?)```", DOCS, re.S):
+    for number, text in enumerate(re.findall(r"```toml\n(.*?)```", DOCS, re.S)):
+        file = folder / f"{number}.toml"
+        file.write_text(text)
+        checked = subprocess.run([PORTCULLIS, "check", "-c", file], capture_output=True, text=True)
+        assert checked.returncode == 0, checked
         examples |= tomllib.loads(text)["enforce"].get("webhooks", {})
     config = ""
     for name in accepts:
