@@ -2,7 +2,7 @@
 # Everything that holds this repository together, in one command. Needs Rust; the rest it installs on Debian when missing.
 #
 #   ./tests/run.sh             every stage
-#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz
+#   ./tests/run.sh STAGE...    some of: fmt clippy deny test nats notify consumers shippers cloudflare packaging start fuzz
 #
 # The tests that send real packets need root (or sudo) and network namespaces, which they make and remove themselves;
 # nothing outside of them is touched. Beside `test`, which mostly waits, run the stages that only need the processor; they
@@ -257,6 +257,12 @@ stage_nats() {
   run_tests "roles under accounts of NATS" "$python" tests/nats/accounts_live.py
 }
 
+# Telegram and webhooks, from requests to messages.
+stage_notify() {
+  build_portcullis || return
+  run_tests notifiers "$python" tests/notify/test_notify.py
+}
+
 # What third parties read, and the examples that read it.
 stage_consumers() { run_tests consumers "$python" tests/consumers/test_consumers.py; }
 
@@ -336,7 +342,7 @@ stage_fuzz() {
   done
 }
 
-stages=(fmt clippy deny test nats consumers shippers cloudflare packaging start fuzz)
+stages=(fmt clippy deny test nats notify consumers shippers cloudflare packaging start fuzz)
 case "${1:-}" in
   -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
   "") ;;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use proto::ban::Lists;
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::BanBucket;
 use proto::net::NetSet;
 use proto::shutdown::Shutdown;
@@ -20,6 +21,7 @@ use crate::config::EnforceConfig;
 use crate::error::EnforceError;
 use crate::forwarded;
 use crate::metrics::EnforceMetrics;
+use crate::notify;
 use crate::pipeline::Inputs;
 
 /// What every back end works on.
@@ -39,6 +41,8 @@ pub(crate) struct Surroundings {
     pub(crate) bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Who does what only one host does.
     pub(crate) duties: Duties,
+    /// What happens.
+    pub(crate) events: EventSource,
     /// Where state is kept; `None` = nowhere.
     pub(crate) state_dir: Option<PathBuf>,
     /// Change nothing outside.
@@ -64,6 +68,7 @@ impl Surroundings {
             trusted_proxies: inputs.trusted_proxies.clone(),
             bus_servers: inputs.bus_servers.clone(),
             duties: inputs.duties.clone(),
+            events: inputs.events.clone(),
             state_dir: inputs.state_dir.clone(),
             dry_run: inputs.dry_run,
             clock: inputs.clock.clone(),
@@ -89,6 +94,9 @@ impl Actions {
         }
         if config.cloudflare.is_some() {
             actions.0.spawn(cloudflare::run(config.clone(), around.clone()));
+        }
+        for notifier in notify::configured(config, around) {
+            actions.0.spawn(notifier.run());
         }
         actions
     }

@@ -3,44 +3,43 @@
 mod cloudflare;
 mod firewall;
 mod forwarded_for;
+mod notify;
+mod secret;
+mod telegram;
+mod webhooks;
 
-use proto::settings::{Field, FromValue, Mistakes, Unknown};
+use proto::settings::{Field, Mistakes, Unknown};
 use serde::Deserialize;
-use serde_json::Value;
 
 use crate::config::cloudflare::RawCloudflare;
-pub use crate::config::cloudflare::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
+pub use crate::config::cloudflare::{CloudflareConfig, CloudflareLogin, Mode, Scope};
 use crate::config::firewall::RawFirewall;
 pub use crate::config::firewall::{
     BackendKind, CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table,
 };
 use crate::config::forwarded_for::RawForwardedFor;
 pub use crate::config::forwarded_for::{FORWARDED_CHAIN, FORWARDED_FOR, ForwardedForConfig};
+use crate::config::secret::Hidden;
+pub use crate::config::secret::SecretSource;
+use crate::config::telegram::RawTelegram;
+pub use crate::config::telegram::TelegramConfig;
+use crate::config::webhooks::RawWebhooks;
+pub use crate::config::webhooks::WebhookConfig;
 
 /// `[enforce]` as a file says it.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct RawEnforce {
     firewall: Field<RawFirewall>,
-    cloudflare: Field<RawCloudflare>,
-    telegram: Field<Anything>,
-    webhooks: Field<Anything>,
+    cloudflare: Field<Hidden<RawCloudflare>>,
+    telegram: Field<RawTelegram>,
+    webhooks: Field<Hidden<RawWebhooks>>,
     forwarded_for: Field<RawForwardedFor>,
     #[serde(flatten)]
     unknown: Unknown,
 }
 
 proto::section!(RawEnforce);
-
-/// A section that is not looked into.
-#[derive(Clone, Debug)]
-struct Anything;
-
-impl FromValue for Anything {
-    fn from_value(_: Value) -> Result<Self, String> {
-        Ok(Self)
-    }
-}
 
 /// `[enforce]`, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,29 +50,23 @@ pub struct EnforceConfig {
     pub forwarded_for: ForwardedForConfig,
     /// Cloudflare, where it is configured.
     pub cloudflare: Option<CloudflareConfig>,
+    /// Messages to a chat.
+    pub telegram: Option<TelegramConfig>,
+    /// Requests to other programs, by name.
+    pub webhooks: Vec<WebhookConfig>,
+}
+
+impl EnforceConfig {
+    /// How many notifiers there are.
+    pub fn notifiers(&self) -> usize {
+        usize::from(self.telegram.is_some()) + self.webhooks.len()
+    }
 }
 
 impl RawEnforce {
     /// Checks everything; `None` when a mistake was noted.
     pub fn check(self, mistakes: &mut Mistakes) -> Option<EnforceConfig> {
         self.unknown.check(&["firewall", "cloudflare", "telegram", "webhooks", "forwarded_for"], mistakes);
-        let later = [("telegram", self.telegram), ("webhooks", self.webhooks)];
-        let mut fine = true;
-        for (key, section) in later {
-            if section.take(key, mistakes).is_some() {
-                mistakes.add(key, "not available in this version");
-                fine = false;
-            }
-        }
-        let cloudflare = match self.cloudflare {
-            Field::Absent => Some(None),
-            Field::Given(raw) => mistakes.within("cloudflare", |mistakes| raw.check(mistakes)).map(Some),
-            // What stands there may be a secret.
-            Field::Wrong(_) => {
-                mistakes.add("cloudflare", "expected a table");
-                None
-            }
-        };
         let raw = match self.firewall {
             Field::Absent => Some(RawFirewall::default()),
             given => given.take("firewall", mistakes),
@@ -84,14 +77,38 @@ impl RawEnforce {
             given => given.take("forwarded_for", mistakes),
         };
         let forwarded_for = mistakes.within("forwarded_for", |mistakes| raw?.check(mistakes));
-        let checked = EnforceConfig { firewall: firewall?, forwarded_for: forwarded_for?, cloudflare: cloudflare? };
-        fine.then_some(checked)
+        let cloudflare =
+            check_section("cloudflare", self.cloudflare, |Hidden(raw), mistakes| raw.check(mistakes), mistakes);
+        let telegram = check_section("telegram", self.telegram, RawTelegram::check, mistakes);
+        let webhooks =
+            check_section("webhooks", self.webhooks, |Hidden(raw), mistakes| webhooks::check(raw, mistakes), mistakes);
+        Some(EnforceConfig {
+            firewall: firewall?,
+            forwarded_for: forwarded_for?,
+            cloudflare: cloudflare?,
+            telegram: telegram?,
+            webhooks: webhooks?.unwrap_or_default(),
+        })
     }
+}
+
+/// A section that may be left out: `Some(None)` when it is, `None` when a mistake was noted.
+fn check_section<R, T>(
+    key: &str,
+    section: Field<R>,
+    check: impl FnOnce(R, &mut Mistakes) -> Option<T>,
+    mistakes: &mut Mistakes,
+) -> Option<Option<T>> {
+    if matches!(section, Field::Absent) {
+        return Some(None);
+    }
+    let raw = section.take(key, mistakes)?;
+    mistakes.within(key, |mistakes| check(raw, mistakes)).map(Some)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -110,6 +127,8 @@ mod tests {
             firewall: FirewallConfig::default(),
             forwarded_for: ForwardedForConfig::default(),
             cloudflare: None,
+            telegram: None,
+            webhooks: Vec::new(),
         };
         assert_eq!(check(json!({})).unwrap(), defaults);
         assert_eq!(check(json!({"firewall": {"chains": "auto", "backend": "auto", "ports": []}})).unwrap(), defaults);
@@ -194,8 +213,9 @@ mod tests {
             "enforce.forwarded_for.ports: expected TCP ports such as \"80\" or \"8000-8010\", got \"udp/80\"",
             "enforce.forwarded_for.rule_max: unknown key; did you mean `rules_max`?",
             "enforce.forwarded_for.rules_max: must be from 1 to 10000",
-            "enforce.telegram: not available in this version",
-            "enforce.webhooks: not available in this version",
+            "enforce.telegram.bot_token_file: is required (or bot_token)",
+            "enforce.telegram.chat_id: is required",
+            "enforce.webhooks: expected a table",
         ];
         assert_eq!(texts, expected);
     }

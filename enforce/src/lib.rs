@@ -17,6 +17,7 @@ pub mod guard;
 mod host;
 mod last_set;
 pub mod metrics;
+mod notify;
 pub mod pipeline;
 pub mod plan;
 mod reconcile;

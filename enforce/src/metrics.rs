@@ -22,11 +22,26 @@ pub(crate) struct FamilyLabel {
     family: &'static str,
 }
 
+/// Which notifier, and what came of a message.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct MessageLabels {
+    notifier: String,
+    outcome: &'static str,
+}
+
+/// Which notifier.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct NotifierLabel {
+    notifier: String,
+}
+
 /// The counters of one enforcer. Clones share them.
 #[derive(Clone, Debug)]
 pub struct EnforceMetrics {
     steps: Family<Kind, Counter>,
     members: Family<FamilyLabel, Gauge>,
+    messages: Family<MessageLabels, Counter>,
+    messages_waiting: Family<NotifierLabel, Gauge>,
     pub(crate) desired: Gauge,
     pub(crate) guarded: Gauge,
     pub(crate) left_out: Gauge,
@@ -49,6 +64,8 @@ impl EnforceMetrics {
         let metrics = Self {
             steps: Family::default(),
             members: Family::default(),
+            messages: Family::default(),
+            messages_waiting: Family::default(),
             desired: Gauge::default(),
             guarded: Gauge::default(),
             left_out: Gauge::default(),
@@ -73,6 +90,10 @@ impl EnforceMetrics {
         registry.register("portcullis_enforce_repairs", "Times that drift was put right", m.repairs.clone());
         registry.register("portcullis_dropped_packets", "Packets of banned clients", m.dropped_packets.clone());
         registry.register("portcullis_dropped_bytes", "Bytes of banned clients' packets", m.dropped_bytes.clone());
+        let messages = "portcullis_notify_messages";
+        registry.register(messages, "Tries to deliver a message, by notifier and outcome", m.messages.clone());
+        let help = "Events that wait to be told, by notifier";
+        registry.register("portcullis_notify_waiting", help, m.messages_waiting.clone());
         let apply = m.apply_seconds.clone();
         registry.register_with_unit("portcullis_enforce_apply", "Time to apply one batch", Unit::Seconds, apply);
         let whole = m.log_to_kernel_seconds.clone();
@@ -83,6 +104,15 @@ impl EnforceMetrics {
 
     pub(crate) fn count_step(&self, kind: &'static str) {
         self.steps.get_or_create(&Kind { kind }).inc();
+    }
+
+    pub(crate) fn count_message(&self, notifier: &str, outcome: &'static str) {
+        self.messages.get_or_create(&MessageLabels { notifier: notifier.to_owned(), outcome }).inc();
+    }
+
+    pub(crate) fn set_messages_waiting(&self, notifier: &str, waiting: u64) {
+        let waiting = i64::try_from(waiting).unwrap_or(i64::MAX);
+        self.messages_waiting.get_or_create(&NotifierLabel { notifier: notifier.to_owned() }).set(waiting);
     }
 
     pub(crate) fn set_members(&self, family: &'static str, members: usize) {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use proto::ban::Lists;
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::{BanBucket, Nodes, Question};
 use proto::net::{NetSet, Target};
 use proto::report::{BackendReport, NodeReport, Problem, Role};
@@ -54,6 +55,8 @@ pub struct Inputs {
     pub nodes: Nodes,
     /// What only one host of a cluster does.
     pub duties: Duties,
+    /// What happens, for notifiers.
+    pub events: EventSource,
     /// Never banned.
     pub trusted_proxies: NetSet,
     /// Servers that connect the cluster, never banned; none on one host.

@@ -5,6 +5,7 @@
 pub mod banned;
 pub mod config;
 pub mod duty;
+pub mod feed;
 pub mod memory;
 pub mod nats;
 pub mod publish;

@@ -147,6 +147,11 @@ pub fn node_key(role: Role, node: &str) -> String {
     format!("{}.{node}", role.as_str())
 }
 
+/// The key, beside the leases, of how far the teller `name` has told of events.
+pub fn told_key(name: &str) -> String {
+    format!("told.{name}")
+}
+
 /// A target as it stands in keys: `:` is not allowed there and becomes `_`.
 pub fn target_key(target: &Target) -> String {
     target.to_string().replace(':', "_")

@@ -8,6 +8,7 @@ server with permissions and no accounts, where the same tricks do write.
 """
 
 import asyncio
+import base64
 import json
 import os
 import re
@@ -58,18 +59,20 @@ NAMES = [stream["name"] for stream in STREAMS]
 
 READ_BANS, READ_NODES = "$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.KV_portcullis_nodes"
 READ_EVENTS = "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS"
+READ_LEASES = "$JS.API.STREAM.MSG.GET.KV_portcullis_lease"
 RAW = "portcullis.raw.v1.shop"
 # What each user may publish. Of everything else in `everything()` it must be refused.
 RIGHTS = {
     "ingest-edge-1": ["portcullis.access.v1.edge-1", f"{NODES}.ingest.edge-1", READ_BANS, READ_NODES],
-    "enforce-edge-1": [f"{NODES}.enforce.edge-1", READ_BANS, READ_NODES],
+    "enforce-edge-1": [f"{NODES}.enforce.edge-1", f"{LEASE}.enforce.telegram", f"{LEASE}.told.telegram", READ_BANS,
+                       READ_NODES, READ_EVENTS, READ_LEASES],
     "reader-1": [READ_BANS, READ_EVENTS],
     "shipper-1": [RAW],
 }
 # What each user may subscribe to, its inbox aside.
 SUBSCRIPTIONS = {
     "ingest-edge-1": ["portcullis.state.v1.>", "portcullis.raw.v1.>"],
-    "enforce-edge-1": ["portcullis.state.v1.>", "portcullis.explain.v1.edge-1"],
+    "enforce-edge-1": ["portcullis.state.v1.>", "portcullis.events.v1.>", "portcullis.explain.v1.edge-1"],
     "reader-1": ["portcullis.state.v1.ban.>", "portcullis.events.v1.>"],
     "shipper-1": [],
 }
@@ -82,7 +85,7 @@ def data_subjects():
         *(f"{BANS}.{key}" for key in keys),
         *(f"portcullis.state.v1.{key}" for key in keys),
         *(f"{NODES}.{role}.{node}" for role in ("ingest", "enforce", "detect") for node in ("edge-1", "edge-2")),
-        f"{LEASE}.detect", f"{LEASE}.other",
+        f"{LEASE}.detect", f"{LEASE}.other", f"{LEASE}.enforce.telegram", f"{LEASE}.told.telegram", f"{LEASE}.enforce.a.b",
         "portcullis.access.v1.edge-1", "portcullis.access.v1.edge-2", "portcullis.log.v1.edge-1",
         "portcullis.events.v1.ban.forceful-browsing", "portcullis.events.v1.alarm.system",
         "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2", RAW,
@@ -393,6 +396,26 @@ async def enforce_answers_what_detect_asks(server, detect):
         assert enforce.errors, "may answer more than once"
 
 
+async def enforcers_share_duties_and_positions_and_cannot_touch_detects_lease(server, detect):
+    lease, told = f"{LEASE}.enforce.cloudflare", f"{LEASE}.told.cloudflare"
+    async with server.connect("enforce-edge-1") as one, server.connect("enforce-edge-2") as other:
+        first = {"Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": "0"}
+        at = (await ask(one, lease, b"edge-1", first))["seq"]
+        assert "error" in await ask(other, lease, b"edge-2", first), "one holds it"
+        read = await ask(other, READ_LEASES, {"last_by_subj": lease})
+        assert (read["message"]["seq"], base64.b64decode(read["message"]["data"])) == (at, b"edge-1"), read
+        await store(one, told, b"7", {"Nats-Expected-Last-Subject-Sequence": "0"})
+        given = {"KV-Operation": "DEL", "Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": str(at)}
+        at = await store(one, lease, b"", given)
+        await store(other, lease, b"edge-2", {"Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": str(at)})
+
+        async def newest():
+            return await ask(one, READ_LEASES, {"last_by_subj": lease})
+
+        await until(newest, lambda read: "error" in read or not read["message"].get("data"))
+        assert await snapshot(one, "PORTCULLIS_EVENTS", "portcullis.events.v1.>"), "events can be read"
+
+
 async def every_role_is_refused_all_that_is_not_its_own(server, detect):
     tried = everything()
     assert len(tried) > 250, len(tried)
@@ -439,7 +462,8 @@ async def a_header_cannot_make_a_heartbeat_empty_its_bucket(server, detect):
     async with server.connect("ingest-edge-1") as ingest, server.connect("enforce-edge-1") as enforce:
         before = await state(detect)
         rights = ((ingest, "portcullis.access.v1.edge-1"), (ingest, f"{NODES}.ingest.edge-1"),
-                  (enforce, f"{NODES}.enforce.edge-1"))
+                  (enforce, f"{NODES}.enforce.edge-1"), (enforce, f"{LEASE}.enforce.telegram"),
+                  (enforce, f"{LEASE}.told.telegram"))
         for connection, subject in rights:
             for header in ({"Nats-Rollup": "all"}, {"Nats-Rollup": "sub"}, {"Nats-Schedule": "@every 1s"},
                            {"Nats-Batch-Id": "x", "Nats-Batch-Sequence": "1", "Nats-Batch-Commit": "1"}):
@@ -488,7 +512,7 @@ async def a_shipper_without_a_login_may_send_raw_lines_where_that_is_switched_on
 
 async def accounts_hold_even_for_users_without_permissions(server, detect):
     within = {"INGEST": ("portcullis.access", f"{NODES}.ingest"),
-              "ENFORCE": (f"{NODES}.enforce", "portcullis.explain"), "THIRD_PARTIES": (), "SHIPPERS": ("portcullis.raw.v1.",)}
+              "ENFORCE": (f"{NODES}.enforce", f"{LEASE}.enforce.telegram", f"{LEASE}.told", "portcullis.explain"), "THIRD_PARTIES": (), "SHIPPERS": ("portcullis.raw.v1.",)}
     roles = {"INGEST": "ingest-edge-1", "ENFORCE": "enforce-edge-1", "THIRD_PARTIES": "reader-1",
              "SHIPPERS": "shipper-1"}
     for account, prefixes in within.items():
@@ -569,6 +593,7 @@ TESTS = [
     each_role_delivers_heartbeats_and_learns_when_they_were_stored,
     changes_arrive_live_in_every_account,
     enforce_answers_what_detect_asks,
+    enforcers_share_duties_and_positions_and_cannot_touch_detects_lease,
     every_role_is_refused_all_that_is_not_its_own,
     nobody_listens_to_what_is_not_its_own,
     no_answer_can_be_aimed_at_what_is_not_its_own,

@@ -55,7 +55,7 @@ def offence(client):
 class Role:
     """One role of one node, as `user` of the bus."""
 
-    def __init__(self, cluster, role, node, user=None, password=None):
+    def __init__(self, cluster, role, node, user=None, password=None, dry_run=True):
         self.role, self.node, folder = role, node, cluster.folder / f"{role}-{node}-{user or 'own'}"
         self.log, self.access_log, self.socket = folder / "log", folder / "access.log", folder / "api.sock"
         folder.mkdir()
@@ -72,7 +72,7 @@ class Role:
             "PORTCULLIS__API__SOCKET": str(self.socket),
             "PORTCULLIS__INGEST__SOURCES__TRAEFIK__INCLUDE": json.dumps([str(self.access_log)]),
         }
-        command = [PORTCULLIS, role, "-c", cluster.config, *(["--dry-run"] if role == "enforce" else [])]
+        command = [PORTCULLIS, role, "-c", cluster.config, *(["--dry-run"] if role == "enforce" and dry_run else [])]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -104,8 +104,8 @@ class Cluster:
         self.config.write_text(f'[bus]\nkind = "nats"\nurls = ["{server.url}"]\n[ingest.sources.traefik]\ntype = "file"\n'
                                '[ingest.sources.shop]\ntype = "nats"\n')
 
-    def start(self, *role, **user):
-        self.roles.append(Role(self, *role, **user))
+    def start(self, *role, **more):
+        self.roles.append(Role(self, *role, **more))
         return self.roles[-1]
 
     def kill(self):
@@ -126,6 +126,12 @@ class Cluster:
         _, printed, _ = self.verb("status")
         return {node["node"]: source["lines"] for status in printed for node in status["nodes"]
                 for source in node["sources"] if source["kind"] == "nats"}
+
+    def backend(self, node, name):
+        """What a back end of an enforcing host says of itself."""
+        _, printed, _ = self.verb("status")
+        return next((backend["detail"] for status in printed for known in status["nodes"] for backend in known["backends"]
+                     if (known["role"], known["node"], backend["name"]) == ("enforce", node, name)), None)
 
     def nodes(self):
         """Role and node of everybody that `status` knows."""

@@ -14,7 +14,7 @@ const EDGES: [(&str, &[&str]); 6] = [
 ];
 
 /// Modules that compute and do nothing else: `name.rs` and all of `name/`.
-pub const PURE: [&str; 34] = [
+pub const PURE: [&str; 39] = [
     "proto/src/access",
     "proto/src/api",
     "proto/src/ban",
@@ -46,6 +46,11 @@ pub const PURE: [&str; 34] = [
     "enforce/src/forwarded/spelling",
     "enforce/src/forwarded/tree",
     "enforce/src/guard",
+    "enforce/src/notify/digest",
+    "enforce/src/notify/message",
+    "enforce/src/notify/queue",
+    "enforce/src/notify/template",
+    "enforce/src/notify/text",
     "enforce/src/plan",
     "tests/src/brute",
     "tests/src/random",

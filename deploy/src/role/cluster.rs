@@ -21,6 +21,7 @@ use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
 use proto::bus::config::NatsConfig;
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::Bus;
 use proto::bus::nats::access::AccessPublisher;
 use proto::bus::nats::lease::Holder;
@@ -247,6 +248,7 @@ impl Host {
             questions: bus.questions_in,
             nodes: self.reports.clone(),
             duties: Duties::shared(&connection, me),
+            events: EventSource::shared(&connection),
             trusted_proxies: self.config.ingest.client_ip.proxies(),
             bus_servers,
             kept,

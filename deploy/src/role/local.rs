@@ -16,6 +16,7 @@ use ingest::spool::Spool;
 use prometheus_client::registry::Registry;
 use proto::bus::banned::Banned;
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::{Bus, Nodes};
 use proto::report::Role;
 use proto::shutdown::{Shutdown, Supervisor, TaskError};
@@ -67,6 +68,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         questions: bus.questions_in,
         nodes: bus.nodes.clone(),
         duties: Duties::alone(),
+        events: EventSource::local(&bus.events, config.enforce.notifiers()),
         trusted_proxies: config.ingest.client_ip.proxies(),
         kept: watch::Sender::new(0),
         bus_servers: watch::channel(Vec::new()).1,

@@ -16,14 +16,12 @@ use super::metrics::CloudflareMetrics;
 use super::mirror::MARK_OF_ALL;
 use super::pace::Pace;
 use super::wire::{self, Envelope, ResultInfo};
-use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
+use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope};
 
 /// Entries that one page is asked for.
 const PAGE: usize = 500;
 /// Longest answer in bytes: a page of items takes a tenth of it.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
-/// Longest file with a token or key, in bytes.
-const SECRET_BYTES_MAX: u64 = 4096;
 /// Longest reason that is passed on, in characters.
 const REASON_CHARS_MAX: usize = 200;
 
@@ -37,8 +35,8 @@ pub(super) struct Login {
 /// There is no login.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoginError {
-    #[error(transparent)]
-    File(#[from] SecretFileError),
+    #[error("{0}")]
+    File(String),
     #[error("the file with Cloudflare's token or key holds something else")]
     NoSecret,
     #[error("cannot make an HTTP client")]
@@ -49,10 +47,7 @@ impl Login {
     /// Reads it.
     pub(super) fn read(login: &CloudflareLogin) -> Result<Self, LoginError> {
         let (CloudflareLogin::Token(source) | CloudflareLogin::Key(_, source)) = login;
-        let secret = match source {
-            SecretSource::Given(secret) => secret.clone(),
-            SecretSource::File(path) => Secret::new(secret::read_file(path, SECRET_BYTES_MAX)?.expose().trim()),
-        };
+        let secret = source.load().map_err(LoginError::File)?;
         let value = |text: &str| {
             let is_sound = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
             let mut value = HeaderValue::try_from(text).map_err(|_| LoginError::NoSecret)?;

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use proto::secret::Secret;
 use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use proto::subject::is_name;
 use serde::Deserialize;
 use serde_json::Value;
+
+use crate::config::secret::{RawSecret, SecretSource, check_secret};
 
 /// Where the API is, unless configured.
 const API_URL: &str = "https://api.cloudflare.com/client/v4";
@@ -43,17 +44,6 @@ pub(super) struct RawCloudflare {
 
 proto::section!(RawCloudflare);
 
-/// A secret as a file says it. Its mistakes do not show it.
-#[derive(Clone, Debug)]
-struct RawSecret(Secret);
-
-impl FromValue for RawSecret {
-    fn from_value(value: Value) -> Result<Self, String> {
-        let text = String::from_value(value).map_err(|_| "expected a string".to_owned())?;
-        Ok(Self(Secret::new(text)))
-    }
-}
-
 /// `[enforce.cloudflare]`, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CloudflareConfig {
@@ -82,15 +72,6 @@ pub enum CloudflareLogin {
     Token(SecretSource),
     /// The e-mail address of a user, and his Global API Key.
     Key(String, SecretSource),
-}
-
-/// Where a secret is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretSource {
-    /// In the configuration.
-    Given(Secret),
-    /// In a file, read when it is needed.
-    File(PathBuf),
 }
 
 /// Where bans stand.
@@ -214,8 +195,8 @@ impl RawCloudflare {
     pub(super) fn check(self, mistakes: &mut Mistakes) -> Option<CloudflareConfig> {
         self.unknown.check(&Self::KEYS, mistakes);
         let mut own = Mistakes::new();
-        let token = check_secret("api_token", self.api_token, self.api_token_file, &mut own);
-        let key = check_secret("api_key", self.api_key, self.api_key_file, &mut own);
+        let token = check_sendable("api_token", (self.api_token, self.api_token_file), &mut own);
+        let key = check_sendable("api_key", (self.api_key, self.api_key_file), &mut own);
         let login = check_login(token, self.email.take("email", &mut own), key, &mut own);
         let scope = self.scope.required("scope", &mut own);
         for mistake in scope.iter().flat_map(Scope::mistakes) {
@@ -261,23 +242,19 @@ impl RawCloudflare {
     }
 }
 
-fn check_secret(
+/// A secret that is sent as a header.
+fn check_sendable(
     key: &str,
-    given: Field<RawSecret>,
-    file: Field<PathBuf>,
+    secret: (Field<RawSecret>, Field<PathBuf>),
     mistakes: &mut Mistakes,
 ) -> Option<SecretSource> {
-    let file_key = format!("{key}_file");
-    match (given.take(key, mistakes), file.take(&file_key, mistakes)) {
-        (None, file) => file.map(SecretSource::File),
-        (Some(_), Some(_)) => {
-            mistakes.add(&file_key, format!("cannot stand beside {key}"));
-            None
-        }
-        (Some(RawSecret(secret)), None) => {
-            check_header(key, secret.expose(), mistakes).then_some(SecretSource::Given(secret))
-        }
-    }
+    let source = check_secret(key, secret, mistakes)??;
+    let fine = match &source {
+        SecretSource::Given(secret) => check_header(key, secret.expose(), mistakes),
+        // It is read when it is needed.
+        SecretSource::File(_) => true,
+    };
+    fine.then_some(source)
 }
 
 /// Whether it can be sent as a header. Does not show it.

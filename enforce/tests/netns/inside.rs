@@ -11,6 +11,7 @@ use enforce::{EnforceMetrics, Inputs, RawEnforce};
 use prometheus_client::registry::Registry;
 use proto::ban::{Ban, BanChange, BanRecord, Evidence, Lists, Origin, Pause};
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::{Bus, Question};
 use proto::net::{NetSet, Target};
 use proto::report::Role;
@@ -64,6 +65,7 @@ fn enforcer(args: &[String]) {
     let mut registry = Registry::default();
     let inputs = Inputs {
         duties: Duties::alone(),
+        events: EventSource::local(&bus.events, 0),
         node: "test".into(),
         bans: bus.bans.clone(),
         lists: bus.lists.subscribe(),

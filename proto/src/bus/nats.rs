@@ -19,6 +19,7 @@ pub mod replica;
 pub mod servers;
 pub mod state;
 pub mod streams;
+pub mod told;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -333,6 +333,28 @@ pub async fn first_since(
     Ok(entries.first().map(|entry| entry.sequence))
 }
 
+/// Number and moment of the newest message of `filter`; `None` where there is none.
+///
+/// # Errors
+/// When the stream is not there or nobody answers.
+pub async fn last_of(
+    connection: &Connection,
+    stream: &str,
+    filter: &str,
+) -> Result<Option<(u64, Timestamp)>, BusError> {
+    let what = format!("DIRECT.GET.{stream}");
+    let get = encode(&serde_json::json!({"last_by_subj": filter}));
+    let message = connection.ask(&format!("$JS.API.{what}"), HeaderMap::new(), get).await?;
+    match message.status.map(|status| status.as_u16()) {
+        None => {
+            let entry = parse(&message).ok_or(BusError::Garbled { what })?;
+            Ok(Some((entry.sequence, entry.time)))
+        }
+        Some(404) => Ok(None),
+        Some(code) => Err(BusError::Refused { what, why: message.description.unwrap_or_default(), code: code.into() }),
+    }
+}
+
 async fn fetch_some(
     connection: &Connection,
     stream: &str,

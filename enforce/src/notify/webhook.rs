@@ -1,0 +1,168 @@
+//! Webhooks: one request a message, with the CloudEvent itself or a body of the user's own, signed if wanted.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use proto::secret::Secret;
+use proto::time::{Clock, Timestamp};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{StatusCode, Url};
+use ring::hmac;
+
+use crate::config::WebhookConfig;
+use crate::notify::http;
+use crate::notify::message::Message;
+use crate::notify::queue::Outcome;
+use crate::notify::text::{cut_html, defaults, html, plain};
+
+/// The header of the signature: `t=SECONDS,v1=HEX`, of which HEX is the HMAC-SHA256 of `SECONDS.BODY`.
+pub(crate) const SIGNATURE: &str = "x-portcullis-signature";
+/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 of a message, title included.
+const TEXT_UNITS_MAX: usize = 1800;
+/// Wait where the server asks for one and does not say how long.
+const WAIT_UNNAMED: Duration = Duration::from_secs(30);
+
+/// One webhook.
+#[derive(Debug)]
+pub(crate) struct Webhook {
+    config: WebhookConfig,
+    clock: Clock,
+    ready: Option<Ready>,
+}
+
+/// What is read from files at first use.
+#[derive(Debug)]
+struct Ready {
+    url: Url,
+    headers: HeaderMap,
+    secret: Option<Secret>,
+    http: reqwest::Client,
+}
+
+impl Webhook {
+    pub(crate) fn new(config: WebhookConfig, clock: Clock) -> Self {
+        Self { config, clock, ready: None }
+    }
+
+    /// Where messages go, for people: without what may be secret.
+    pub(crate) fn destination(&self) -> String {
+        let read = || self.config.url.load().and_then(|text| parse_url(text.expose()));
+        let url = self.ready.as_ref().map_or_else(read, |ready| Ok(ready.url.clone()));
+        url.map_or_else(|_| "no address yet".to_owned(), |url| http::shown(&url))
+    }
+
+    /// The body as it would be sent.
+    pub(crate) fn render(&self, message: &Message) -> String {
+        let Some(body) = &self.config.body else { return message.cloud_event().to_string() };
+        let mut values = message.values(&self.config.look_up);
+        let text = plain(&cut_html(&html(&defaults(), message, &values), TEXT_UNITS_MAX));
+        values.insert("text", text);
+        body.render(&values, self.config.escape)
+    }
+
+    /// Sends one message.
+    pub(crate) async fn send(&mut self, message: &Message) -> Outcome {
+        let ready = match self.ready.take().map_or_else(|| self.make_ready(), Ok) {
+            Ok(ready) => self.ready.insert(ready),
+            Err(why) => return Outcome::Broken(why),
+        };
+        let (url, mut headers) = (ready.url.clone(), ready.headers.clone());
+        let (secret, client) = (ready.secret.clone(), ready.http.clone());
+        let body = self.render(message);
+        if let Some(secret) = secret {
+            let signature = sign(&secret, self.clock.now(), body.as_bytes());
+            headers.insert(SIGNATURE, HeaderValue::from_str(&signature).unwrap_or(HeaderValue::from_static("")));
+        }
+        let request = client.request(self.config.method.clone(), url).headers(headers).body(body);
+        match http::ask(request).await {
+            Ok(answer) => self.judge(answer.status, answer.retry_after),
+            Err(why) => Outcome::Failed(format!("no answer from {}: {why}", self.destination())),
+        }
+    }
+
+    fn make_ready(&self) -> Result<Ready, String> {
+        let config = &self.config;
+        let text = config.url.load()?;
+        let url = parse_url(text.expose())?;
+        let mut headers = config.headers.clone();
+        let content_type = HeaderValue::from_str(&config.content_type).map_err(|error| error.to_string())?;
+        headers.insert(CONTENT_TYPE, content_type);
+        if let Some(token) = &config.token {
+            let bearer = format!("Bearer {}", token.load()?.expose());
+            let mut value = HeaderValue::from_str(&bearer).map_err(|_| "the token is not plain text".to_owned())?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let secret = config.secret.as_ref().map(|secret| secret.load()).transpose()?;
+        let http = http::client(&url, config.timeout)?;
+        Ok(Ready { url, headers, secret, http })
+    }
+
+    fn judge(&mut self, status: StatusCode, retry_after: Option<Duration>) -> Outcome {
+        let answers = format!("{} answers {}", self.destination(), status.as_u16());
+        if status.is_success() {
+            return Outcome::Delivered;
+        }
+        let may_pass = status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT;
+        match (status, retry_after) {
+            (StatusCode::TOO_MANY_REQUESTS, wait) => {
+                let wait = wait.unwrap_or(WAIT_UNNAMED);
+                Outcome::Later(wait, Some(format!("{answers} and asks to wait {} s", wait.as_secs())))
+            }
+            (_, Some(wait)) if may_pass => Outcome::Later(wait, Some(answers)),
+            (_, None) if may_pass => Outcome::Failed(answers),
+            _ if status.is_redirection() => Outcome::Refused(format!("{answers}: redirects are not followed")),
+            _ => {
+                // Files may hold something better by the next time.
+                self.ready = None;
+                Outcome::Refused(answers)
+            }
+        }
+    }
+}
+
+/// The address of a webhook.
+///
+/// # Errors
+/// What is wrong with it, without showing it.
+pub(crate) fn parse_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
+    url.filter(|url| url.host_str().is_some_and(|host| !host.is_empty()))
+        .ok_or_else(|| "expected an address that begins with http:// or https://".to_owned())
+}
+
+/// The signature of `body`, sent at `now`.
+fn sign(secret: &Secret, now: Timestamp, body: &[u8]) -> String {
+    let seconds = now.as_millis() / 1000;
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes());
+    let mut context = hmac::Context::with_key(&key);
+    context.update(format!("{seconds}.").as_bytes());
+    context.update(body);
+    let mut signature = format!("t={seconds},v1=");
+    for byte in context.sign().as_ref() {
+        // Writing to a String cannot fail.
+        let _written = write!(signature, "{byte:02x}");
+    }
+    signature
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signature_is_what_others_compute() {
+        // printf '1700000000.{"a":1}' | openssl dgst -sha256 -hmac key
+        let signature = sign(&Secret::new("key"), Timestamp::from_secs(1_700_000_000), br#"{"a":1}"#);
+        assert_eq!(signature, "t=1700000000,v1=a438e398bfafc57e4396bb7fc2304422f0f768e965d073ca313cb52e22e6ad03");
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_not_shown() {
+        for text in ["", "ftp://x/s3cret", "https://", "s3cret"] {
+            let error = parse_url(text).unwrap_err();
+            assert!(!error.contains("s3cret"), "{error}");
+        }
+        assert_eq!(parse_url(" https://x/y\n").unwrap().as_str(), "https://x/y");
+    }
+}

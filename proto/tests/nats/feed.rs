@@ -1,0 +1,186 @@
+//! Duties that one host at a time has, and events that it tells.
+
+use std::time::Duration;
+
+use proto::bus::duty::{Duties, Duty};
+use proto::bus::feed::{EventFeed, EventSource, Fed};
+use proto::bus::nats::events::publish_event;
+use proto::bus::nats::lease::{Holder, LEASE_TTL};
+use proto::bus::nats::told::TellError;
+use proto::bus::nats::{Connection, streams};
+use proto::envelope::{CloudEvent, Data};
+use proto::time::Timestamp;
+
+use crate::PATIENCE;
+use crate::server::Server;
+
+async fn publish(connection: &Connection, text: &str) {
+    let seconds = text.bytes().map(i64::from).sum();
+    let event = CloudEvent::of_alarm("n", "test", text.to_owned(), Timestamp::from_secs(seconds));
+    publish_event(connection, &event).await.unwrap();
+}
+
+async fn next(feed: &mut EventFeed) -> Fed {
+    tokio::time::timeout(PATIENCE, feed.next()).await.expect("something comes")
+}
+
+async fn begun(feed: &mut EventFeed) -> bool {
+    match next(feed).await {
+        Fed::Begun { was_running } => was_running,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Number and text of the next event.
+async fn event(feed: &mut EventFeed) -> (u64, String) {
+    match next(feed).await {
+        Fed::Event { at, event } => match &event.data {
+            Data::Alarm(alarm) => (at, alarm.text.clone()),
+            Data::Ban(_) => panic!("{event:?}"),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_teller_begins_with_now_and_each_successor_where_the_last_left_off() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    publish(&connection, "of old").await;
+    let source = EventSource::shared(&connection);
+    let mut first = source.follow("telegram", false);
+    assert!(!begun(&mut first).await);
+    for text in ["a", "b", "c"] {
+        publish(&connection, text).await;
+    }
+    // That the service runs says nothing of events.
+    first.tell(0, true).await.unwrap();
+    let (a, text) = event(&mut first).await;
+    assert_eq!(text, "a");
+    assert_eq!(event(&mut first).await.1, "b");
+    first.tell(a, true).await.unwrap();
+    // A repetition of what was written already is nothing new.
+    first.tell(a, true).await.unwrap();
+
+    let mut second = source.follow("telegram", false);
+    assert!(begun(&mut second).await, "it was running");
+    let (b, text) = event(&mut second).await;
+    assert_eq!(text, "b", "taken by the first, and not told");
+    second.tell(b, true).await.unwrap();
+    assert!(matches!(first.tell(b + 1, true).await, Err(TellError::Deposed)));
+    first.begin_again();
+    begun(&mut first).await;
+    assert_eq!(event(&mut first).await.1, "c");
+
+    let mut other = source.follow("webhook-x", false);
+    begun(&mut other).await;
+    publish(&connection, "d").await;
+    assert_eq!(event(&mut other).await.1, "d", "each name tells for itself");
+    assert_eq!(event(&mut first).await.1, "d");
+    let mut watcher = source.follow("telegram", true);
+    begun(&mut watcher).await;
+    publish(&connection, "e").await;
+    let (e, text) = event(&mut watcher).await;
+    assert_eq!(text, "e");
+    watcher.tell(e, true).await.unwrap();
+    let mut third = source.follow("telegram", false);
+    begun(&mut third).await;
+    assert_eq!(event(&mut third).await.1, "c", "who only watches moves nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_events_come_whole_and_in_order_through_a_server_that_is_killed() {
+    let mut server = Server::start();
+    let connection = server.bus().await;
+    let mut feed = EventSource::shared(&connection).follow("telegram", false);
+    begun(&mut feed).await;
+    let publishing = connection.clone();
+    let texts: Vec<String> = (0..1500).map(|n| "x".repeat(n)).collect();
+    let expected = texts.clone();
+    let published = tokio::spawn(async move {
+        for text in texts {
+            let seconds = i64::try_from(text.len()).unwrap();
+            let event = CloudEvent::of_alarm("n", "test", text, Timestamp::from_secs(seconds));
+            while publish_event(&publishing, &event).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    });
+    let mut newest = 0;
+    for (index, text) in expected.iter().enumerate() {
+        if index == 500 {
+            server.kill_and_restart();
+        }
+        let (at, found) = event(&mut feed).await;
+        assert!(at > newest && found == *text, "{index}: number {at} after {newest}");
+        newest = at;
+    }
+    published.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_events_that_was_made_anew_is_followed_from_its_beginning() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let mut feed = EventSource::shared(&connection).follow("telegram", false);
+    begun(&mut feed).await;
+    let mut told = 0;
+    for text in ["a", "b", "c"] {
+        publish(&connection, text).await;
+        told = event(&mut feed).await.0;
+    }
+    feed.tell(told, true).await.unwrap();
+    server.api("STREAM.DELETE.PORTCULLIS_EVENTS", serde_json::json!({})).await;
+    streams::ensure(&connection, &server.config()).await.unwrap();
+    // What comes right after the old could be of the old stream: so close are servers' clocks.
+    let mut texts = (0..).map(|n| "n".repeat(n));
+    let new = loop {
+        publish(&connection, &texts.next().unwrap()).await;
+        let came = tokio::time::timeout(Duration::from_millis(100), feed.next()).await;
+        if let Ok(Fed::Event { at, .. }) = came {
+            break at;
+        }
+    };
+    assert!(new < 100, "counted anew: {new}");
+    feed.tell(new, true).await.unwrap();
+    publish(&connection, "newer").await;
+    let mut successor = EventSource::shared(&connection).follow("telegram", false);
+    begun(&mut successor).await;
+    assert_eq!(event(&mut successor).await.0, new + 1);
+}
+
+async fn wait_for(duty: &mut Duty, is_held: bool) {
+    let changed = async {
+        while duty.is_held() != is_held {
+            duty.changed().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, changed).await.expect("the duty changes hands");
+}
+
+fn holder(node: &str) -> Holder {
+    Holder { node: node.to_owned(), instance: "1".to_owned() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_cut_from_the_lease_gives_the_duty_to_another() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let (one, two) = (Duties::shared(&connection, holder("edge-1")), Duties::shared(&connection, holder("edge-2")));
+    let mut first = one.take("telegram");
+    wait_for(&mut first, true).await;
+    let mut second = two.take("telegram");
+    let mut elsewhere = two.take("cloudflare");
+    wait_for(&mut elsewhere, true).await;
+    while second.holder().is_none() {
+        second.changed().await;
+    }
+    assert_eq!((second.is_held(), second.holder().as_deref()), (false, Some("edge-1")));
+    // Cut off without a word: its lease is no longer renewed.
+    drop(first);
+    wait_for(&mut second, true).await;
+    assert_eq!(second.holder().as_deref(), Some("edge-2"));
+    let mut back = one.take("telegram");
+    second.give_back().await;
+    tokio::time::timeout(LEASE_TTL, wait_for(&mut back, true)).await.expect("given back, it is taken at once");
+}
