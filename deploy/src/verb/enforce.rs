@@ -83,7 +83,8 @@ mod tests {
     #[test]
     fn what_was_removed_is_told() {
         assert_eq!(describe(&TeardownReport::default(), "removed"), ["nothing of ours was here"]);
-        let report = TeardownReport { rules: 4, sets: vec!["a".to_owned(), "b".to_owned()], last_set: true };
+        let report =
+            TeardownReport { rules: 4, sets: vec!["a".to_owned(), "b".to_owned()], last_set: true, cloudflare: 0 };
         assert_eq!(
             describe(&report, "removed"),
             ["removed 4 rules and chains", "removed the sets a, b", "removed the bans kept for the next start"]
