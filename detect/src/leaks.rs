@@ -109,9 +109,11 @@ pub(crate) fn views(reports: &[NodeReport]) -> Vec<HostView> {
 
 fn back_end(report: &BackendReport, lifted: bool) -> BackEnd {
     match report.name.as_str() {
+        // Who does it says how it is.
+        _ if report.standby => BackEnd::Absent,
         "none" => BackEnd::Absent,
         "dry-run" => BackEnd::Idle,
-        _ if lifted => BackEnd::Idle,
+        _ if lifted || report.lets_some_pass => BackEnd::Idle,
         _ => BackEnd::InForce(report.confirmed),
     }
 }

@@ -60,8 +60,7 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     let shutdown = forwarded.around.shutdown.clone();
     let mut revision = forwarded.around.bans.watch();
     revision.mark_changed();
-    let mut lists_open = true;
-    let mut servers_open = true;
+    let (mut lists_open, mut servers_open, mut pause_open) = (true, true, true);
     let (mut pace, mut tick, mut resync) = (ticks(PACE), ticks(PACE), ticks(resync));
     loop {
         tokio::select! {
@@ -72,6 +71,12 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
                 lists_open = changed.is_ok();
                 if forwarded.take_lists() {
                     // A pause lifts everything at once.
+                    pace.reset_immediately();
+                }
+            }
+            changed = forwarded.around.host_pause.changed(), if pause_open => {
+                pause_open = changed.is_ok();
+                if forwarded.take_pause() {
                     pace.reset_immediately();
                 }
             }
@@ -131,6 +136,8 @@ struct Forwarded {
     is_due: bool,
     choice: Choice,
     outcome: Outcome,
+    /// Revision of the ban set that the rules carry out.
+    in_force: u64,
     repairs: u64,
     /// What is on disk, as far as known.
     kept: Option<Vec<(Target, Claim)>>,
@@ -158,6 +165,7 @@ impl Forwarded {
             is_due: false,
             choice: Choice::default(),
             outcome: Outcome::default(),
+            in_force: 0,
             repairs: 0,
             kept: None,
             kept_problem: None,
@@ -188,7 +196,7 @@ impl Forwarded {
             let lists = last_set::load(&state_dir).ok().flatten().unwrap_or_default().lists;
             self.lists = Arc::new(lists);
         }
-        self.paused = is_paused(&self.lists, now);
+        self.take_pause();
         self.look_at_host();
     }
 
@@ -210,7 +218,8 @@ impl Forwarded {
     }
 
     fn take_pause(&mut self) -> bool {
-        let paused = is_paused(&self.lists, self.around.clock.now());
+        let of_host = self.around.host_pause.borrow_and_update().is_some();
+        let paused = of_host || is_paused(&self.lists, self.around.clock.now());
         let new = std::mem::replace(&mut self.paused, paused) != paused;
         self.is_due |= new;
         new
@@ -255,6 +264,9 @@ impl Forwarded {
             let known = self.known || self.paused;
             let outcome = self.chains.put(&searches, (known, retry), &families).await;
             self.take_outcome(outcome, &families);
+            if self.outcome.problems.is_empty() && !self.around.dry_run {
+                self.in_force = self.claims.revision();
+            }
         } else if !self.around.dry_run {
             let text = "cannot change the firewall: run as root or with CAP_NET_ADMIN";
             self.outcome = Outcome { problems: vec![Problem::degraded(text)], ..Outcome::default() };
@@ -349,8 +361,10 @@ impl Forwarded {
             guarded: choice.guarded as u64,
             dropped_packets: self.outcome.refused.0,
             dropped_bytes: self.outcome.refused.1,
-            revision: self.claims.revision(),
+            revision: self.in_force,
             repairs: self.repairs,
+            lets_some_pass: choice.left_out > 0 || choice.guarded > 0 || choice.unspellable.0 > 0,
+            ..BackendReport::default()
         };
         self.around.board.put(report, problems);
     }

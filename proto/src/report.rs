@@ -192,6 +192,8 @@ pub struct BackendReport {
     pub waiting: u64,
     /// Whether another host does this back end's work, so that the figures are not of this one.
     pub standby: bool,
+    /// Whether it lets some banned clients pass, on purpose or for want of room: that one passed is no fault of its own.
+    pub lets_some_pass: bool,
 }
 
 /// One role on one node.

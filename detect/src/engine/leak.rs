@@ -313,6 +313,7 @@ impl Leaks {
         }
         match host {
             Some(host) if in_force(&host.forwarded) => by(Keeper::Forwarded, &host.forwarded, grace.firewall),
+            _ if through_cloudflare && self.cloudflare.is == BackEnd::Idle => None,
             _ => nobody(Keeper::BehindProxy),
         }
     }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use proto::net::Target;
-use proto::secret::{self, Secret, SecretFileError};
+use proto::secret::Secret;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode, Url, redirect};
 use serde::de::DeserializeOwned;

@@ -9,7 +9,7 @@ use super::installation::InstallationError;
 use super::metrics::CloudflareMetrics;
 use super::mirror::{Mirror, Summary};
 use super::usage::Usage;
-use crate::config::{CloudflareConfig, Scope};
+use crate::config::{CloudflareConfig, Mode, Scope};
 pub(super) use crate::reconcile::chain_of as chain;
 
 /// What it is made of.
@@ -53,6 +53,10 @@ impl Status<'_> {
         report.members = summary.entries as u64;
         report.revision = if self.dry_run { 0 } else { summary.confirmed };
         report.repairs = summary.repairs;
+        // Whoever solves a challenge passes, what a list does is up to rules of others, and not every ban may be there.
+        let turns_away = self.config.mode == Mode::Block && !matches!(self.config.scope, Scope::List { .. });
+        let absent = summary.left_out + summary.holed + summary.unsayable + summary.taken + summary.refused;
+        report.lets_some_pass = !turns_away || absent > 0;
         report.waiting = waiting as u64;
         report.detail.extend(self.details(&summary));
         let mut problems = self.problems_of_host();

@@ -10,6 +10,7 @@ use std::time::Duration;
 use prometheus_client::registry::Registry;
 use proto::ban::{BanChange, Lists, Pause};
 use proto::bus::duty::Duties;
+use proto::bus::feed::EventSource;
 use proto::bus::memory::Bus;
 use proto::net::{NetSet, Target};
 use proto::report::{BackendReport, Problem};
@@ -141,7 +142,9 @@ impl Host {
             lists: self.bus.lists.subscribe(),
             trusted_proxies: NetSet::default(),
             bus_servers: watch::channel(Vec::new()).1,
+            host_pause: watch::channel(None).1,
             duties: Duties::alone(),
+            events: EventSource::local(&self.bus.events, 0),
             state_dir: Some(self.dir.path().to_owned()),
             dry_run: self.dry_run,
             clock: Clock::system(),

@@ -327,6 +327,7 @@ fn check_url(url: &str, mistakes: &mut Mistakes) {
 
 #[cfg(test)]
 mod tests {
+    use proto::secret::Secret;
     use serde_json::json;
 
     use super::*;
