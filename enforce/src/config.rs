@@ -185,6 +185,7 @@ mod tests {
         });
         let texts = check(wrong).unwrap_err();
         let expected = [
+            "enforce.cloudflare.api_token_file: expected an absolute path",
             "enforce.cloudflare.scope: is required",
             "enforce.firewal: unknown key; did you mean `firewall`?",
             "enforce.firewall.backend: \"nftables\" is not available in this version",

@@ -390,7 +390,7 @@ mod tests {
             (json!({"scope": "user", "api_key_file": "/k"}), "email: is required with a Global API Key"),
             (json!({"scope": "user", "email": "a"}), "api_key_file: is required with `email`"),
             (json!({"scope": "user", "api_token": "t", "email": "a"}), "email: a token stands alone"),
-            (json!({"scope": "user", "api_token": "t", "api_token_file": "/t"}), "api_token_file: cannot stand beside"),
+            (json!({"scope": "user", "api_token": "t", "api_token_file": "/t"}), "api_token: give either api_token"),
             (json!({"api_token": "t"}), "scope: is required"),
             (json!({"api_token": "t", "scope": {"zones": []}}), "scope: expected 1 to 50 different zones, got 0"),
             (json!({"api_token": "t", "scope": "all"}), "scope: expected \"user\", { zones"),
