@@ -7,10 +7,12 @@
 mod action;
 mod backend;
 mod board;
+mod choose;
 mod command;
 pub mod config;
 pub mod desired;
 pub mod error;
+mod former;
 pub mod guard;
 mod host;
 mod last_set;

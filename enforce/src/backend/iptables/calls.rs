@@ -21,7 +21,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
 /// The programs of one family in one variant.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Programs {
+pub(crate) struct Programs {
     pub(super) change: &'static str,
     pub(super) save: &'static str,
     pub(super) restore: &'static str,
@@ -56,7 +56,7 @@ impl Calls {
 
     /// Carries a step out.
     pub(super) async fn apply(&mut self, programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
-        if let RuleStep::Lift { .. } = step {
+        if let RuleStep::Lift { .. } | RuleStep::Fill { .. } = step {
             return self.restore(programs, step).await;
         }
         for (table, arguments) in step.commands() {
@@ -86,19 +86,28 @@ impl Calls {
         if output.status.success() { Ok(()) } else { Err(failed(command::one_line(&output.stderr))) }
     }
 
-    /// All of a step or nothing of it, without a moment in between.
     async fn restore(&mut self, programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
         self.check_finished()?;
-        let commands = step.commands();
-        let Some((table, _)) = commands.first() else { return Ok(()) };
-        let lines: Vec<&str> = commands.iter().map(|(_, arguments)| arguments.as_str()).collect();
-        let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
-        let wait = format!("--wait={LOCK_WAIT_S}");
-        let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
-        let ended = restore.finish(input.as_bytes()).await?;
-        let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
-        if ended.success { Ok(()) } else { Err(failed()) }
+        restore(programs, step).await
     }
+}
+
+/// All of a step or nothing of it, without a moment in between.
+pub(crate) async fn restore(programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
+    let commands = step.commands();
+    let Some((table, _)) = commands.first() else { return Ok(()) };
+    let lines: Vec<&str> = commands.iter().map(|(_, arguments)| arguments.as_str()).collect();
+    let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
+    restore_input(programs, &input, &step.to_string()).await
+}
+
+/// What `iptables-restore` takes, without touching anything else. It wants the name of the step for its error.
+pub(super) async fn restore_input(programs: Programs, input: &str, step: &str) -> Result<(), CommandError> {
+    let wait = format!("--wait={LOCK_WAIT_S}");
+    let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
+    let ended = restore.finish(input.as_bytes()).await?;
+    let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
+    if ended.success { Ok(()) } else { Err(failed()) }
 }
 
 #[cfg(test)]
