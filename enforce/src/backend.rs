@@ -4,16 +4,23 @@
 pub(crate) mod dry_run;
 pub(crate) mod ipset;
 pub(crate) mod iptables;
+pub(crate) mod nftables;
+pub(crate) mod plain;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use proto::net::Target;
+use proto::report::Problem;
 use proto::time::Clock;
 
 use crate::backend::dry_run::DryRun;
 use crate::backend::ipset::{Header, Ipset};
+use crate::backend::iptables::Iptables;
+use crate::backend::nftables::Nftables;
+use crate::backend::plain::Plain;
 use crate::command::CommandError;
-use crate::plan::{Kernel, SetId, Step};
+use crate::plan::{Family, Kernel, SetId, Step};
 
 /// A step that the kernel refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,11 +40,28 @@ pub(crate) struct Applied {
     pub(crate) stopped: Option<(usize, CommandError)>,
 }
 
+/// What a short look at our sets says.
+#[derive(Debug)]
+pub(crate) enum Look {
+    /// How each set was made, and its size.
+    Headers(BTreeMap<SetId, Header>),
+    /// Nobody but us has changed anything since members were last observed.
+    Unchanged,
+    /// Somebody may have.
+    Changed,
+    /// There is nothing to observe.
+    Nothing,
+}
+
 /// Where members are kept.
 #[derive(Clone, Debug)]
 pub(crate) enum Sets {
-    /// In kernel sets.
+    /// In kernel sets of ipset.
     Ipset(Ipset),
+    /// In kernel sets of nf_tables.
+    Nftables(Nftables),
+    /// In rules.
+    Plain(Plain),
     /// Nowhere; what would be done is logged.
     DryRun(DryRun),
 }
@@ -47,15 +71,22 @@ impl Sets {
     pub(crate) async fn apply(&self, steps: &[Step]) -> Applied {
         match self {
             Self::Ipset(ipset) => ipset.apply(steps).await,
+            Self::Nftables(nftables) => nftables.apply(steps).await,
+            Self::Plain(plain) => plain.apply(steps).await,
             Self::DryRun(dry_run) => dry_run.apply(steps),
         }
     }
 
-    /// Headers of our sets; `None` where there is nothing to observe.
-    pub(crate) async fn headers(&self) -> Result<Option<BTreeMap<SetId, Header>>, CommandError> {
+    /// Looks whether everything should be observed.
+    pub(crate) async fn look(&self) -> Result<Look, CommandError> {
         match self {
-            Self::Ipset(ipset) => ipset.headers().await.map(Some),
-            Self::DryRun(_) => Ok(None),
+            Self::Ipset(ipset) => ipset.headers().await.map(Look::Headers),
+            Self::Nftables(nftables) => {
+                nftables.is_unchanged().await.map(|same| if same { Look::Unchanged } else { Look::Changed })
+            }
+            // Its rules are looked at as rules.
+            Self::Plain(_) => Ok(Look::Unchanged),
+            Self::DryRun(_) => Ok(Look::Nothing),
         }
     }
 
@@ -63,6 +94,8 @@ impl Sets {
     pub(crate) async fn observe(&self, clock: &Clock) -> Result<Option<Kernel>, CommandError> {
         match self {
             Self::Ipset(ipset) => ipset.observe(clock).await.map(Some),
+            Self::Nftables(nftables) => nftables.observe(clock).await.map(Some),
+            Self::Plain(plain) => Ok(Some(plain.observe().await)),
             Self::DryRun(_) => Ok(None),
         }
     }
@@ -71,7 +104,64 @@ impl Sets {
     pub(crate) async fn test(&self, set: SetId, address: IpAddr) -> Result<Option<bool>, CommandError> {
         match self {
             Self::Ipset(ipset) => ipset.test(set, address).await.map(Some),
-            Self::DryRun(_) => Ok(None),
+            Self::Nftables(nftables) => nftables.test(set, address).await.map(Some),
+            Self::Plain(_) | Self::DryRun(_) => Ok(None),
+        }
+    }
+
+    /// Where people find the ban.
+    pub(crate) fn describe(&self, target: &Target) -> String {
+        let set = SetId::Bans(Family::of(target));
+        match self {
+            Self::Nftables(_) => format!("in set {}", nftables::describe_ban(target)),
+            Self::Plain(_) => "a rule of its own".to_owned(),
+            Self::Ipset(_) | Self::DryRun(_) => format!("in set {}", set.name()),
+        }
+    }
+
+    /// Bans held at most, where that is less than anyone would configure.
+    pub(crate) async fn bans_max(&self) -> Option<u32> {
+        match self {
+            Self::Plain(plain) => Some(plain.bans_max().await),
+            Self::Ipset(_) | Self::Nftables(_) | Self::DryRun(_) => None,
+        }
+    }
+}
+
+/// What a look at the rules brought about.
+#[derive(Debug, Default)]
+pub(crate) struct RulesOutcome {
+    /// What is not as it should be.
+    pub(crate) problems: Vec<Problem>,
+    /// What was chosen and why, a line a family.
+    pub(crate) detail: Vec<String>,
+    /// Steps taken, by kind.
+    pub(crate) steps: Vec<&'static str>,
+    /// Families in which something had drifted.
+    pub(crate) repairs: u64,
+    /// Packets and bytes dropped since our chains were made.
+    pub(crate) dropped: (u64, u64),
+    /// Where each family's bans stand, for people.
+    pub(crate) places: BTreeMap<Family, String>,
+    /// Families whose rules could not be put in place.
+    pub(crate) failed: usize,
+}
+
+/// What looks up members in the path of packets.
+#[derive(Debug)]
+pub(crate) enum Rules {
+    /// Chains and jumps of iptables.
+    Iptables(Box<Iptables>),
+    /// Our own table.
+    Nftables(Nftables),
+}
+
+impl Rules {
+    /// Looks at the rules of these families and puts right what differs.
+    pub(crate) async fn resync(&mut self, families: &[Family]) -> RulesOutcome {
+        match self {
+            Self::Iptables(iptables) => iptables.resync(families).await,
+            Self::Nftables(nftables) => nftables.resync(families).await,
         }
     }
 }

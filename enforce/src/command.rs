@@ -43,6 +43,21 @@ pub enum CommandError {
         /// The command line.
         command: String,
     },
+    /// nf_tables said no, or nothing.
+    #[error("nf_tables: cannot {what}")]
+    Kernel {
+        /// What it was asked for.
+        what: &'static str,
+        /// Its answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not on this host.
+    #[error("{program} is not installed")]
+    NotInstalled {
+        /// Its name.
+        program: &'static str,
+    },
     /// It said no.
     #[error("`{command}` failed: {said}")]
     Failed {

@@ -170,6 +170,15 @@ mod tests {
     }
 
     #[test]
+    fn chains_are_for_iptables() {
+        let firewall = |backend| check(json!({"firewall": {"backend": backend, "chains": ["INPUT"]}}));
+        let texts = firewall("nftables").unwrap_err();
+        assert!(texts.len() == 1 && texts[0].starts_with("enforce.firewall.chains: is for iptables"), "{texts:?}");
+        assert!(firewall("iptables").is_ok() && firewall("auto").is_ok());
+        assert!(check(json!({"firewall": {"backend": "nftables", "chains": "auto"}})).is_ok());
+    }
+
+    #[test]
     fn every_mistake_is_reported_with_its_key() {
         let wrong = json!({
             "cloudflare": {"api_token_file": "x"}, "telegram": {}, "webhooks": [], "firewal": {},
@@ -178,7 +187,7 @@ mod tests {
                 "in_interface": "-x", "out_interface": "a name too long", "headers": ["a: b"], "rules_max": 0, "rule_max": 1,
             },
             "firewall": {
-                "backend": "nftables", "chains": ["nat/PREROUTING", "OUTPUT", "PREROUTING", "-x", "PORTCULLIS"],
+                "backend": "nftable", "chains": ["nat/PREROUTING", "OUTPUT", "PREROUTING", "-x", "PORTCULLIS"],
                 "ports": ["icmp/1", "0", "9-8"], "bans_max": 0, "ban_prefix_min_ipv4": 33, "resync_interval": "1ms",
                 "full_check_interval": "2days", "chain": 1,
             },
@@ -188,7 +197,7 @@ mod tests {
             "enforce.cloudflare.api_token_file: expected an absolute path",
             "enforce.cloudflare.scope: is required",
             "enforce.firewal: unknown key; did you mean `firewall`?",
-            "enforce.firewall.backend: \"nftables\" is not available in this version",
+            "enforce.firewall.backend: expected \"auto\", \"iptables\", \"nftables\" or \"none\", got \"nftable\"",
             "enforce.firewall.ban_prefix_min_ipv4: must be from 1 to 32",
             "enforce.firewall.bans_max: must be from 1 to 1000000",
             "enforce.firewall.chain: unknown key; did you mean `chains`?",

@@ -137,6 +137,12 @@ impl Desired {
         touched
     }
 
+    /// At most so many are wanted from now on. Returns those that fell out or came in by that.
+    pub fn handle_bans_max(&mut self, bans_max: usize) -> Vec<Target> {
+        self.bans_max = bans_max;
+        self.recut()
+    }
+
     /// While paused nothing is wanted. Returns whether that is new, in which case every target may have changed.
     pub fn handle_pause(&mut self, paused: bool) -> bool {
         std::mem::replace(&mut self.paused, paused) != paused

@@ -7,11 +7,13 @@
 mod action;
 mod backend;
 mod board;
+mod choose;
 mod cloudflare;
 mod command;
 pub mod config;
 pub mod desired;
 pub mod error;
+mod former;
 mod forwarded;
 pub mod guard;
 mod host;

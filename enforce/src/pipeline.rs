@@ -20,10 +20,11 @@ use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::action::{Actions, Surroundings};
-use crate::backend::iptables::{Iptables, RulesOutcome};
+use crate::backend::{Rules, RulesOutcome};
 use crate::board::Board;
 use crate::config::{BackendKind, EnforceConfig};
 use crate::error::EnforceError;
+use crate::former::Former;
 use crate::host;
 use crate::last_set::{self, LastSet, LastSetError};
 use crate::metrics::EnforceMetrics;
@@ -37,6 +38,8 @@ const TICK: Duration = Duration::from_secs(1);
 const SKEW_STEP_MS: u64 = 2000;
 /// Keeping the last set may take one part in so many of the time: large sets are kept less often.
 const STORE_SHARE: u32 = 20;
+/// Resyncs in a row after which a back end that does not work is replaced: as many as iptables gets to read its rules.
+const BROKEN_MAX: u32 = 8;
 
 /// What the role works on.
 #[derive(Debug)]
@@ -107,15 +110,20 @@ struct Enforcer {
     /// Revision of the ban set that is in force.
     in_force: u64,
     /// At home, or away in `rules_job`.
-    rules: Option<Iptables>,
-    rules_job: Option<JoinHandle<(Iptables, RulesOutcome)>>,
+    rules: Option<Rules>,
+    rules_job: Option<JoinHandle<(Rules, RulesOutcome)>>,
     /// Families of the last look at rules.
     rules_families: Vec<Family>,
     observe_job: Option<JoinHandle<Observed>>,
+    former: Former,
+    /// Resyncs in a row at which nothing worked.
+    broken: u32,
     store_job: Option<JoinHandle<Result<(), LastSetError>>>,
     outcome: RulesOutcome,
     rules_repairs: u64,
     dropped: (u64, u64),
+    /// By back ends that were replaced.
+    dropped_before: (u64, u64),
     observed_at: Timestamp,
     stored_at: Timestamp,
     store_took: Duration,
@@ -131,23 +139,26 @@ impl Enforcer {
         let Inputs { trusted_proxies, dry_run, clock, metrics, .. } = &inputs;
         let firewall = config.firewall.clone();
         let mut reconciler =
-            Reconciler::new(firewall.clone(), trusted_proxies.clone(), *dry_run, clock.clone(), metrics.clone());
+            Reconciler::new(firewall, trusted_proxies.clone(), *dry_run, clock.clone(), metrics.clone());
         reconciler.begin_paused(besides.gate.paused.clone());
-        let rules = Iptables::new(firewall, *dry_run, clock.clone());
+        let former = Former::new(inputs.state_dir.as_deref().filter(|_| !dry_run));
         let (now, raw) = (clock.now(), clock.raw());
         Self {
             config,
             reconciler,
             besides,
             in_force: 0,
-            rules: Some(rules),
+            rules: None,
             rules_job: None,
             rules_families: Vec::new(),
             observe_job: None,
+            former,
+            broken: 0,
             store_job: None,
             outcome: RulesOutcome::default(),
             rules_repairs: 0,
             dropped: (0, 0),
+            dropped_before: (0, 0),
             observed_at: raw,
             stored_at: raw,
             store_took: Duration::ZERO,
@@ -163,6 +174,7 @@ impl Enforcer {
         let last = self.load();
         let bans = last.bans.len();
         self.reconciler.start(last).await;
+        self.take_new_rules();
         self.begin_rules();
         if self.rules_job.is_some() {
             let done = finish(&mut self.rules_job).await;
@@ -209,6 +221,7 @@ impl Enforcer {
                 },
                 ended = self.besides.actions.next_end() => ended?,
                 done = finish(&mut self.rules_job) => self.take_rules(done)?,
+                done = finish(&mut self.former.job) => self.former.take(self.reconciler.method().is_some(), done)?,
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
                 _ = tick.tick() => self.handle_tick().await,
@@ -226,6 +239,9 @@ impl Enforcer {
             if self.rules_job.is_some() {
                 let done = finish(&mut self.rules_job).await;
                 self.take_rules(done)?;
+            }
+            if let Some(job) = self.former.job.take() {
+                let _ = job.await;
             }
             if let Some(job) = self.store_job.take() {
                 let _ = job.await;
@@ -333,10 +349,15 @@ impl Enforcer {
     async fn look_at_host(&mut self) {
         let bus_servers = self.inputs.bus_servers.borrow_and_update().clone();
         self.reconciler.handle_host(&bus_servers).await;
+        self.take_new_rules();
     }
 
     async fn handle_resync(&mut self) {
         self.look_at_host().await;
+        if !self.besides.gate.stands_off {
+            self.replace_broken().await;
+            self.begin_clearing();
+        }
         self.begin_rules();
         if self.observe_job.is_none() && !self.besides.gate.stands_off {
             let now = self.inputs.clock.raw();
@@ -372,6 +393,58 @@ impl Enforcer {
         Ok(())
     }
 
+    /// Those of a back end that was just chosen. What the former ones counted stays counted.
+    fn take_new_rules(&mut self) {
+        if let Some(rules) = self.reconciler.take_rules() {
+            self.rules = Some(rules);
+            self.rules_families.clear();
+            self.outcome = RulesOutcome::default();
+            self.dropped_before = self.dropped_now();
+            self.dropped = (0, 0);
+            if let Some(method) = self.reconciler.method() {
+                self.former.begin_use(method);
+            }
+        }
+    }
+
+    fn dropped_now(&self) -> (u64, u64) {
+        (self.dropped_before.0 + self.dropped.0, self.dropped_before.1 + self.dropped.1)
+    }
+
+    /// A back end that nothing can be done with for so long is given up, where another may be chosen.
+    async fn replace_broken(&mut self) {
+        let families = self.rules_families.len();
+        let rules_broken = self.outcome.failed >= families.max(1);
+        let is_broken = self.reconciler.method().is_some() && (rules_broken || self.reconciler.is_failing());
+        self.broken = if is_broken { self.broken + 1 } else { 0 };
+        let idle = self.rules.is_some() && self.observe_job.is_none();
+        let may = self.config.firewall.backend == BackendKind::Auto && !self.inputs.dry_run;
+        if self.broken >= BROKEN_MAX && idle && may {
+            self.broken = 0;
+            if self.reconciler.reopen().await {
+                self.take_new_rules();
+                self.begin_observation(true);
+            }
+        }
+    }
+
+    /// Removes what a former back end left, once all bans stand without it.
+    fn begin_clearing(&mut self) {
+        if self.former.is_cleared || self.inputs.dry_run {
+            return;
+        }
+        let stands = match self.config.firewall.backend {
+            BackendKind::None => self.former.was_used(),
+            _ => {
+                let placed = self.outcome.failed == 0 && !self.outcome.places.is_empty();
+                placed && self.rules.is_some() && self.reconciler.is_settled()
+            }
+        };
+        if stands {
+            self.former.begin(self.reconciler.method(), &self.config.firewall);
+        }
+    }
+
     fn begin_rules(&mut self) {
         let families = self.reconciler.families_ready();
         let observable = !self.inputs.dry_run || host::may_change_firewall();
@@ -388,7 +461,7 @@ impl Enforcer {
         }));
     }
 
-    fn take_rules(&mut self, done: Result<(Iptables, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
+    fn take_rules(&mut self, done: Result<(Rules, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
         let (rules, outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
         self.rules = Some(rules);
         let metrics = &self.inputs.metrics;
@@ -401,6 +474,7 @@ impl Enforcer {
         self.dropped = (self.dropped.0.max(outcome.dropped.0), self.dropped.1.max(outcome.dropped.1));
         self.rules_repairs += outcome.repairs;
         self.outcome = outcome;
+        self.begin_clearing();
         self.report();
         Ok(())
     }
@@ -459,7 +533,7 @@ impl Enforcer {
         report.at = self.inputs.clock.now();
         report.problems = self.reconciler.problems();
         report.problems.extend(self.outcome.problems.iter().cloned());
-        report.problems.extend(self.store_problem.clone());
+        report.problems.extend(self.store_problem.iter().chain(&self.former.problem).cloned());
         report.problems.extend(self.besides.gate.problem());
         report.paused = self.reconciler.paused();
         let (backends, problems) = self.besides.board.all();
@@ -470,8 +544,8 @@ impl Enforcer {
             members: members.values().sum::<usize>() as u64,
             desired: desired.count() as u64,
             guarded: desired.refused_count() as u64,
-            dropped_packets: self.dropped.0,
-            dropped_bytes: self.dropped.1,
+            dropped_packets: self.dropped_now().0,
+            dropped_bytes: self.dropped_now().1,
             revision: self.in_force,
             repairs: self.reconciler.repairs + self.rules_repairs,
             ..BackendReport::default()
@@ -484,7 +558,8 @@ impl Enforcer {
     }
 
     fn detail(&self, members: &BTreeMap<Family, usize>) -> Vec<String> {
-        let mut detail = self.outcome.detail.clone();
+        let mut detail: Vec<String> = self.reconciler.why().map(str::to_owned).into_iter().collect();
+        detail.extend(self.outcome.detail.iter().cloned());
         if self.config.firewall.backend == BackendKind::None {
             detail.push("no firewall is configured".to_owned());
         }

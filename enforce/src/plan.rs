@@ -3,6 +3,7 @@
 //! [`Kernel`] is what the kernel holds, observed or known from what was applied. Planning decides nothing about what is
 //! wanted and does no I/O. Planning again after the steps were applied plans nothing.
 
+pub mod plain;
 pub mod rules;
 #[cfg(test)]
 mod simulation;
@@ -24,6 +25,8 @@ const RENEW_BELOW: Duration = Duration::from_secs(TIMEOUT_MAX_S as u64 / 2);
 const END_TOLERANCE: Duration = Duration::from_secs(2);
 /// Networks in a guard set at most; a kernel set of that size is what `ipset` makes unasked.
 pub const GUARD_NETS_MAX: u32 = 65_536;
+/// Room of a set that grows as it is filled. Nothing is gained by making it anew in another size.
+pub const GROWS: u32 = u32::MAX;
 /// Room in a ban set beyond `bans_max`, for bans that have ended and that the kernel has not yet swept out.
 const MAXELEM_SPARE: u32 = 4096;
 
@@ -125,7 +128,7 @@ pub enum Form {
 /// A set as the kernel holds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelSet {
-    /// Room for so many members.
+    /// Room for so many members, or [`GROWS`].
     pub maxelem: u32,
     /// How it was made.
     pub form: Form,
@@ -134,12 +137,17 @@ pub struct KernelSet {
 }
 
 impl KernelSet {
+    /// Whether it has the size that a set for so many members is made with, or grows to it.
+    pub fn has_room_for(&self, maxelem: u32) -> bool {
+        self.maxelem == maxelem || self.maxelem == GROWS
+    }
+
     /// Whether it, as the set `id`, is not what we make, and no step would make it so. Rules use it, so it cannot be
     /// destroyed. It is reported and left alone.
     pub fn is_beyond_repair(&self, id: SetId) -> bool {
         match id {
             // It has no other that it could be swapped with.
-            SetId::Guard(_) => self.form != Form::Ours || self.maxelem != GUARD_NETS_MAX,
+            SetId::Guard(_) => self.form != Form::Ours || !self.has_room_for(GUARD_NETS_MAX),
             SetId::Bans(_) => self.form == Form::Foreign,
             SetId::Fresh(_) => false,
         }
@@ -371,7 +379,7 @@ fn plan_bans(
         steps.extend(wanted.filter_map(|(target, entry)| add(bans, target, entry, now)));
         return;
     };
-    let fits = set.form == Form::Ours && set.maxelem == frame.maxelem();
+    let fits = set.form == Form::Ours && set.has_room_for(frame.maxelem());
     let stays = fits || set.is_beyond_repair(bans);
     // Paused, and nothing that may stay: one step instead of one a member.
     if stays && desired.is_paused() && !set.members.is_empty() {

@@ -4,6 +4,7 @@
 //! Observations take time; what was changed meanwhile ([`Reconciler::touched`]) is not overridden by them.
 
 mod explain;
+mod opening;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -16,9 +17,9 @@ use proto::net::{NetSet, Target};
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 
-use crate::backend::dry_run::DryRun;
-use crate::backend::ipset::{Header, Ipset};
-use crate::backend::{Applied, Sets};
+use crate::backend::ipset::Header;
+use crate::backend::{Applied, Look, Rules, Sets};
+use crate::choose::Method;
 use crate::config::{BackendKind, FirewallConfig};
 use crate::desired::Desired;
 use crate::guard::{Guard, GuardFacts};
@@ -46,7 +47,11 @@ pub(crate) struct Reconciler {
     host_pause: Option<String>,
     kernel: Kernel,
     sets: Option<Sets>,
-    /// Why there are no sets.
+    new_rules: Option<Rules>,
+    method: Option<Method>,
+    /// What was chosen and why.
+    why: Option<String>,
+    /// Why there are no sets, or none that are worth the name.
     unavailable: Option<Problem>,
     /// Why the last batch failed.
     failure: Option<String>,
@@ -70,10 +75,8 @@ pub(crate) struct Observation {
 /// What was observed.
 #[derive(Debug)]
 pub(crate) enum Observed {
-    Headers(BTreeMap<SetId, Header>),
+    Looked(Look),
     Members(u64, Kernel),
-    /// Nothing to observe.
-    Nothing,
     Failed(String),
 }
 
@@ -81,15 +84,13 @@ impl Observation {
     /// Looks. Slow, so it runs beside everything else.
     pub(crate) async fn run(self, clock: Clock) -> Observed {
         let result = if self.brief {
-            self.sets.headers().await.map(|headers| headers.map(Observed::Headers))
+            self.sets.look().await.map(Observed::Looked)
         } else {
             let kernel = self.sets.observe(&clock).await;
-            kernel.map(|kernel| kernel.map(|kernel| Observed::Members(self.generation, kernel)))
+            let members = |kernel| Observed::Members(self.generation, kernel);
+            kernel.map(|kernel| kernel.map_or(Observed::Looked(Look::Nothing), members))
         };
-        match result {
-            Ok(observed) => observed.unwrap_or(Observed::Nothing),
-            Err(error) => Observed::Failed(chain_of(&error)),
-        }
+        result.unwrap_or_else(|error| Observed::Failed(chain_of(&error)))
     }
 }
 
@@ -129,6 +130,9 @@ impl Reconciler {
             host_pause: None,
             kernel: Kernel::default(),
             sets: None,
+            new_rules: None,
+            method: None,
+            why: None,
             unavailable: None,
             failure: None,
             refused: BTreeMap::new(),
@@ -147,39 +151,13 @@ impl Reconciler {
         self.frame.guard_nets = self.guard.nets();
         self.desired.handle_last_set(last.bans, &self.guard, now);
         self.desired.handle_pause(self.host_pause.is_some() || is_paused(&self.lists, now));
-        self.open();
+        self.open().await;
         if let Some(observation) = self.observe_members() {
             let observed = observation.run(self.clock.clone()).await;
             self.handle_observed(observed).await;
         }
         if self.dry_run {
             self.apply_plan().await;
-        }
-    }
-
-    /// Finds the back end, if it was not there before.
-    pub(crate) fn open(&mut self) {
-        if self.sets.is_some() || self.config.backend == BackendKind::None {
-            return;
-        }
-        let opened = if self.dry_run {
-            Ok(Sets::DryRun(DryRun))
-        } else if !host::may_change_firewall() {
-            Err("cannot change the firewall: run as root or with CAP_NET_ADMIN; nobody is banned on this host")
-        } else {
-            Ipset::find().map(Sets::Ipset).ok_or("ipset is not installed; nobody is banned on this host until it is")
-        };
-        match opened {
-            Ok(sets) => {
-                self.sets = Some(sets);
-                self.unavailable = None;
-            }
-            Err(text) => {
-                if self.unavailable.is_none() {
-                    tracing::error!(reason = text, "No firewall back end");
-                }
-                self.unavailable = Some(Problem::degraded(text));
-            }
         }
     }
 
@@ -230,7 +208,7 @@ impl Reconciler {
 
     /// Looks at the host anew, and takes the servers that connect it to others.
     pub(crate) async fn handle_host(&mut self, bus_servers: &[IpAddr]) {
-        self.open();
+        self.open().await;
         let mut facts = self.facts.clone();
         bus_servers.clone_into(&mut facts.bus_servers);
         self.blind = read_host(&mut facts, host::own_addresses(), host::gateways());
@@ -320,9 +298,11 @@ impl Reconciler {
     /// Takes an observation and puts right what differs. Returns whether everything should be observed at once.
     pub(crate) async fn handle_observed(&mut self, observed: Observed) -> bool {
         match observed {
-            Observed::Nothing => self.doubtful = false,
+            Observed::Looked(Look::Nothing) => self.doubtful = false,
+            Observed::Looked(Look::Unchanged) => {}
+            Observed::Looked(Look::Changed) => return true,
+            Observed::Looked(Look::Headers(headers)) => return !self.agrees(&headers),
             Observed::Failed(text) => self.fail(text),
-            Observed::Headers(headers) => return !self.agrees(&headers),
             Observed::Members(generation, _) if generation != self.generation => self.doubtful = true,
             Observed::Members(_, kernel) => {
                 self.doubtful = false;
@@ -491,7 +471,7 @@ impl Reconciler {
         if left_out > 0 {
             let text = format!(
                 "{left_out} bans are not in force because bans_max is {}; those that end soonest are left out",
-                self.config.bans_max
+                self.frame.bans_max
             );
             problems.push(Problem::degraded(text));
         }
@@ -506,15 +486,6 @@ impl Reconciler {
             }
         }
         problems
-    }
-
-    /// `iptables`, `dry-run` or `none`.
-    pub(crate) fn backend_name(&self) -> &'static str {
-        match (self.config.backend, self.dry_run) {
-            (BackendKind::None, _) => "none",
-            (_, true) => "dry-run",
-            (_, false) => "iptables",
-        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! Removes all that is ours from this host: rules, chains, sets, and the last set. And from Cloudflare.
+//! Removes what is ours from this host: rules, chains, sets, our table, and the last set; all of it, and from Cloudflare, or
+//! what a former back end left.
 
 use std::fs;
 use std::io;
@@ -9,13 +10,16 @@ use proto::time::Clock;
 
 use crate::backend::ipset::Ipset;
 use crate::backend::iptables::Iptables;
+use crate::backend::nftables::Nftables;
+use crate::choose::Method;
 use crate::cloudflare;
-use crate::config::EnforceConfig;
+use crate::config::{EnforceConfig, FirewallConfig};
 use crate::error::EnforceError;
+use crate::former;
 use crate::forwarded;
 use crate::host;
 use crate::last_set;
-use crate::plan::{Family, Step};
+use crate::plan::{Family, SetId, Step};
 use crate::standoff;
 
 /// What was removed.
@@ -25,16 +29,17 @@ pub struct TeardownReport {
     pub rules: usize,
     /// Names of the sets removed.
     pub sets: Vec<String>,
+    /// Whether our table of nftables was there and is gone.
+    pub table: bool,
     /// Whether a last set was kept and is gone.
     pub last_set: bool,
     /// Entries removed from Cloudflare, for the whole cluster.
     pub cloudflare: usize,
 }
 
-/// Removes what is ours, in both families and both variants of iptables, and nothing else. Tables and built-in chains
-/// stay, as others may have come to use them. Hold a [`StandOff`](crate::StandOff) meanwhile, or a running enforce puts
-/// everything back.
-/// A dry run only reports what would be removed.
+/// Removes what is ours, of every back end, in both families and both variants of iptables, and nothing else. Tables and
+/// built-in chains of iptables stay, as others may have come to use them. Hold a [`StandOff`](crate::StandOff) meanwhile, or
+/// a running enforce puts everything back. A dry run only reports what would be removed.
 ///
 /// # Errors
 /// When something could not be looked at or removed; what could be removed is gone then. It may be run again.
@@ -46,48 +51,16 @@ pub async fn teardown(
     if !host::may_change_firewall() {
         return Err(EnforceError::NotPermitted);
     }
-    let mut report = TeardownReport::default();
-    let mut rules = Iptables::new(config.firewall.clone(), dry_run, Clock::system());
-    let mut first_error = None;
-    for family in Family::ALL {
-        match rules.teardown(family).await {
-            Ok(removed) => report.rules += removed.len(),
-            Err(source) => {
-                let what = format!("our {} rules", family.as_str());
-                first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
-            }
-        }
-        let (removed, failure) = forwarded::remove(&mut rules, family, dry_run).await;
-        report.rules += removed;
-        if let Some(source) = failure {
-            let what = format!("our {} rules about forwarded clients", family.as_str());
-            first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
-        }
-    }
-    if let Some(ipset) = Ipset::find() {
-        let sets = ipset.headers().await.map_err(|source| EnforceError::Observe { what: "kernel sets", source })?;
-        let doomed = sets.keys().filter(|_| !dry_run);
-        let steps: Vec<Step> = doomed.map(|set| Step::Destroy(*set)).collect();
-        let applied = ipset.apply(&steps).await;
-        if let Some((_, error)) = applied.stopped {
-            return Err(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
-        }
-        for (index, set) in sets.keys().enumerate() {
-            match applied.refused.iter().find(|refused| refused.step == index) {
-                None => report.sets.push(set.name().to_owned()),
-                Some(refused) => {
-                    let what = format!("set {}", set.name());
-                    let source = refused.why.clone().into();
-                    first_error.get_or_insert(EnforceError::Remove { what, source });
-                }
-            }
-        }
-    }
+    let (mut report, mut first_error) = remove_except(None, &config.firewall, dry_run).await;
+    remove_forwarded(&config.firewall, dry_run, &mut report, &mut first_error).await;
     if let Some(state_dir) = state_dir {
         // What was applied of the bus goes with it: the next start takes whatever set it finds there.
         for dir in standoff::state_dirs(state_dir) {
-            for path in [last_set::FILE, replica::FILE_NAME, forwarded::FILE].map(|file| dir.join(file)) {
-                report.last_set |= if dry_run { path.exists() } else { remove(&path)? };
+            for path in [last_set::FILE, replica::FILE_NAME, forwarded::FILE, former::FILE].map(|file| dir.join(file)) {
+                match if dry_run { Ok(path.exists()) } else { remove(&path) } {
+                    Ok(there) => report.last_set |= there,
+                    Err(error) => drop(first_error.get_or_insert(error)),
+                }
             }
         }
     }
@@ -101,6 +74,126 @@ pub async fn teardown(
         }
     }
     first_error.map_or(Ok(report), Err)
+}
+
+/// Removes what back ends other than `kept` left on the host.
+///
+/// # Errors
+/// As for [`teardown`].
+pub(crate) async fn clear_former(
+    kept: Option<Method>,
+    config: &FirewallConfig,
+) -> Result<TeardownReport, EnforceError> {
+    let (report, first_error) = remove_except(kept, config, false).await;
+    first_error.map_or(Ok(report), Err)
+}
+
+/// Rules go before the sets that they refer to.
+async fn remove_except(
+    kept: Option<Method>,
+    config: &FirewallConfig,
+    dry_run: bool,
+) -> (TeardownReport, Option<EnforceError>) {
+    let mut report = TeardownReport::default();
+    let mut errors = Vec::new();
+    if !matches!(kept, Some(Method::Ipset | Method::Plain)) {
+        remove_rules(config, dry_run, &mut report, &mut errors).await;
+    }
+    if kept != Some(Method::Ipset) {
+        remove_sets(dry_run, &mut report, &mut errors).await;
+    }
+    if kept != Some(Method::Nftables) {
+        remove_table(config, dry_run, &mut report, &mut errors).await;
+    }
+    (report, errors.into_iter().next())
+}
+
+async fn remove_rules(
+    config: &FirewallConfig,
+    dry_run: bool,
+    report: &mut TeardownReport,
+    errors: &mut Vec<EnforceError>,
+) {
+    let mut rules = Iptables::new(config.clone(), dry_run, Clock::system());
+    for family in Family::ALL {
+        match rules.teardown(family).await {
+            Ok(removed) => report.rules += removed.len(),
+            Err(source) => {
+                let what = format!("our {} rules", family.as_str());
+                errors.push(EnforceError::Remove { what, source: source.into() });
+            }
+        }
+    }
+}
+
+async fn remove_forwarded(
+    config: &FirewallConfig,
+    dry_run: bool,
+    report: &mut TeardownReport,
+    first_error: &mut Option<EnforceError>,
+) {
+    let mut rules = Iptables::new(config.clone(), dry_run, Clock::system());
+    for family in Family::ALL {
+        let (removed, failure) = forwarded::remove(&mut rules, family, dry_run).await;
+        report.rules += removed;
+        if let Some(source) = failure {
+            let what = format!("our {} rules about forwarded clients", family.as_str());
+            first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
+        }
+    }
+}
+
+async fn remove_sets(dry_run: bool, report: &mut TeardownReport, errors: &mut Vec<EnforceError>) {
+    let Some(ipset) = Ipset::find() else { return };
+    let sets = match ipset.headers().await {
+        Ok(sets) => sets,
+        Err(source) => return errors.push(EnforceError::Observe { what: "kernel sets", source }),
+    };
+    // A set that a rule still holds bans nobody any more.
+    let flush = sets.keys().filter(|set| matches!(set, SetId::Bans(_))).map(|set| Step::Flush(*set));
+    let mut steps: Vec<Step> = flush.collect();
+    let flushed = steps.len();
+    steps.extend(sets.keys().map(|set| Step::Destroy(*set)));
+    if dry_run {
+        steps.clear();
+    } else {
+        // One that a killed process left.
+        ipset.end_probe().await;
+    }
+    let applied = ipset.apply(&steps).await;
+    if let Some((_, error)) = applied.stopped {
+        return errors.push(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
+    }
+    for (index, set) in sets.keys().enumerate() {
+        match applied.refused.iter().find(|refused| refused.step == flushed + index) {
+            None => report.sets.push(set.name().to_owned()),
+            Some(refused) => {
+                let what = format!("set {}", set.name());
+                errors.push(EnforceError::Remove { what, source: refused.why.clone().into() });
+            }
+        }
+    }
+}
+
+async fn remove_table(
+    config: &FirewallConfig,
+    dry_run: bool,
+    report: &mut TeardownReport,
+    errors: &mut Vec<EnforceError>,
+) {
+    let nftables = Nftables::new(config);
+    match nftables.is_there().await {
+        Ok(there) => report.table = there,
+        // A kernel without nf_tables holds no table of ours.
+        Err(error) => tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at"),
+    }
+    if report.table
+        && !dry_run
+        && let Err(source) = nftables.teardown().await
+    {
+        report.table = false;
+        errors.push(EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() });
+    }
 }
 
 fn remove(path: &Path) -> Result<bool, EnforceError> {

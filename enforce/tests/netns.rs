@@ -5,10 +5,14 @@
 
 #![expect(clippy::print_stdout, clippy::unwrap_used, clippy::panic, reason = "a test with its own main")]
 
+#[path = "netns/choice.rs"]
+mod choice;
 #[path = "netns/forwarded.rs"]
 mod forwarded;
 #[path = "netns/inside.rs"]
 mod inside;
+#[path = "netns/nftables.rs"]
+mod nftables;
 
 use std::env;
 use std::fs;
@@ -25,7 +29,6 @@ use tempfile::TempDir;
 
 /// Polls of a state that has to come, 50 ms apart.
 const POLLS_MAX: usize = 200;
-const QUICK: &str = r#"{"firewall":{"resync_interval":"1s"}}"#;
 
 type Scenario = fn(&Host);
 
@@ -60,7 +63,11 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if args.iter().any(|arg| arg == "--list") {
-        SCENARIOS.iter().for_each(|(name, _)| println!("{name}: test"));
+        SCENARIOS
+            .iter()
+            .chain(&choice::SCENARIOS)
+            .chain(&nftables::SCENARIOS)
+            .for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;
     }
     if let Some(reason) = obstacle() {
@@ -69,8 +76,14 @@ fn main() -> ExitCode {
     }
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
     let mut failed = 0;
-    for variant in ["nft", "legacy"] {
-        for (name, scenario) in SCENARIOS {
+    let groups = [
+        ("nft", &SCENARIOS[..]),
+        ("legacy", &SCENARIOS),
+        ("nft", &choice::SCENARIOS),
+        ("nftables", &nftables::SCENARIOS),
+    ];
+    for (variant, scenarios) in groups {
+        for &(name, scenario) in scenarios {
             let full = format!("{name} ({variant})");
             if !filters.is_empty() && !filters.iter().any(|filter| full.contains(filter.as_str())) {
                 continue;
@@ -84,7 +97,7 @@ fn main() -> ExitCode {
 }
 
 fn obstacle() -> Option<String> {
-    for program in ["ip", "ipset", "iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"] {
+    for program in ["ip", "ipset", "nft", "iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"] {
         if Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
             return Some(format!("{program} is not installed"));
         }
@@ -146,14 +159,34 @@ impl Host {
         self.try_run(line).unwrap_or_else(|| panic!("`{line}` failed"))
     }
 
+    /// The variant of iptables: that of others where bans are in nftables.
+    fn iptables_variant(&self) -> &str {
+        if self.variant == "nftables" { "nft" } else { self.variant }
+    }
+
+    /// A configuration that looks at rules every second.
+    fn quick(&self) -> String {
+        self.config("{}")
+    }
+
+    /// The same with further keys of `[enforce.firewall]`.
+    fn config(&self, keys: &str) -> String {
+        let mut firewall: Value = serde_json::from_str(keys).unwrap();
+        firewall["resync_interval"] = "1s".into();
+        if self.variant == "nftables" {
+            firewall["backend"] = "nftables".into();
+        }
+        serde_json::json!({ "firewall": firewall }).to_string()
+    }
+
     fn iptables(&self, family: &str, rest: &str) -> String {
         let name = if family == "4" { "iptables" } else { "ip6tables" };
-        self.run(&format!("{name}-{} -w 5 {rest}", self.variant))
+        self.run(&format!("{name}-{} -w 5 {rest}", self.iptables_variant()))
     }
 
     /// Rules of both families, without comments and counters.
     fn rules(&self) -> Vec<String> {
-        let saved = ["iptables", "ip6tables"].map(|name| self.run(&format!("{name}-{}-save", self.variant)));
+        let saved = ["iptables", "ip6tables"].map(|name| self.run(&format!("{name}-{}-save", self.iptables_variant())));
         saved.iter().flat_map(|saved| saved.lines()).filter(|line| line.starts_with("-A")).map(str::to_owned).collect()
     }
 
@@ -200,6 +233,9 @@ impl Host {
     }
 
     fn holds(&self, address: &str) -> bool {
+        if self.variant == "nftables" {
+            return nftables::holds(self, address);
+        }
         let set = if address.contains(':') { "portcullis-v6" } else { "portcullis-v4" };
         self.try_run(&format!("ipset -q test {set} {address}")).is_some()
     }
@@ -214,8 +250,17 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         for ns in [&self.name, &self.peer()] {
-            let _ = Command::new("ip").args(["netns", "del", ns]).status();
+            drop(Namespace(ns.clone()));
         }
+    }
+}
+
+/// Is removed in the end.
+struct Namespace(String);
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
     }
 }
 
@@ -307,7 +352,7 @@ fn until(what: &str, mut state: impl FnMut() -> bool) {
 }
 
 fn cuts_connections(host: &Host) {
-    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
     for (banned, other) in [("10.77.0.2", "10.77.0.3"), ("fd77::2", "fd77::3")] {
         let (bad, good) = (host.client(banned), host.client(other));
         assert!(bad.through("open") && good.through("open") && bad.through("ping"));
@@ -326,11 +371,11 @@ fn cuts_connections(host: &Host) {
     }
     assert_eq!(enforcer.report()["problems"], Value::Array(Vec::new()));
     let names = host.run("cat /proc/net/ip_tables_names /proc/net/ip6_tables_names");
-    assert_eq!(names.is_empty(), host.variant == "nft", "legacy tables were woken: {names}");
+    assert_eq!(names.is_empty(), host.variant != "legacy", "legacy tables were woken: {names}");
 }
 
 fn guards(host: &Host) {
-    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
     let (bad, good) = (host.client("10.77.0.2"), host.client("10.77.0.3"));
     enforcer.ask("never 10.77.0.3");
     enforcer.ask("ban 10.77.0.0/24,fd77::/64,10.77.0.3 600");
@@ -348,7 +393,7 @@ fn guards(host: &Host) {
 }
 
 fn repairs_drift(host: &Host) {
-    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
     let bad = host.client("10.77.0.2");
     enforcer.ask("ban 10.77.0.2,10.77.0.9 600");
     until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("10.77.0.9"));
@@ -381,7 +426,7 @@ fn repairs_drift(host: &Host) {
 }
 
 fn takes_over(host: &Host) {
-    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
     enforcer.ask("ban 10.77.0.2,10.77.0.9 600");
     until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("10.77.0.9"));
     enforcer.stop();
@@ -392,7 +437,7 @@ fn takes_over(host: &Host) {
     host.run(&format!("ipset -exist add portcullis-v4 10.77.0.2 timeout {near} comment forceful-browsing"));
     host.run(&format!("ipset -exist add portcullis-v4 10.77.0.9 timeout {far} comment forceful-browsing"));
     let wider = r#"{"firewall":{"resync_interval":"1s","bans_max":1000}}"#;
-    let config = if host.variant == "nft" { QUICK } else { wider };
+    let config = if host.variant == "nft" { &host.quick() } else { wider };
     let args = ["enforcer", config, host.state.path().to_str().unwrap(), "for-real"];
     let enforcer = Part::new(&host.name, &args);
     until("a timeout that is off is corrected", || host.timeout("10.77.0.9").is_some_and(|left| left <= 600));
@@ -412,17 +457,20 @@ fn takes_over(host: &Host) {
 
 fn loads_last_set(host: &Host) {
     let _server = host.server();
-    let enforcer = host.enforcer(QUICK);
+    let enforcer = host.enforcer(&host.quick());
     enforcer.ask("never 10.77.0.3");
     enforcer.ask("ban 10.77.0.0/24 600");
     until("the ban is in the kernel", || host.holds("10.77.0.2"));
     enforcer.stop();
     // A reboot: nothing is left in the kernel.
-    host.run(&format!("{} --inside teardown {QUICK}", env::current_exe().unwrap().display()));
-    assert!(host.try_run("ipset -q list -t portcullis-v4").is_none());
-    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    host.run(&format!("{} --inside teardown {}", env::current_exe().unwrap().display(), host.quick()));
+    assert!(!host.holds("10.77.0.2"));
+    let args = ["enforcer", &host.quick(), host.state.path().to_str().unwrap(), "for-real"];
     let _enforcer = Part::new(&host.name, &args);
-    until("the last set is in force", || host.rules().iter().any(|rule| rule.contains("-j PORTCULLIS")));
+    until("the last set is in force", || {
+        let rules = if host.variant == "nftables" { nftables::rules(host) } else { host.rules().concat() };
+        rules.contains("goto banned") || rules.contains("-j PORTCULLIS")
+    });
     assert!(!host.client("10.77.0.2").through("new 8080"));
     assert!(host.client("10.77.0.3").through("new 8080"), "the last lists are in force as well");
 }
@@ -463,7 +511,7 @@ fn keeps_ports_apart(host: &Host) {
 }
 
 fn pauses(host: &Host) {
-    let (_server, enforcer) = (host.server(), host.enforcer(QUICK));
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
     enforcer.ask("ban 10.77.0.2,fd77::2 600");
     until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("fd77::2"));
     enforcer.ask("pause on");
@@ -477,12 +525,12 @@ fn pauses(host: &Host) {
 fn tears_down(host: &Host) {
     host.iptables("4", "-t raw -A PREROUTING -s 198.18.0.7 -j DROP");
     let before = host.rules();
-    let enforcer = host.enforcer(QUICK);
+    let enforcer = host.enforcer(&host.quick());
     enforcer.ask("ban 10.77.0.2,fd77::2 600");
     until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("fd77::2"));
     enforcer.stop();
     assert_ne!(host.rules(), before);
-    let removed = host.run(&format!("{} --inside teardown {QUICK}", env::current_exe().unwrap().display()));
+    let removed = host.run(&format!("{} --inside teardown {}", env::current_exe().unwrap().display(), host.quick()));
     assert!(removed.contains("portcullis-guard-v6"), "{removed}");
     assert_eq!(host.rules(), before);
     let saved = ["iptables", "ip6tables"].map(|name| host.run(&format!("{name}-{}-save", host.variant))).concat();
@@ -492,7 +540,7 @@ fn tears_down(host: &Host) {
 
 fn dry_runs(host: &Host) {
     let before = host.rules();
-    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "dry-run"];
+    let args = ["enforcer", &host.quick(), host.state.path().to_str().unwrap(), "dry-run"];
     let enforcer = Part::new(&host.name, &args);
     enforcer.ask("ban 10.77.0.2 600");
     until("the ban would be held", || enforcer.report()["backends"][0]["members"] == 1);
@@ -504,8 +552,7 @@ fn dry_runs(host: &Host) {
 }
 
 fn leaves_out_the_shortest(host: &Host) {
-    let config = r#"{"firewall":{"resync_interval":"1s","bans_max":3}}"#;
-    let enforcer = host.enforcer(config);
+    let enforcer = host.enforcer(&host.config(r#"{"bans_max":3}"#));
     // Longer bans stay, the shortest is left out, and that is said.
     for (n, seconds) in [(2, 300), (3, 100), (4, 200), (5, 400)] {
         enforcer.ask(&format!("ban 10.77.9.{n} {seconds}"));
@@ -518,7 +565,7 @@ fn leaves_out_the_shortest(host: &Host) {
 }
 
 fn takes_bursts(host: &Host) {
-    let enforcer = host.enforcer(QUICK);
+    let enforcer = host.enforcer(&host.quick());
     for n in 0..40 {
         enforcer.ask(&format!("ban 10.78.0.{n} 600"));
         let count = f64::from(n + 1);
@@ -540,7 +587,7 @@ fn leaves_unreadable_alone(host: &Host) {
     let fail = "if [ -e broken ]; then echo no answer >&2; exit 1; fi";
     let shell = host.stand_in(dir.path(), "save", fail);
     fs::write(&broken, "").unwrap();
-    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    let args = ["enforcer", &host.quick(), host.state.path().to_str().unwrap(), "for-real"];
     let enforcer = Part::after(&shell, &host.name, &args);
     let before = host.rules();
     let other_is_untouched = || {
@@ -573,7 +620,7 @@ fn does_without_nf_tables(host: &Host) {
     }
     let dir = tempfile::tempdir().unwrap();
     let shell = host.stand_in(dir.path(), "save", "echo no nf_tables >&2; exit 1");
-    let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+    let args = ["enforcer", &host.quick(), host.state.path().to_str().unwrap(), "for-real"];
     let enforcer = Part::after(&shell, &host.name, &args);
     enforcer.ask("ban 10.77.0.2 600");
     until("legacy took over", || host.run("iptables-legacy-save").contains("-A PREROUTING -j PORTCULLIS"));
@@ -583,7 +630,7 @@ fn does_without_nf_tables(host: &Host) {
 fn leaves_foreign_sets_alone(host: &Host) {
     host.run("ipset create portcullis-guard-v4 hash:net timeout 600");
     host.run("ipset create portcullis-v4 hash:ip");
-    let enforcer = host.enforcer(QUICK);
+    let enforcer = host.enforcer(&host.quick());
     enforcer.ask("ban 10.77.0.2,fd77::2 600");
     until("the other family is enforced", || host.holds("fd77::2"));
     let steps = || {
@@ -608,25 +655,31 @@ fn leaves_foreign_sets_alone(host: &Host) {
 fn ends_a_move(host: &Host) {
     let dir = tempfile::tempdir().unwrap();
     let shell = host.stand_in(dir.path(), "restore", "sleep 1");
-    let enforcer = host.enforcer_after(&shell, QUICK);
+    let enforcer = host.enforcer_after(&shell, &host.quick());
+    let calls = || fs::read_to_string(dir.path().join("calls")).unwrap_or_default().len();
+    let before = calls();
     host.iptables("4", "-t raw -I PREROUTING 1 -s 10.77.0.2 -j ACCEPT");
-    until("the move begins", || dir.path().join("calls").exists());
+    until("the move begins", || calls() > before);
     let rules = || host.iptables("4", "-t raw -S PREROUTING");
     assert!(rules().contains("-A PREROUTING -j PORTCULLIS"), "there is a gap: {}", rules());
     enforcer.stop();
     assert_eq!(rules().lines().nth(1), Some("-A PREROUTING -j PORTCULLIS"), "the move was not ended: {}", rules());
 }
 
+/// Shell that puts nothing in the place of programs.
+fn hide(pattern: &str) -> String {
+    format!("for f in {pattern}; do mount --bind /dev/null \"$f\"; done")
+}
+
 fn goes_on_without(host: &Host) {
     let before = host.rules();
-    let hide = |pattern: &str| format!("for f in {pattern}; do mount --bind /dev/null \"$f\"; done");
     let no_right = r#"exec setpriv --bounding-set=-net_admin --inh-caps=-all "$0" "$@""#;
     for (shell, said) in [
-        (hide("$(command -v ipset)"), "ipset is not installed"),
         (hide("$(readlink -f $(command -v iptables-nft) $(command -v iptables-legacy))"), "iptables is not installed"),
         (no_right.to_owned(), "run as root or with CAP_NET_ADMIN"),
     ] {
-        let args = ["enforcer", QUICK, host.state.path().to_str().unwrap(), "for-real"];
+        let config = host.config(r#"{"backend":"iptables"}"#);
+        let args = ["enforcer", &config, host.state.path().to_str().unwrap(), "for-real"];
         let enforcer = Part::after(&shell, &host.name, &args);
         enforcer.ask("ban 10.77.0.2 600");
         until("what is missing is said", || enforcer.report()["problems"].to_string().contains(said));

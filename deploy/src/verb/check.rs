@@ -137,6 +137,7 @@ fn describe_firewall(firewall: &FirewallConfig) -> String {
     let backend = match firewall.backend {
         BackendKind::Auto => "auto",
         BackendKind::Iptables => "iptables",
+        BackendKind::Nftables => "nftables",
         BackendKind::None => return "none: bans are decided, and dropped nowhere".to_owned(),
     };
     match &firewall.chains {

@@ -51,6 +51,9 @@ fn describe(report: &TeardownReport, verb: &str) -> Vec<String> {
     if !report.sets.is_empty() {
         lines.push(format!("{verb} the sets {}", report.sets.join(", ")));
     }
+    if report.table {
+        lines.push(format!("{verb} the nftables table inet portcullis"));
+    }
     if report.last_set {
         lines.push(format!("{verb} the bans kept for the next start"));
     }
@@ -83,11 +86,21 @@ mod tests {
     #[test]
     fn what_was_removed_is_told() {
         assert_eq!(describe(&TeardownReport::default(), "removed"), ["nothing of ours was here"]);
-        let report =
-            TeardownReport { rules: 4, sets: vec!["a".to_owned(), "b".to_owned()], last_set: true, cloudflare: 0 };
+        let report = TeardownReport {
+            rules: 4,
+            sets: vec!["a".to_owned(), "b".to_owned()],
+            table: true,
+            last_set: true,
+            cloudflare: 0,
+        };
         assert_eq!(
             describe(&report, "removed"),
-            ["removed 4 rules and chains", "removed the sets a, b", "removed the bans kept for the next start"]
+            [
+                "removed 4 rules and chains",
+                "removed the sets a, b",
+                "removed the nftables table inet portcullis",
+                "removed the bans kept for the next start"
+            ]
         );
     }
 }

@@ -20,6 +20,8 @@ use crate::backend::{Applied, Refused};
 use crate::command::{self, CommandError, Started};
 use crate::plan::{Family, Form, Held, Kernel, KernelSet, SetId, Step};
 
+/// A set that is made to see whether it can be made.
+pub(crate) const PROBE: &str = "portcullis-probe";
 /// Refused lines of one batch after which the rest of it is left for the next look.
 const REFUSED_MAX: usize = 100;
 /// Steps of one process at most, so that a batch that has to be taken up again stays cheap.
@@ -56,6 +58,19 @@ impl Ipset {
 
     fn new(program: PathBuf) -> Self {
         Self { program, ahead: Arc::default() }
+    }
+
+    /// Whether the kernel makes a set such as ours. It is named [`PROBE`] and left until [`Self::end_probe`].
+    pub(crate) async fn probe(&self) -> Result<(), CommandError> {
+        let args = ["-exist", "create", PROBE, "hash:net", "family", "inet", "timeout", "0", "comment"];
+        command::succeed(&self.program, &args).await.map(drop)
+    }
+
+    /// Removes the probe's set.
+    pub(crate) async fn end_probe(&self) {
+        if let Err(error) = command::succeed(&self.program, &["destroy", PROBE]).await {
+            tracing::debug!(error = %error, "Probe not removed");
+        }
     }
 
     /// Carries the steps out, in order.

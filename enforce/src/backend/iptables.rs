@@ -4,7 +4,7 @@
 //! woken where nft is there: even listing them would create them, so `/proc` is asked first. What could not be read is
 //! not taken for empty: nothing is decided or changed in that family until the next look.
 
-mod calls;
+pub(crate) mod calls;
 pub(crate) mod reading;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,32 +13,20 @@ use std::path::PathBuf;
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 
+use crate::backend::RulesOutcome;
 use crate::backend::iptables::calls::{Calls, Programs};
+use crate::backend::plain::{Members, Plain};
 use crate::command::{self, CommandError};
-use crate::config::{FirewallConfig, Table};
+use crate::config::{CHAIN, ChainRef, FirewallConfig, Table};
 use crate::host;
-use crate::plan::Family;
+use crate::plan::plain;
 use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
+use crate::plan::{Family, Form, GROWS, Kernel, KernelSet, SetId};
 
+/// A chain that nothing jumps to.
+const PROBE: &str = "PORTCULLIS-PROBE";
 /// Looks at the nft variant that all failed, since the start, before the kernel is taken for one without nf_tables.
 const UNREAD_MAX: u32 = 6;
-
-/// What a look at the rules brought about.
-#[derive(Debug, Default)]
-pub(crate) struct RulesOutcome {
-    /// What is not as it should be.
-    pub(crate) problems: Vec<Problem>,
-    /// What was chosen and why, a line a family.
-    pub(crate) detail: Vec<String>,
-    /// Steps taken, by kind.
-    pub(crate) steps: Vec<&'static str>,
-    /// Families in which something had drifted.
-    pub(crate) repairs: u64,
-    /// Packets and bytes dropped since our chains were made.
-    pub(crate) dropped: (u64, u64),
-    /// Where each family's bans stand, for people.
-    pub(crate) places: BTreeMap<Family, String>,
-}
 
 /// What a family's rules counted: packets and bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,6 +53,10 @@ pub(crate) struct Iptables {
     /// Families whose rules were in place at the last look.
     placed: BTreeSet<Family>,
     counted: BTreeMap<Family, Counted>,
+    /// Where bans are rules.
+    plain: Option<Plain>,
+    /// What it holds, during a look.
+    members: Option<Kernel>,
 }
 
 impl Iptables {
@@ -81,15 +73,55 @@ impl Iptables {
             lifts: BTreeMap::new(),
             placed: BTreeSet::new(),
             counted: BTreeMap::new(),
+            plain: None,
+            members: None,
         }
+    }
+
+    /// Whether there is a program of either variant.
+    pub(crate) async fn is_installed(&mut self) -> bool {
+        self.find_programs(Family::V4).await;
+        self.programs.keys().any(|(family, _)| *family == Family::V4)
+    }
+
+    /// Bans are rules of our chain, and begin as those that stand there.
+    pub(crate) async fn hold_bans(&mut self) -> Plain {
+        let mut kernel = Kernel::default();
+        for family in Family::ALL {
+            let (views, _) = self.look(family).await;
+            let ours = |view: &View| {
+                let chains = view.tables.keys().map(|table| ChainRef::new(*table, CHAIN));
+                chains.filter_map(|chain| view.rules(&chain)).flatten().cloned().collect::<Vec<String>>()
+            };
+            let rules: Vec<String> = views.values().flat_map(ours).collect();
+            let members = plain::parse_rules(rules.iter());
+            if !members.is_empty() {
+                let set = |members| KernelSet { maxelem: GROWS, form: Form::Ours, members };
+                kernel.sets.insert(SetId::Bans(family), set(members));
+            }
+        }
+        let plain = Plain::new(self.config.clone(), self.clock.clone(), kernel);
+        self.plain = Some(plain.clone());
+        plain
     }
 
     /// Looks at the rules of these families and puts right what differs.
     pub(crate) async fn resync(&mut self, families: &[Family]) -> RulesOutcome {
         let mut outcome = RulesOutcome::default();
+        let mut members = match &self.plain {
+            Some(plain) => Some(plain.lock().await),
+            None => None,
+        };
+        if let Some(members) = &mut members {
+            if let Err(error) = members.sweep().await {
+                tracing::debug!(error = %error, cause = cause(&error), "Rules of ended bans not removed");
+            }
+            self.members = Some(members.kernel.clone());
+        }
         for &family in families {
-            if let Err(error) = self.resync_family(family, &mut outcome).await {
+            if let Err(error) = self.resync_family(family, members.as_deref_mut(), &mut outcome).await {
                 self.placed.remove(&family);
+                outcome.failed += 1;
                 tracing::warn!(family = family.as_str(), error = %error, cause = cause(&error), "Firewall rules not in place");
                 outcome.problems.push(Problem::degraded(format!("{}: {}", family.as_str(), chain_of(&error))));
             }
@@ -100,7 +132,12 @@ impl Iptables {
         outcome
     }
 
-    async fn resync_family(&mut self, family: Family, outcome: &mut RulesOutcome) -> Result<(), CommandError> {
+    async fn resync_family(
+        &mut self,
+        family: Family,
+        members: Option<&mut Members>,
+        outcome: &mut RulesOutcome,
+    ) -> Result<(), CommandError> {
         self.calls.check_finished()?;
         let (views, unreadable) = self.look(family).await;
         // The other variant is no choice: the one that cannot be read now may hold the rules, ours among them.
@@ -114,12 +151,13 @@ impl Iptables {
             self.placed.remove(&family);
             let text = format!("{}: {name} is not installed; nobody is banned there", family.as_str());
             outcome.problems.push(Problem::degraded(text));
+            outcome.failed += 1;
             return Ok(());
         };
         let empty = View::default();
         let view = views.get(&variant).unwrap_or(&empty);
         let usable = self.usable_tables(family, variant, view).await?;
-        let layout = Layout::new(&self.config, family, view, &usable);
+        let layout = self.layout(family, view, &usable);
         self.report(family, (variant, why), &layout, outcome);
         self.count(family, view);
 
@@ -135,7 +173,20 @@ impl Iptables {
             outcome.problems.push(Problem::degraded(text));
         }
         self.carry_out(family, variant, &plan, outcome).await?;
+        if let (Some(members), Some(programs)) = (members, self.programs.get(&(family, variant))) {
+            members.take_spot(family, *programs, layout.rules.keys().copied().collect());
+        }
         self.leave_others(family, variant, &views, outcome).await
+    }
+
+    fn layout(&self, family: Family, view: &View, usable: &BTreeSet<Table>) -> Layout {
+        let mut layout = Layout::new(&self.config, family, view, usable);
+        if let Some(members) = &self.members {
+            for (&table, rules) in &mut layout.rules {
+                *rules = plain::render_rules(&self.config, family, table, members);
+            }
+        }
+        layout
     }
 
     /// The rules of every variant that is there.
@@ -248,6 +299,7 @@ impl Iptables {
         if layout.places.is_empty() {
             let text = format!("{family_name}: none of the configured chains exists; nobody is banned there");
             outcome.problems.push(Problem::degraded(text));
+            outcome.failed += 1;
         }
     }
 
@@ -306,7 +358,7 @@ impl Iptables {
         let Some(programs) = self.programs.get(&(family, variant)) else { return Ok(()) };
         let view = save(programs).await?;
         let usable = view.tables.keys().copied().collect();
-        let layout = Layout::new(&self.config, family, &view, &usable);
+        let layout = self.layout(family, &view, &usable);
         let left = rules::plan_rules(&layout, &view, &mut Lifts::default(), Timestamp::EPOCH).steps;
         if left.is_empty() {
             self.placed.insert(family);
@@ -348,6 +400,33 @@ impl Iptables {
             outcome.steps.push(step.kind());
         }
         Ok(())
+    }
+
+    /// Whether the kernel takes a rule that is made like this, in a chain of its own for a moment. For the `patient`, what
+    /// cannot be read now is no refusal.
+    pub(crate) async fn probe(&mut self, rule: &str, patient: bool) -> Result<(), CommandError> {
+        let family = Family::V4;
+        let (views, unreadable) = self.look(family).await;
+        if let Some(error) = unreadable {
+            return if patient { Ok(()) } else { Err(error) };
+        }
+        let chosen = rules::choose_variant(views.get(&Variant::Nft), views.get(&Variant::Legacy));
+        let chosen = chosen.or_else(|| self.sleeping_legacy(family));
+        let programs = chosen.and_then(|(variant, _)| self.programs.get(&(family, variant)).copied());
+        let name = program_name(family);
+        let Some(programs) = programs else { return Err(CommandError::NotInstalled { program: name }) };
+        let mut refused = None;
+        // The first that takes it will do: where there is no raw table, there is another.
+        for table in Layout::tables(&self.config) {
+            let table = table.as_str();
+            let made = format!("*{table}\n:{PROBE} - [0:0]\n-A {PROBE} {rule}\nCOMMIT\n");
+            let input = format!("{made}*{table}\n-F {PROBE}\n-X {PROBE}\nCOMMIT\n");
+            match calls::restore_input(programs, &input, rule).await {
+                Ok(()) => return Ok(()),
+                Err(error) => refused = Some(error),
+            }
+        }
+        refused.map_or(Ok(()), Err)
     }
 
     /// Removes all that is ours from both variants of a family; returns what was removed.

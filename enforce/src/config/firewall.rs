@@ -98,10 +98,12 @@ impl Default for FirewallConfig {
 /// Which back end enforces bans on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendKind {
-    /// The best that the host has: iptables with ipset.
+    /// The best that works on the host: iptables with ipset, else nftables, else plain iptables rules.
     Auto,
-    /// iptables with ipset.
+    /// iptables with ipset; without ipset a limited number of plain rules.
     Iptables,
+    /// nftables.
+    Nftables,
     /// No firewall.
     None,
 }
@@ -279,6 +281,11 @@ impl RawFirewall {
         let default = FirewallConfig::default();
         let backend = check_backend(self.backend.take("backend", mistakes).as_deref(), mistakes);
         let chains = check_chains(self.chains.take("chains", mistakes), mistakes);
+        let misplaced =
+            backend == Some(BackendKind::Nftables) && chains.as_ref().is_some_and(|chains| *chains != Chains::Auto);
+        if misplaced {
+            mistakes.add("chains", "is for iptables; nftables drops at prerouting, before all chains of others");
+        }
         let ports = check_ports("ports", self.ports.take("ports", mistakes), mistakes);
         let spare_ports = check_ports("spare_ports", self.spare_ports.take("spare_ports", mistakes), mistakes);
         let resync_interval = self.resync_interval.or("resync_interval", default.resync_interval, mistakes);
@@ -317,7 +324,7 @@ impl RawFirewall {
             number("ban_prefix_min_ipv4", (1..=32).contains(&prefix_min_v4), 32),
             number("ban_prefix_min_ipv6", (1..=128).contains(&prefix_min_v6), 128),
         ];
-        let fine = intervals.into_iter().chain(numbers).all(|fine| fine);
+        let fine = intervals.into_iter().chain(numbers).all(|fine| fine) && !misplaced;
         let checked = FirewallConfig {
             backend: backend?,
             chains: chains?,
@@ -338,12 +345,10 @@ fn check_backend(given: Option<&str>, mistakes: &mut Mistakes) -> Option<Backend
         None | Some("auto") => Some(BackendKind::Auto),
         Some("iptables") => Some(BackendKind::Iptables),
         Some("none") => Some(BackendKind::None),
-        Some("nftables") => {
-            mistakes.add("backend", "\"nftables\" is not available in this version");
-            None
-        }
+        Some("nftables") => Some(BackendKind::Nftables),
         Some(other) => {
-            mistakes.add("backend", format!("expected \"auto\", \"iptables\" or \"none\", got {other:?}"));
+            mistakes
+                .add("backend", format!("expected \"auto\", \"iptables\", \"nftables\" or \"none\", got {other:?}"));
             None
         }
     }

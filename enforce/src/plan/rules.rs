@@ -16,6 +16,8 @@ use crate::plan::{Family, SetId};
 pub const LIFTS_MAX: usize = 3;
 /// See [`LIFTS_MAX`].
 pub const LIFT_WINDOW: Duration = Duration::from_secs(600);
+/// Rules of our chain, before and after, up to which they are changed one by one. That keeps what they have counted.
+const SINGLE_RULES_MAX: usize = 80;
 /// Targets after which a packet goes on to the next rule, or is gone. Everything else could accept it.
 const HARMLESS: [&str; 14] = [
     "DROP", "REJECT", "LOG", "NFLOG", "ULOG", "TRACE", "CT", "NOTRACK", "MARK", "CONNMARK", "SET", "AUDIT", "TCPMSS",
@@ -76,7 +78,7 @@ impl View {
         self.rules(chain).is_some()
     }
 
-    /// The rules of a chain that exists.
+    /// The rules of a chain, where it exists.
     pub fn rules(&self, chain: &ChainRef) -> Option<&Vec<String>> {
         self.tables.get(&chain.table)?.get(&chain.chain)
     }
@@ -202,7 +204,7 @@ fn render_rules(config: &FirewallConfig, family: Family, table: Table) -> Vec<St
 
 /// The port that the client asked for. Raw sees it in the packet; later tables see what address translation made of it,
 /// so there connection tracking is asked, for the client's direction only.
-fn render_ports(ports: &Ports, table: Table) -> String {
+pub(super) fn render_ports(ports: &Ports, table: Table) -> String {
     let protocol = ports.protocol.as_str();
     let range =
         if ports.first == ports.last { ports.first.to_string() } else { format!("{}:{}", ports.first, ports.last) };
@@ -228,6 +230,13 @@ pub enum RuleStep {
         /// As iptables takes and shows it.
         rule: String,
     },
+    /// Put these rules into our chain instead of those that are there, at once.
+    Fill {
+        /// In this table.
+        table: Table,
+        /// As iptables takes and shows them.
+        rules: Vec<String>,
+    },
     /// Remove the rule at this position of our chain.
     DeleteAt {
         /// In this table.
@@ -252,6 +261,9 @@ pub enum RuleStep {
 
 impl fmt::Display for RuleStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::Fill { table, rules } = self {
+            return write!(f, "-t {} -F {CHAIN}; {} rules", table.as_str(), rules.len());
+        }
         for (i, (table, arguments)) in self.commands().iter().enumerate() {
             write!(f, "{}-t {} {arguments}", if i == 0 { "" } else { "; " }, table.as_str())?;
         }
@@ -260,11 +272,16 @@ impl fmt::Display for RuleStep {
 }
 
 impl RuleStep {
-    /// What iptables is told, one call after the other; for [`Self::Lift`] in one transaction, all in one table.
+    /// What iptables is told, one call after the other; for [`Self::Lift`] and [`Self::Fill`] in one transaction, all in one
+    /// table.
     pub fn commands(&self) -> Vec<(Table, String)> {
         match self {
             Self::NewChain(table) => vec![(*table, format!("-N {CHAIN}"))],
             Self::Insert { table, position, rule } => vec![(*table, format!("-I {CHAIN} {position} {rule}"))],
+            Self::Fill { table, rules } => {
+                let rules = rules.iter().map(|rule| format!("-A {CHAIN} {rule}"));
+                [format!("-F {CHAIN}")].into_iter().chain(rules).map(|arguments| (*table, arguments)).collect()
+            }
             Self::DeleteAt { table, position } => vec![(*table, format!("-D {CHAIN} {position}"))],
             Self::Jump(place) => vec![(place.table, render_jump(place))],
             Self::Lift { place, jumps } => {
@@ -281,6 +298,7 @@ impl RuleStep {
         match self {
             Self::NewChain(_) => "new_chain",
             Self::Insert { .. } => "insert_rule",
+            Self::Fill { .. } => "fill_chain",
             Self::DeleteAt { .. } => "delete_rule",
             Self::Jump(_) => "jump",
             Self::Lift { .. } => "lift",
@@ -385,6 +403,10 @@ fn plan_chain(table: Table, wanted: &[String], view: &View, steps: &mut Vec<Rule
     }
     let there = there.map_or(&[][..], Vec::as_slice);
     if there == wanted {
+        return;
+    }
+    if there.len() + wanted.len() > SINGLE_RULES_MAX {
+        steps.push(RuleStep::Fill { table, rules: wanted.to_vec() });
         return;
     }
     // The right rules go above the wrong ones, which then go: the bans hold all the while.

@@ -38,6 +38,8 @@ struct FakeKernel {
     sets: BTreeMap<&'static str, (SetId, u32, FakeMembers)>,
     /// So many of the next additions are refused.
     refusing: u64,
+    /// As nf_tables: sets have no size and are never made anew in another.
+    grows: bool,
 }
 
 impl FakeKernel {
@@ -47,6 +49,8 @@ impl FakeKernel {
         }
         match step {
             Step::Create { set, maxelem } => {
+                assert!(!self.grows || !matches!(set, SetId::Fresh(_)), "a set that grows is made anew");
+                let maxelem = if self.grows { &GROWS } else { maxelem };
                 let former = self.sets.insert(set.name(), (*set, *maxelem, BTreeMap::new()));
                 assert!(former.is_none(), "a set is made twice");
             }
@@ -131,13 +135,13 @@ fn record(target: Target, ends: Option<Timestamp>, rule: &str) -> BanRecord {
 }
 
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, grows: bool) -> Self {
         let guard = Guard::new(&GuardFacts { prefix_min_v4: 16, prefix_min_v6: 32, ..GuardFacts::default() });
         let frame = Frame { families: Family::ALL.to_vec(), guard_nets: guard.nets(), bans_max: 24 };
         let mut world = Self {
             seed: Seed(seed),
             now: Timestamp::from_secs(1_000_000),
-            kernel: FakeKernel::default(),
+            kernel: FakeKernel { grows, ..FakeKernel::default() },
             model: Kernel::default(),
             desired: Desired::new(24),
             frame,
@@ -321,7 +325,7 @@ fn guard_is_whole(kernel: &FakeKernel, guard: &Guard) -> bool {
 #[test]
 fn sets_converge_whatever_the_kernel_does() {
     for seed in 0..100 {
-        let mut world = World::new(seed);
+        let mut world = World::new(seed, seed % 2 == 1);
         for _ in 0..80 {
             world.act();
             if world.seed.below(3) == 0 {
@@ -413,6 +417,7 @@ impl FakeTables {
             RuleStep::Insert { table, position, rule } => {
                 self.0.get_mut(&own(table)).unwrap().insert(position - 1, rule.clone());
             }
+            RuleStep::Fill { table, rules } => drop(self.0.insert(own(table), rules.clone())),
             RuleStep::DeleteAt { table, position } => drop(self.0.get_mut(&own(table)).unwrap().remove(position - 1)),
             RuleStep::Jump(place) => {
                 assert!(self.0.contains_key(&own(&place.table)), "a jump to nowhere");

@@ -37,7 +37,8 @@ impl Reconciler {
                 (Some(held), ..) => {
                     let left = held.ends.map_or(0, |end| end.since(now).as_secs());
                     let place = places.get(&family).map_or("no chain", String::as_str);
-                    format!("in set {}, {left} s left of its timeout, dropped in {place}", set.name())
+                    let set = self.sets.as_ref().map_or_else(String::new, |sets| sets.describe(&target));
+                    format!("{set}, {left} s left of its timeout, dropped in {place}")
                 }
                 (None, ..) => "about to be added".to_owned(),
             },

@@ -247,6 +247,10 @@ fn client(from: &str, to: &str) {
         let line = line.unwrap();
         let through = match line.split_once(' ') {
             Some(("new", port)) => connect(port.parse().unwrap()).is_some_and(|mut stream| ping(&mut stream)),
+            Some(("open", port)) => {
+                kept = connect(port.parse().unwrap());
+                kept.is_some()
+            }
             None if line == "open" => {
                 kept = connect(8080);
                 kept.is_some()

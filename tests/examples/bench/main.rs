@@ -1,7 +1,7 @@
 //! The benchmark: how fast, how soon, how much memory; beside peers, in the same run, on the same machine.
 //!
 //! ```text
-//! cargo run --release -p tests --example bench -- [replay|latency|bulk|sources|forwarded|cluster|all] [--lines N] [--samples N]
+//! cargo run --release -p tests --example bench -- [replay|latency|bulk|sources|forwarded|cluster|firewall|all] [--lines N] [--samples N]
 //! ```
 //!
 //! `replay` reads a log of N lines (default 1,000,000, about 1.1 GB in the directory for temporary files), `latency` takes
@@ -11,6 +11,7 @@
 //! what rules about forwarded clients cost requests to services. `cluster` does the like with three hosts, two detectors and NATS
 //! between them, and measures what travels there. All but the first need root, and send packets in network namespaces of their
 //! own only. fail2ban takes part where it is installed; `cluster` needs nats-server, in the path or named by `NATS_SERVER`.
+//! `firewall` lets 100,000 bans stand in each back end, beside a rule a ban.
 //! Figures are medians and ratios within one run; nothing here passes or fails by time, but a wrong answer is an error.
 //!
 //! The work is done by a child of this process, so that whatever ends it (Ctrl-C too), what it started is stopped and
@@ -22,6 +23,7 @@ mod bulk;
 mod cluster;
 mod corpus;
 mod fail2ban;
+mod firewall;
 mod flow;
 mod forwarded;
 mod host;
@@ -46,7 +48,8 @@ use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::{Pid, Uid};
 use proto::time::Clock;
 
-const USAGE: &str = "usage: bench [replay|latency|bulk|sources|forwarded|cluster|all] [--lines N] [--samples N]";
+const USAGE: &str =
+    "usage: bench [replay|latency|bulk|sources|forwarded|cluster|firewall|all] [--lines N] [--samples N]";
 /// Set for the child: the folder for all that it writes.
 const FOLDER: &str = "PORTCULLIS_BENCH_FOLDER";
 /// Room for samples of 65,536 - 256 addresses.
@@ -73,6 +76,7 @@ struct Options {
     sources: bool,
     forwarded: bool,
     cluster: bool,
+    firewall: bool,
     lines: u64,
     samples: u64,
 }
@@ -90,7 +94,9 @@ impl Options {
             match arg.as_str() {
                 "--lines" => lines = count(LINES_MAX)?,
                 "--samples" => samples = count(SAMPLES_MAX)?,
-                "replay" | "latency" | "bulk" | "sources" | "forwarded" | "cluster" | "all" if part.is_none() => {
+                "replay" | "latency" | "bulk" | "sources" | "forwarded" | "cluster" | "firewall" | "all"
+                    if part.is_none() =>
+                {
                     part = Some(arg);
                 }
                 _ => bail!("what is {arg}? {USAGE}"),
@@ -98,9 +104,9 @@ impl Options {
         }
         let part = part.unwrap_or_else(|| "all".to_owned());
         let wants = |name| part == name || part == "all";
-        let [replay, latency, bulk, sources, forwarded, cluster] =
-            ["replay", "latency", "bulk", "sources", "forwarded", "cluster"].map(wants);
-        Ok(Self { replay, latency, bulk, sources, forwarded, cluster, lines, samples })
+        let [replay, latency, bulk, sources, forwarded, cluster, firewall] =
+            ["replay", "latency", "bulk", "sources", "forwarded", "cluster", "firewall"].map(wants);
+        Ok(Self { replay, latency, bulk, sources, forwarded, cluster, firewall, lines, samples })
     }
 }
 
@@ -155,9 +161,10 @@ fn work(folder: &Path) -> Result<()> {
     tests::portcullis::binary()?;
     let mut summary = Vec::new();
     let root = Uid::effective().is_root();
-    let needs_root = [options.latency, options.bulk, options.sources, options.forwarded, options.cluster];
+    let needs_root =
+        [options.latency, options.bulk, options.sources, options.forwarded, options.cluster, options.firewall];
     if needs_root.contains(&true) && !root {
-        println!("not root: without latency, bulk, sources, forwarded and cluster, which need network namespaces\n");
+        println!("not root: replay alone, as the others need network namespaces\n");
     }
     let has_nats = std::env::var_os("NATS_SERVER").is_some() || process::is_installed("nats-server");
     if options.cluster && root && !has_nats {
@@ -196,6 +203,9 @@ fn work(folder: &Path) -> Result<()> {
     }
     if options.forwarded && root {
         summary.extend(forwarded::run(folder)?);
+    }
+    if options.firewall && root {
+        summary.extend(firewall::run(folder)?);
     }
     println!("summary\n{}", summary.iter().map(|line| format!("  {line}\n")).collect::<String>());
     Ok(())

@@ -21,7 +21,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
 /// The programs of one family in one variant.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Programs {
+pub(crate) struct Programs {
     pub(super) change: &'static str,
     pub(super) save: &'static str,
     pub(super) restore: &'static str,
@@ -56,7 +56,7 @@ impl Calls {
 
     /// Carries a step out.
     pub(super) async fn apply(&mut self, programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
-        if let RuleStep::Lift { .. } = step {
+        if let RuleStep::Lift { .. } | RuleStep::Fill { .. } = step {
             return self.restore(programs, step).await;
         }
         for (table, arguments) in step.commands() {
@@ -87,10 +87,8 @@ impl Calls {
     }
 
     async fn restore(&mut self, programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
-        let commands = step.commands();
-        let Some(&(table, _)) = commands.first() else { return Ok(()) };
-        let lines: Vec<String> = commands.into_iter().map(|(_, arguments)| arguments).collect();
-        self.transact(programs, table, &lines, &step.to_string()).await
+        self.check_finished()?;
+        restore(programs, step).await
     }
 
     /// All of these lines or none of them, without a moment in between. `what` names them where they fail.
@@ -103,12 +101,26 @@ impl Calls {
     ) -> Result<(), CommandError> {
         self.check_finished()?;
         let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
-        let wait = format!("--wait={LOCK_WAIT_S}");
-        let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
-        let ended = restore.finish(input.as_bytes()).await?;
-        let failed = || CommandError::Failed { command: format!("{}: {what}", programs.restore), said: ended.stderr };
-        if ended.success { Ok(()) } else { Err(failed()) }
+        restore_input(programs, &input, what).await
     }
+}
+
+/// All of a step or nothing of it, without a moment in between.
+pub(crate) async fn restore(programs: Programs, step: &RuleStep) -> Result<(), CommandError> {
+    let commands = step.commands();
+    let Some((table, _)) = commands.first() else { return Ok(()) };
+    let lines: Vec<&str> = commands.iter().map(|(_, arguments)| arguments.as_str()).collect();
+    let input = format!("*{}\n{}\nCOMMIT\n", table.as_str(), lines.join("\n"));
+    restore_input(programs, &input, &step.to_string()).await
+}
+
+/// What `iptables-restore` takes, without touching anything else. It wants the name of the step for its error.
+pub(super) async fn restore_input(programs: Programs, input: &str, step: &str) -> Result<(), CommandError> {
+    let wait = format!("--wait={LOCK_WAIT_S}");
+    let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
+    let ended = restore.finish(input.as_bytes()).await?;
+    let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
+    if ended.success { Ok(()) } else { Err(failed()) }
 }
 
 #[cfg(test)]

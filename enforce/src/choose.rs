@@ -1,0 +1,208 @@
+//! Which back end works on this host. Each that the configuration allows is tried for a moment, the best first, and the
+//! first that works is taken. A dry run only looks whether it is there.
+
+use proto::report::Problem;
+use proto::time::Clock;
+
+use crate::backend::dry_run::DryRun;
+use crate::backend::ipset::{self, Ipset};
+use crate::backend::iptables::Iptables;
+use crate::backend::nftables::Nftables;
+use crate::backend::{Rules, Sets};
+use crate::config::{BackendKind, FirewallConfig};
+use crate::host;
+use crate::plan::plain;
+use crate::reconcile::chain_of;
+
+/// A way to ban on a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// iptables rules that look members of ipset's sets up.
+    Ipset,
+    /// Our own table of nf_tables.
+    Nftables,
+    /// An iptables rule a ban.
+    Plain,
+}
+
+impl Method {
+    /// Those that a configuration allows, the best first.
+    fn allowed(backend: BackendKind) -> &'static [Self] {
+        match backend {
+            BackendKind::Auto => &[Self::Ipset, Self::Nftables, Self::Plain],
+            BackendKind::Iptables => &[Self::Ipset, Self::Plain],
+            BackendKind::Nftables => &[Self::Nftables],
+            BackendKind::None => &[],
+        }
+    }
+
+    /// The word for it in the configuration.
+    pub(crate) fn backend(self) -> &'static str {
+        match self {
+            Self::Ipset | Self::Plain => "iptables",
+            Self::Nftables => "nftables",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Ipset => "iptables with ipset",
+            Self::Nftables => "nftables",
+            Self::Plain => "plain iptables rules",
+        }
+    }
+}
+
+/// What was taken.
+#[derive(Debug)]
+pub(crate) struct Chosen {
+    pub(crate) method: Method,
+    pub(crate) sets: Sets,
+    /// None in a dry run without rules to look at.
+    pub(crate) rules: Option<Rules>,
+    /// What and why, for people.
+    pub(crate) why: String,
+    /// What is worse than it could be.
+    pub(crate) limited: Option<Problem>,
+}
+
+/// How to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trial {
+    /// Only look.
+    DryRun,
+    /// Rules that cannot be read just now will do: they may hold ours.
+    Patient,
+    /// They will not: they could not be read for long.
+    Strict,
+}
+
+/// Tries what the configuration allows.
+///
+/// # Errors
+/// Why nothing works and what to do, for people.
+pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock) -> Result<Chosen, String> {
+    let dry_run = trial == Trial::DryRun;
+    if !dry_run && !host::may_change_firewall() {
+        let text = "cannot change the firewall: run as root or with CAP_NET_ADMIN; nobody is banned on this host";
+        return Err(text.to_owned());
+    }
+    let mut failed = Vec::new();
+    for &method in Method::allowed(config.backend) {
+        match attempt(method, config, trial, clock).await {
+            Ok((sets, rules)) => {
+                let why = explain(method, config.backend, &failed);
+                let limited = (method == Method::Plain && !dry_run).then(|| warn_of_plain(config, &failed));
+                return Ok(Chosen { method, sets, rules, why, limited });
+            }
+            Err(reason) => failed.push((method, reason)),
+        }
+    }
+    let remedy = match config.backend {
+        BackendKind::Nftables => "load the kernel module nf_tables, or set backend = \"auto\"",
+        BackendKind::Iptables => "install iptables and ipset, or set backend = \"auto\"",
+        BackendKind::Auto | BackendKind::None => "install iptables and ipset, or load the kernel module nf_tables",
+    };
+    let text = format!("nobody is banned on this host: {}; {remedy}; it is tried again", list(&failed));
+    // Where nothing works, a dry run still tells who would be banned.
+    match (dry_run, Method::allowed(config.backend).first()) {
+        (true, Some(&method)) => {
+            Ok(Chosen { method, sets: Sets::DryRun(DryRun), rules: None, why: text, limited: None })
+        }
+        _ => Err(text),
+    }
+}
+
+type Failed = (Method, String);
+
+fn list(failed: &[Failed]) -> String {
+    let reasons = failed.iter().map(|(method, reason)| format!("{} does not work here ({reason})", method.describe()));
+    reasons.collect::<Vec<_>>().join(", ")
+}
+
+fn explain(method: Method, backend: BackendKind, failed: &[Failed]) -> String {
+    match (failed, backend) {
+        ([], BackendKind::Auto) => format!("{}, the first choice of auto", method.describe()),
+        ([], _) => format!("{}, as configured", method.describe()),
+        _ => format!("{}, because {}", method.describe(), list(failed)),
+    }
+}
+
+fn warn_of_plain(config: &FirewallConfig, failed: &[Failed]) -> Problem {
+    let text = format!(
+        "bans are plain iptables rules, which slow every packet down and are at most {}, because {}; install ipset and \
+         restart",
+        plain::bans_max(config),
+        list(failed)
+    );
+    Problem::warning(text)
+}
+
+async fn attempt(
+    method: Method,
+    config: &FirewallConfig,
+    trial: Trial,
+    clock: &Clock,
+) -> Result<(Sets, Option<Rules>), String> {
+    let (dry_run, patient) = (trial == Trial::DryRun, trial == Trial::Patient);
+    let mut iptables = Iptables::new(config.clone(), dry_run, clock.clone());
+    if method != Method::Nftables && !iptables.is_installed().await {
+        return Err("iptables is not installed".to_owned());
+    }
+    let sets = match method {
+        Method::Ipset => {
+            let ipset = Ipset::find().ok_or("ipset is not installed")?;
+            if !dry_run {
+                try_ipset(&ipset, &mut iptables, patient).await?;
+            }
+            Sets::Ipset(ipset)
+        }
+        Method::Nftables => {
+            let nftables = Nftables::new(config);
+            if dry_run {
+                nftables.is_there().await.map_err(|error| chain_of(&error))?;
+                return Ok((Sets::DryRun(DryRun), None));
+            }
+            nftables.probe().await.map_err(|error| chain_of(&error))?;
+            return Ok((Sets::Nftables(nftables.clone()), Some(Rules::Nftables(nftables))));
+        }
+        Method::Plain if dry_run => Sets::DryRun(DryRun),
+        Method::Plain => {
+            let rule = "-s 192.0.2.1/32 -m time --datestop 2037-12-31T00:00:00 -m comment --comment probe -j DROP";
+            iptables.probe(rule, patient).await.map_err(|error| chain_of(&error))?;
+            Sets::Plain(iptables.hold_bans().await)
+        }
+    };
+    let rules = (!dry_run || host::may_change_firewall()).then(|| Rules::Iptables(Box::new(iptables)));
+    Ok((if dry_run { Sets::DryRun(DryRun) } else { sets }, rules))
+}
+
+/// A set such as ours, and a rule that looks it up.
+async fn try_ipset(ipset: &Ipset, iptables: &mut Iptables, patient: bool) -> Result<(), String> {
+    ipset.probe().await.map_err(|error| chain_of(&error))?;
+    let rule = format!("-m set --match-set {} src -j RETURN", ipset::PROBE);
+    let tried = iptables.probe(&rule, patient).await;
+    ipset.end_probe().await;
+    tried.map_err(|error| chain_of(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_says_what_it_took_and_why_nothing_better() {
+        let none = explain(Method::Ipset, BackendKind::Auto, &[]);
+        assert_eq!(none, "iptables with ipset, the first choice of auto");
+        let failed =
+            [(Method::Ipset, "ipset is not installed".to_owned()), (Method::Nftables, "no such protocol".to_owned())];
+        let text = explain(Method::Plain, BackendKind::Auto, &failed);
+        assert_eq!(
+            text,
+            "plain iptables rules, because iptables with ipset does not work here (ipset is not installed), nftables does \
+             not work here (no such protocol)"
+        );
+        let warning = warn_of_plain(&FirewallConfig::default(), &failed).text;
+        assert!(warning.contains("at most 1000") && warning.contains("install ipset"), "{warning}");
+    }
+}

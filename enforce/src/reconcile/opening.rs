@@ -1,0 +1,92 @@
+//! Which back end the sets are kept in, from when one works.
+
+use proto::report::Problem;
+
+use crate::backend::Rules;
+use crate::choose::{self, Chosen, Method, Trial};
+use crate::config::BackendKind;
+use crate::plan::{self, Kernel};
+use crate::reconcile::Reconciler;
+
+impl Reconciler {
+    /// Finds the back end, if there was none before.
+    pub(crate) async fn open(&mut self) {
+        if self.sets.is_some() || self.config.backend == BackendKind::None {
+            return;
+        }
+        let trial = if self.dry_run { Trial::DryRun } else { Trial::Patient };
+        match choose::choose(&self.config, trial, &self.clock).await {
+            Ok(chosen) => self.take_choice(chosen).await,
+            Err(text) => {
+                let problem = Problem::degraded(text);
+                if self.unavailable.as_ref() != Some(&problem) {
+                    tracing::error!(reason = problem.text, "No firewall back end");
+                }
+                self.unavailable = Some(problem);
+            }
+        }
+    }
+
+    /// Chooses anew, because what was chosen does not work any more. Returns whether there is one that works.
+    pub(crate) async fn reopen(&mut self) -> bool {
+        let chosen = choose::choose(&self.config, Trial::Strict, &self.clock).await;
+        let Ok(chosen) = chosen else { return false };
+        tracing::warn!(former = self.backend_name(), "Firewall back end did not work any more and is chosen anew");
+        self.kernel = Kernel::default();
+        self.refused.clear();
+        self.generation += 1;
+        self.doubtful = true;
+        self.failure = None;
+        self.take_choice(chosen).await;
+        true
+    }
+
+    async fn take_choice(&mut self, chosen: Chosen) {
+        tracing::info!(backend = chosen.method.backend(), why = chosen.why, "Chose the firewall back end");
+        self.frame.bans_max = chosen.sets.bans_max().await.unwrap_or(self.config.bans_max);
+        self.desired.handle_bans_max(self.frame.bans_max as usize);
+        self.sets = Some(chosen.sets);
+        self.new_rules = chosen.rules;
+        self.method = Some(chosen.method);
+        self.why = Some(chosen.why);
+        self.unavailable = chosen.limited;
+    }
+
+    /// What looks members up, once after each choice.
+    pub(crate) fn take_rules(&mut self) -> Option<Rules> {
+        self.new_rules.take()
+    }
+
+    /// How bans are enforced, once that is known.
+    pub(crate) fn method(&self) -> Option<Method> {
+        self.method
+    }
+
+    /// What was chosen and why, for people.
+    pub(crate) fn why(&self) -> Option<&str> {
+        self.why.as_deref()
+    }
+
+    /// Whether the last batch or look failed.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// Whether all that is wanted is in force, and all that is wanted is known.
+    pub(crate) fn is_settled(&self) -> bool {
+        let fine = self.sets.is_some() && self.desired.is_whole() && !self.doubtful && self.failure.is_none();
+        fine && plan::plan(&self.frame, &self.desired, &self.kernel, self.clock.now()).is_empty()
+    }
+
+    /// `iptables`, `nftables`, `dry-run` or `none`; `auto` while nothing works.
+    pub(crate) fn backend_name(&self) -> &'static str {
+        match (self.config.backend, self.method) {
+            (BackendKind::None, _) => "none",
+            (..) if self.dry_run => "dry-run",
+            (_, Some(method)) => method.backend(),
+            (BackendKind::Auto, None) => "auto",
+            (BackendKind::Iptables, None) => "iptables",
+            (BackendKind::Nftables, None) => "nftables",
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! The choice between back ends, plain rules, and what a former back end leaves.
+
+use std::env;
+
+use super::{Host, Part, Scenario, hide, nftables, until};
+
+pub(super) const SCENARIOS: [(&str, Scenario); 3] = [
+    ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
+    ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
+    ("a_back_end_that_breaks_for_good_is_replaced", replaces_broken),
+];
+
+fn enforcer(host: &Host, shell: &str, keys: &str) -> Part {
+    let args = ["enforcer", &host.config(keys), host.state.path().to_str().unwrap(), "for-real"];
+    let part = Part::after(shell, &host.name, &args);
+    part.ask("ban 10.77.0.2,fd77::2 600");
+    part
+}
+
+fn rules_of_iptables(host: &Host) -> bool {
+    host.rules().iter().any(|rule| rule.contains("PORTCULLIS"))
+}
+
+fn detail(part: &Part) -> String {
+    part.report()["backends"][0]["detail"].to_string()
+}
+
+fn changes_over(host: &Host) {
+    let _server = host.server();
+    let bad = host.client("10.77.0.2");
+    let in_ipset = || host.try_run("ipset -q test portcullis-v4 10.77.0.2").is_some();
+    let in_nftables = || nftables::holds(host, "10.77.0.2");
+
+    let part = enforcer(host, "", "{}");
+    until("ipset holds the bans", || in_ipset() && rules_of_iptables(host));
+    assert!(detail(&part).contains("iptables with ipset, the first choice of auto"), "{}", detail(&part));
+    part.stop();
+
+    let part = enforcer(host, &hide("$(command -v ipset)"), "{}");
+    until("nftables took over", || !rules_of_iptables(host));
+    assert!(in_nftables(), "the former went before the new stood");
+    assert!(
+        detail(&part).contains("nftables, because iptables with ipset does not work here (ipset is not installed)")
+    );
+    assert!(!bad.through("new 8080"));
+    part.stop();
+
+    let part = enforcer(host, "", r#"{"backend":"iptables"}"#);
+    until("iptables took over", || !in_nftables());
+    assert!(in_ipset() && rules_of_iptables(host), "the former went before the new stood");
+    assert!(!bad.through("new 8080"));
+    part.stop();
+
+    let part = enforcer(host, "", r#"{"backend":"nftables"}"#);
+    until("nftables took over", || !rules_of_iptables(host) && !in_ipset());
+    assert!(in_nftables() && !bad.through("new 8080"));
+    part.stop();
+
+    let part = enforcer(host, "", r#"{"backend":"none"}"#);
+    until("nothing is left", || !in_nftables());
+    assert!(bad.through("new 8080"));
+    part.stop();
+}
+
+fn bans_by_rules(host: &Host) {
+    let _server = host.server();
+    let without = hide("$(command -v ipset)");
+    let part = enforcer(host, &without, r#"{"backend":"iptables"}"#);
+    let (bad, good) = (host.client("10.77.0.2"), host.client("10.77.0.3"));
+    assert!(good.through("open"));
+    until("an address is banned", || !bad.through("new 8080"));
+    until("that it is not much is said", || part.report()["problems"].to_string().contains("at most 1000"));
+    let placed = host.rules();
+    host.iptables("4", "-t raw -F PORTCULLIS");
+    until("our chain is filled again", || host.rules() == placed);
+    part.ask("ban 10.77.0.0/24 4");
+    until("an open connection is cut", || !good.through("ping"));
+    let wider = host.rules();
+    assert!(wider.iter().any(|rule| rule == "-A PORTCULLIS -s 10.77.0.1/32 -j RETURN"), "{wider:?}");
+    part.stop();
+    assert!(!bad.through("new 8080"), "bans end with the enforcer");
+    until("a ban ends by itself", || good.through("new 8080"));
+    assert!(!bad.through("new 8080"));
+
+    let args = ["enforcer", &host.config(r#"{"backend":"iptables"}"#), "/nonexistent", "for-real"];
+    let part = Part::after(&without, &host.name, &args);
+    until("the chain is taken over", || part.report()["backends"][0]["members"] == 2);
+    part.stop();
+    let teardown = format!("{} --inside teardown {}", env::current_exe().unwrap().display(), host.quick());
+    host.run(&teardown);
+    assert!(!rules_of_iptables(host) && bad.through("new 8080"));
+}
+
+fn replaces_broken(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = format!(
+        "cp $(command -v ipset) {0}/ipset; {1}; export PATH={0}:$PATH",
+        dir.path().display(),
+        hide("$(command -v ipset)")
+    );
+    let part = enforcer(host, &copy, "{}");
+    until("iptables has the rules", || rules_of_iptables(host));
+    std::fs::remove_file(dir.path().join("ipset")).unwrap();
+    part.ask("ban 10.77.0.3 600");
+    until("what is broken is said", || part.report()["problems"].to_string().contains("cannot run"));
+    until("it is given time", || part.metric("portcullis_enforce_failed_total") >= Some(6.0));
+    until("nftables took over", || nftables::holds(host, "10.77.0.3") && !rules_of_iptables(host));
+    assert!(nftables::holds(host, "10.77.0.2"));
+}
