@@ -7,6 +7,8 @@
 
 #[path = "netns/choice.rs"]
 mod choice;
+#[path = "netns/faults.rs"]
+mod faults;
 #[path = "netns/forwarded.rs"]
 mod forwarded;
 #[path = "netns/inside.rs"]
@@ -21,7 +23,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
-use std::thread::sleep;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, sleep};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -29,6 +33,9 @@ use tempfile::TempDir;
 
 /// Polls of a state that has to come, 50 ms apart.
 const POLLS_MAX: usize = 200;
+
+/// Scenarios that run at the same time.
+const AT_ONCE: usize = 3;
 
 type Scenario = fn(&Host);
 
@@ -67,6 +74,8 @@ fn main() -> ExitCode {
             .iter()
             .chain(&choice::SCENARIOS)
             .chain(&nftables::SCENARIOS)
+            .chain(&faults::OF_EVERY_BACK_END)
+            .chain(&faults::OF_IPTABLES)
             .for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;
     }
@@ -75,25 +84,39 @@ fn main() -> ExitCode {
         return if env::var("CI").is_ok_and(|ci| ci == "true") { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
-    let mut failed = 0;
     let groups = [
         ("nft", &SCENARIOS[..]),
         ("legacy", &SCENARIOS),
         ("nft", &choice::SCENARIOS),
         ("nftables", &nftables::SCENARIOS),
+        ("nft", &faults::OF_EVERY_BACK_END),
+        ("nftables", &faults::OF_EVERY_BACK_END),
+        ("nft", &faults::OF_IPTABLES),
+        ("legacy", &faults::OF_IPTABLES),
     ];
-    for (variant, scenarios) in groups {
-        for &(name, scenario) in scenarios {
-            let full = format!("{name} ({variant})");
-            if !filters.is_empty() && !filters.iter().any(|filter| full.contains(filter.as_str())) {
-                continue;
-            }
-            let passed = catch_unwind(AssertUnwindSafe(|| scenario(&Host::new(variant)))).is_ok();
-            println!("test {full} ... {}", if passed { "ok" } else { "FAILED" });
-            failed += usize::from(!passed);
+    let all = groups.iter().flat_map(|(variant, scenarios)| {
+        scenarios.iter().map(|(name, scenario)| (*variant, format!("{name} ({variant})"), *scenario))
+    });
+    let wanted = all.filter(|(_, full, _)| filters.is_empty() || filters.iter().any(|filter| full.contains(*filter)));
+    let wanted: Mutex<Vec<(&str, String, Scenario)>> = Mutex::new(wanted.collect());
+    let failed = AtomicUsize::new(0);
+    // They mostly wait, each on hosts of its own.
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some((variant, full, scenario)) = next(&wanted) {
+                    let passed = catch_unwind(AssertUnwindSafe(|| scenario(&Host::new(variant)))).is_ok();
+                    println!("test {full} ... {}", if passed { "ok" } else { "FAILED" });
+                    failed.fetch_add(usize::from(!passed), Ordering::Relaxed);
+                }
+            });
         }
-    }
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    });
+    if failed.into_inner() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn next<T>(queue: &Mutex<Vec<T>>) -> Option<T> {
+    queue.lock().unwrap().pop()
 }
 
 fn obstacle() -> Option<String> {
@@ -121,8 +144,10 @@ struct Host {
 
 impl Host {
     fn new(variant: &'static str) -> Self {
-        let host =
-            Self { name: format!("pc-host-{}", std::process::id()), variant, state: tempfile::tempdir().unwrap() };
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pc-host-{}-{number}", std::process::id());
+        let host = Self { name, variant, state: tempfile::tempdir().unwrap() };
         let peer = host.peer();
         for ns in [&host.name, &peer] {
             run("ip", &["netns", "add", ns]);
@@ -327,6 +352,15 @@ impl Part {
     fn stop(self) {
         drop(self.pipes.borrow_mut().take());
         assert!(self.child.borrow_mut().wait().unwrap().success());
+    }
+}
+
+impl Part {
+    /// SIGKILL: nothing is tidied up.
+    fn kill(self) {
+        let mut child = self.child.borrow_mut();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }
 

@@ -102,10 +102,14 @@ class Machine:
         }
 
     def start(self):
-        """Starts dockerd, as the first process of a process namespace."""
+        """Starts it, with a dockerd."""
         self.namespace = Namespace(f"m{self.number}")
         self.join(self.namespace, self.number)
         self.volatile.mkdir()
+        self.start_docker()
+
+    def start_docker(self):
+        """Starts dockerd, as the first process of a process namespace."""
         config, log = self.volatile / "daemon.json", self.folder / "dockerd.log"
         config.write_text("{}")
         command = ["setpriv", "--pdeathsig", "KILL", *self.namespace.enter(),
@@ -130,6 +134,12 @@ class Machine:
             self.process.kill()
             self.process.wait()
             until("dockerd has ended", lambda: not dockerd.exists())
+
+    def restart_docker(self):
+        """Containers end with it, and are started again."""
+        self.kill()
+        (self.volatile / "docker.pid").unlink(missing_ok=True)
+        self.start_docker()
 
     def reboot(self):
         """As if the power had failed: what was on disk stays."""

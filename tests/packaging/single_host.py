@@ -81,6 +81,38 @@ def a_restart_and_a_reboot_free_nobody(cluster):
         until("it is silent", lambda: cluster.get(CLIENT, 1, PAGE) == 0)
 
 
+def a_restart_of_docker_frees_nobody(cluster):
+    """Docker makes its own rules anew."""
+    machine = cluster.machines[1]
+    with lock():
+        machine.restart_docker()
+        until("the service answers", lambda: answers(machine))
+    assert cluster.get(CLIENT, 1, PAGE) == 0
+    assert cluster.get(OTHER, 1, PAGE) == 200
+    until("status finds nothing wrong", lambda: verb_code(machine, "status") == 0)
+
+
+def another_back_end_takes_over_beside_docker(cluster):
+    machine = cluster.machines[1]
+    config = machine.project / "portcullis" / "portcullis.toml"
+    text = config.read_text()
+    section = "[enforce.firewall]\n"
+    assert section in text
+    config.write_text(text.replace(section, section + 'backend = "nftables"\n'))
+    try:
+        machine.compose("restart", "portcullis")
+        until("only nftables has it", lambda: CLIENT in machine.namespace.run("nft", "list", "ruleset", "inet")
+              and "portcullis" not in machine.namespace.run("ipset", "save"))
+        assert cluster.get(CLIENT, 1, PAGE) == 0
+        assert cluster.get(OTHER, 1, PAGE) == 200
+    finally:
+        config.write_text(text)
+    machine.compose("restart", "portcullis")
+    until("only iptables has it", lambda: CLIENT in machine.namespace.run("ipset", "save")
+          and "portcullis" not in machine.namespace.run("nft", "list", "ruleset", "inet"))
+    assert cluster.get(CLIENT, 1, PAGE) == 0
+
+
 def an_unbanned_client_is_served(cluster):
     verb(cluster.machines[1], "unban", CLIENT)
     until("it is served", lambda: cluster.get(CLIENT, 1, PAGE) == 200)
@@ -117,23 +149,34 @@ TESTS = [
     what_is_switched_off_is_right_when_switched_on,
     a_client_of_a_published_port_is_banned,
     a_restart_and_a_reboot_free_nobody,
+    a_restart_of_docker_frees_nobody,
+    another_back_end_takes_over_beside_docker,
     an_unbanned_client_is_served,
     a_rotation_loses_no_line,
     a_teardown_leaves_nothing,
 ]
 
 
-def verb(machine, *words):
-    """What a verb printed, whatever its exit code."""
+def ask(machine, *words):
     command = ["docker", "compose", "exec", "-T", "portcullis", "portcullis", *words]
     return subprocess.run(command, env=machine.environment, cwd=machine.project, capture_output=True, text=True,
-                          timeout=DEADLINE_S, check=False).stdout
+                          timeout=DEADLINE_S, check=False)
+
+
+def verb(machine, *words):
+    """What a verb printed, whatever its exit code."""
+    return ask(machine, *words).stdout
+
+
+def verb_code(machine, *words):
+    return ask(machine, *words).returncode
 
 
 def answers(machine):
     """Asked from the host itself, which nobody bans for asking too early."""
-    ask = ["curl", "--silent", "--fail", "--output", "/dev/null", "--max-time", str(DEADLINE_S), f"http://127.0.0.1{PAGE}"]
-    return subprocess.run([*machine.namespace.enter(), *ask], check=False).returncode == 0
+    command = ["curl", "--silent", "--fail", "--output", "/dev/null", "--max-time", str(DEADLINE_S),
+               f"http://127.0.0.1{PAGE}"]
+    return subprocess.run([*machine.namespace.enter(), *command], check=False).returncode == 0
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+//! What happens to bans when the enforcer, or what it works with, is taken away at a bad moment.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use super::{Host, Part, Scenario, hide, until};
+
+pub(super) const OF_EVERY_BACK_END: [(&str, Scenario); 1] =
+    [("a_kill_at_any_moment_is_made_good_by_the_next_start", survives_kills)];
+pub(super) const OF_IPTABLES: [(&str, Scenario); 1] =
+    [("programs_that_are_taken_away_are_missed_and_bans_stay", goes_on_robbed)];
+
+/// Kills, each a little later after the bans are known.
+const KILLS: u32 = 10;
+const LATER: Duration = Duration::from_millis(2);
+/// Bans of each life.
+const BANS: u32 = 60;
+
+fn enforcer(host: &Host, shell: &str) -> Part {
+    let args = ["enforcer", &host.quick(), host.state.path().to_str().unwrap(), "for-real"];
+    Part::after(shell, &host.name, &args)
+}
+
+fn survives_kills(host: &Host) {
+    let foreign = host.foreign();
+    let mut banned = Vec::new();
+    for kill in 0..KILLS {
+        banned.extend((1..=BANS).map(|last| format!("198.18.{kill}.{last}")));
+        // Some bans of each life end before the next.
+        banned.retain(|address| !address.ends_with(&format!(".{kill}")));
+        let part = enforcer(host, "");
+        part.ask(&format!("ban {} 600", banned.join(",")));
+        // Not a wait: the moment of the kill.
+        thread::sleep(LATER * kill);
+        part.kill();
+    }
+    let part = enforcer(host, "");
+    part.ask(&format!("ban {} 600", banned.join(",")));
+    until("the kernel holds the ban set and nothing else", || {
+        let report = part.report();
+        let backend = &report["backends"][0];
+        let wanted = banned.len() as u64;
+        backend["members"] == wanted && report["problems"].as_array().is_some_and(Vec::is_empty)
+    });
+    assert!(banned.iter().all(|address| host.holds(address)));
+    assert!(!host.holds("198.18.0.1") && !host.holds("198.18.200.1"));
+    assert_eq!(host.foreign(), foreign);
+    part.stop();
+}
+
+fn goes_on_robbed(host: &Host) {
+    let folder = tempfile::tempdir().unwrap();
+    let (here, away) = (folder.path().join("here"), folder.path().join("away"));
+    fs::create_dir(&here).unwrap();
+    let originals = format!("$(readlink -f $(command -v iptables-{}))", host.variant);
+    // The host's only iptables, where it can be taken away.
+    let shell = format!(
+        "cp {originals} {0}/multi; for family in iptables ip6tables; do for suffix in '' -save -restore; do \
+         ln -s multi {0}/$family-{1}$suffix; done; done; {2}; export PATH={0}:$PATH",
+        here.display(),
+        host.variant,
+        hide("$(readlink -f $(command -v iptables-nft) $(command -v iptables-legacy))"),
+    );
+    let (_server, part) = (host.server(), enforcer(host, &shell));
+    part.ask("ban 10.77.0.2 600");
+    let (bad, other) = (host.client("10.77.0.2"), host.client("10.77.0.3"));
+    until("the client is cut off", || !bad.through("new 8080"));
+    until("both families have their rules", || {
+        host.rules().iter().filter(|rule| rule.ends_with("-j DROP")).count() >= 4
+    });
+    let placed = host.rules();
+
+    fs::rename(&here, &away).unwrap();
+    until("what is missing is said", || part.report()["problems"].to_string().contains("cannot run"));
+    part.ask("ban 10.77.0.3 600");
+    until("a new ban bites all the same", || !other.through("new 8080"));
+    host.iptables("4", "-t raw -D PREROUTING -j PORTCULLIS");
+    assert!(bad.through("new 8080"), "somebody else took the rule away");
+
+    fs::rename(&away, &here).unwrap();
+    until("the rule is back", || host.rules() == placed);
+    assert!(!bad.through("new 8080"));
+    until("nothing is wrong any more", || part.report()["problems"].as_array().is_some_and(Vec::is_empty));
+    part.stop();
+}
