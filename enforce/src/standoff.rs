@@ -99,11 +99,15 @@ impl Gate {
         }
     }
 
-    /// Looks for the file again. Whether that changed anything; a pause that ends waits for the lock.
+    /// Looks for the file again, and tries the lock again if we lack it. Whether the pause changed; one that ends waits for the lock.
     pub(crate) fn look(&mut self) -> bool {
         let paused = self.state_dir.as_deref().and_then(read_pause);
         if paused.is_some() == self.paused.is_some() {
             self.paused = paused;
+            if self.paused.is_none() {
+                // Who held the lock at the start may be gone.
+                self.lock();
+            }
             return false;
         }
         if paused.is_none() && !self.lock() {
@@ -200,6 +204,18 @@ mod tests {
         assert!(gate.look() && gate.paused.is_none());
         let second = Gate { lock: None, ..Gate::open(None, false).await };
         assert!(second.problem().is_none(), "without a state_dir there is nothing to share");
+    }
+
+    #[tokio::test]
+    async fn who_starts_while_another_holds_the_lock_takes_it_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = take_lock(dir.path()).unwrap();
+        let state_dir = Some(dir.path().to_owned());
+        let mut gate = Gate { state_dir, locks: true, lock: None, paused: None, stands_off: false };
+        assert!(!gate.look() && gate.problem().is_some());
+        drop(other);
+        assert!(!gate.look() && gate.problem().is_none());
+        assert!(take_lock(dir.path()).unwrap().is_none(), "a teardown would not wait for us");
     }
 
     #[tokio::test]
