@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use proto::time::render_duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
@@ -58,6 +59,14 @@ pub enum CommandError {
         /// Its name.
         program: &'static str,
     },
+    /// Somebody held the lock that all users of iptables share.
+    #[error("`{command}` waited for the lock of iptables in vain: {said}")]
+    Locked {
+        /// The command line.
+        command: String,
+        /// Its error text, in one line.
+        said: String,
+    },
     /// It said no.
     #[error("`{command}` failed: {said}")]
     Failed {
@@ -68,10 +77,30 @@ pub enum CommandError {
     },
 }
 
+impl CommandError {
+    /// Whether it may end by itself, so that it says nothing of what the kernel can do.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Locked { .. } | Self::Deadline { .. } | Self::Unfinished { .. })
+    }
+
+    /// Whether the kernel lacks the subsystem that was asked.
+    pub(crate) fn is_absence(&self) -> bool {
+        // The last is netlink's answer where nf_tables is not built in.
+        let absent = [Errno::EPROTONOSUPPORT, Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP, Errno::EINVAL];
+        let said = match self {
+            Self::Kernel { source, .. } => source.raw_os_error(),
+            _ => None,
+        };
+        said.is_some_and(|code| absent.contains(&Errno::from_raw(code)))
+    }
+}
+
 /// What a program left behind.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) success: bool,
+    /// `None` = a signal ended it.
+    pub(crate) code: Option<i32>,
     pub(crate) stdout: Vec<u8>,
     /// In one line.
     pub(crate) stderr: String,
@@ -137,7 +166,8 @@ impl Started {
         };
         match tokio::time::timeout(DEADLINE, work).await {
             Ok(Ok((stdout, stderr, status))) => {
-                Ok(Ended { success: status.success(), stdout, stderr: one_line(&stderr) })
+                let (success, code) = (status.success(), status.code());
+                Ok(Ended { success, code, stdout, stderr: one_line(&stderr) })
             }
             Ok(Err(source)) => Err(CommandError::Run { program: name, source }),
             Err(_) => Err(CommandError::Deadline { program: name }),
@@ -189,6 +219,13 @@ mod tests {
         let shell = find("sh").unwrap();
         let error = block(succeed(&shell, &["-c", "echo first >&2; echo second >&2; exit 3"])).unwrap_err();
         assert!(error.to_string().ends_with("failed: first; second"), "{error}");
+    }
+
+    #[test]
+    fn a_kernel_without_nf_tables_is_told_from_one_that_fails() {
+        let kernel = |errno: Errno| CommandError::Kernel { what: "look", source: errno.into() };
+        assert!(kernel(Errno::EINVAL).is_absence() && kernel(Errno::EPROTONOSUPPORT).is_absence());
+        assert!(!kernel(Errno::EPERM).is_absence() && !kernel(Errno::ENOBUFS).is_absence());
     }
 
     #[test]

@@ -20,6 +20,13 @@ use crate::teardown::{TeardownReport, clear_former};
 /// Its name in `state_dir`. It holds the back end's name, for people.
 pub(crate) const FILE: &str = "backend";
 
+/// What became of a removal, or of a look at what there would be to remove.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Removed(Result<TeardownReport, EnforceError>),
+    Looked(Result<TeardownReport, EnforceError>),
+}
+
 /// Whether it is gone.
 #[derive(Debug, Default)]
 pub(crate) struct Former {
@@ -27,7 +34,9 @@ pub(crate) struct Former {
     file: Option<PathBuf>,
     /// Nothing is left.
     pub(crate) is_cleared: bool,
-    pub(crate) job: Option<JoinHandle<Result<TeardownReport, EnforceError>>>,
+    pub(crate) job: Option<JoinHandle<Outcome>>,
+    /// Resyncs since it was last looked for.
+    pub(crate) waited: u32,
     /// What could not be removed. It is tried again at every resync.
     pub(crate) problem: Option<Problem>,
 }
@@ -58,17 +67,29 @@ impl Former {
             return;
         }
         let config = config.clone();
-        self.job = Some(tokio::spawn(async move { clear_former(kept, &config).await }));
+        self.job = Some(tokio::spawn(async move { Outcome::Removed(clear_former(kept, &config, false).await) }));
+    }
+
+    /// Begins to look whether there is something to remove, which may not go yet.
+    pub(crate) fn begin_look(&mut self, kept: Method, config: &FirewallConfig) {
+        if self.job.is_none() && host::may_change_firewall() {
+            let config = config.clone();
+            self.job =
+                Some(tokio::spawn(async move { Outcome::Looked(clear_former(Some(kept), &config, true).await) }));
+        }
     }
 
     /// Takes the outcome; `used` tells whether some back end is in use.
-    pub(crate) fn take(
-        &mut self,
-        used: bool,
-        done: Result<Result<TeardownReport, EnforceError>, JoinError>,
-    ) -> Result<(), EnforceError> {
+    pub(crate) fn take(&mut self, used: bool, done: Result<Outcome, JoinError>) -> Result<(), EnforceError> {
         let done = done.map_err(|source| EnforceError::Job { job: "clears a former back end", source })?;
-        self.problem = match done {
+        let removed = match done {
+            Outcome::Removed(removed) => removed,
+            Outcome::Looked(found) => {
+                self.take_look(found);
+                return Ok(());
+            }
+        };
+        self.problem = match removed {
             Ok(removed) => {
                 self.is_cleared = true;
                 if !used {
@@ -96,6 +117,20 @@ impl Former {
             }
         };
         Ok(())
+    }
+
+    fn take_look(&mut self, found: Result<TeardownReport, EnforceError>) {
+        let text = match found {
+            Ok(found) if found == TeardownReport::default() => return self.problem = None,
+            Ok(_) => "the one in use does not hold all bans yet".to_owned(),
+            Err(error) => chain_of(&error),
+        };
+        let problem =
+            Problem::warning(format!("a former back end still bans, and unbanning does not free there: {text}"));
+        if self.problem.as_ref() != Some(&problem) {
+            tracing::warn!(reason = problem.text, "Former back end not cleared");
+            self.problem = Some(problem);
+        }
     }
 
     fn forget(&self) {

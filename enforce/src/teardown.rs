@@ -42,14 +42,15 @@ pub struct TeardownReport {
 /// a running enforce puts everything back. A dry run only reports what would be removed.
 ///
 /// # Errors
-/// When something could not be looked at or removed; what could be removed is gone then. It may be run again.
+/// When something could not be looked at or removed; what could be removed is gone then, and told all the same. It may be
+/// run again.
 pub async fn teardown(
     config: &EnforceConfig,
     state_dir: Option<&Path>,
     dry_run: bool,
-) -> Result<TeardownReport, EnforceError> {
+) -> (TeardownReport, Result<(), EnforceError>) {
     if !host::may_change_firewall() {
-        return Err(EnforceError::NotPermitted);
+        return (TeardownReport::default(), Err(EnforceError::NotPermitted));
     }
     let (mut report, mut first_error) = remove_except(None, &config.firewall, dry_run).await;
     remove_forwarded(&config.firewall, dry_run, &mut report, &mut first_error).await;
@@ -73,18 +74,19 @@ pub async fn teardown(
             }
         }
     }
-    first_error.map_or(Ok(report), Err)
+    (report, first_error.map_or(Ok(()), Err))
 }
 
-/// Removes what back ends other than `kept` left on the host.
+/// Removes what back ends other than `kept` left on the host; in a dry run only tells what that would be.
 ///
 /// # Errors
 /// As for [`teardown`].
 pub(crate) async fn clear_former(
     kept: Option<Method>,
     config: &FirewallConfig,
+    dry_run: bool,
 ) -> Result<TeardownReport, EnforceError> {
-    let (report, first_error) = remove_except(kept, config, false).await;
+    let (report, first_error) = remove_except(kept, config, dry_run).await;
     first_error.map_or(Ok(report), Err)
 }
 
@@ -185,7 +187,12 @@ async fn remove_table(
     match nftables.is_there().await {
         Ok(there) => report.table = there,
         // A kernel without nf_tables holds no table of ours.
-        Err(error) => tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at"),
+        Err(error) if error.is_absence() => {
+            tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at")
+        }
+        Err(source) => {
+            errors.push(EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() });
+        }
     }
     if report.table
         && !dry_run

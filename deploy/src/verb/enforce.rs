@@ -1,7 +1,7 @@
 //! `enforce --teardown`, which leaves nothing of ours behind, also where an enforce runs: that one lets go first.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use enforce::StandOff;
@@ -22,15 +22,23 @@ pub(super) async fn run(args: EnforceArgs, out: &mut Output<'_>) -> anyhow::Resu
     if !args.dry_run && paused.is_empty() && config.bus == BusConfig::Local {
         refuse_while_running(&config.api.socket)?;
     }
-    let removed = teardown(&config.enforce, Some(&config.state_dir), args.dry_run).await;
-    let report = removed.context("not all of it could be removed")?;
-    for line in describe(&report, if args.dry_run { "would remove" } else { "removed" }) {
+    let (report, done) = teardown(&config.enforce, Some(&config.state_dir), args.dry_run).await;
+    for line in tell(&report, done.is_ok(), args.dry_run, &paused) {
         out.line(&line)?;
     }
-    for file in paused {
-        out.line(&format!("enforce is paused on this host; to enforce again: rm {}", file.display()))?;
-    }
+    done.context("not all of it could be removed")?;
     Ok(Exit::Done)
+}
+
+/// What was removed, also when some of it was not, and that this host stays paused.
+fn tell(report: &TeardownReport, whole: bool, dry_run: bool, paused: &[PathBuf]) -> Vec<String> {
+    let mut lines = Vec::new();
+    if whole || *report != TeardownReport::default() {
+        lines = describe(report, if dry_run { "would remove" } else { "removed" });
+    }
+    let stays = |file: &PathBuf| format!("enforce is paused on this host; to enforce again: rm {}", file.display());
+    lines.extend(paused.iter().map(stays));
+    lines
 }
 
 /// One that has not let go uses another `state_dir`, or is of an older version: it would put everything back.
@@ -81,6 +89,16 @@ mod tests {
         assert!(refuse_while_running(&socket).unwrap_err().to_string().ends_with("stop it first"));
         drop(listener);
         refuse_while_running(&socket).unwrap();
+    }
+
+    #[test]
+    fn a_removal_that_fails_tells_what_went_and_that_the_host_stays_paused() {
+        let paused = [PathBuf::from("/var/lib/portcullis/paused")];
+        let lines = tell(&TeardownReport::default(), false, false, &paused);
+        assert_eq!(lines, ["enforce is paused on this host; to enforce again: rm /var/lib/portcullis/paused"]);
+        let report = TeardownReport { rules: 4, ..TeardownReport::default() };
+        assert_eq!(tell(&report, false, false, &paused)[0], "removed 4 rules and chains");
+        assert_eq!(tell(&TeardownReport::default(), true, true, &[]), ["nothing of ours was here"]);
     }
 
     #[test]

@@ -53,7 +53,8 @@ fn config(text: &str) -> enforce::EnforceConfig {
 }
 
 fn teardown(text: &str) {
-    let report = runtime().block_on(enforce::teardown(&config(text), None, false)).unwrap();
+    let (report, done) = runtime().block_on(enforce::teardown(&config(text), None, false));
+    done.unwrap();
     answer(format!("{report:?}"));
 }
 
