@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Host, Part, Scenario, until};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 10] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
     ("a_ban_cuts_new_and_open_connections_and_spares_others", super::cuts_connections),
     ("a_wider_ban_does_not_catch_guarded_addresses", super::guards),
     ("the_last_set_is_in_force_before_the_bus_answers", super::loads_last_set),
@@ -18,6 +18,7 @@ pub(super) const SCENARIOS: [(&str, Scenario); 10] = [
     ("a_refused_or_ended_element_does_not_take_its_batch_along", survives_refusals),
     ("clients_of_a_published_port_are_cut_and_ports_are_kept_apart", cuts_forwarded),
     ("bans_of_any_prefix_stand_side_by_side", holds_any_prefix),
+    ("the_first_ban_after_a_lost_table_comes_with_its_guards", guards_after_loss),
 ];
 
 /// Whether a ban of the address, or of its usual prefix, is in the kernel.
@@ -199,4 +200,20 @@ fn holds_any_prefix(host: &Host) {
     }
     let explained = enforcer.ask("explain fd77::3");
     assert!(explained.contains("in set bans-v6-127") || explained.contains("in set bans-v6-48"), "{explained}");
+}
+
+fn guards_after_loss(host: &Host) {
+    // No resync puts it right meanwhile.
+    let config = r#"{"firewall":{"backend":"nftables","resync_interval":"10m"}}"#;
+    let (_server, enforcer) = (host.server(), host.enforcer(config));
+    let (bad, good) = (host.client("10.77.0.2"), host.client("10.77.0.3"));
+    enforcer.ask("never 10.77.0.3");
+    enforcer.ask("ban 10.77.0.2,10.77.9.1 600");
+    until("the bans are in the kernel", || host.holds("10.77.0.2") && host.holds("10.77.9.1"));
+    host.run("nft flush ruleset");
+    enforcer.ask("ban 10.77.0.0/24 600");
+    until("bans are back", || !bad.through("new 8080"));
+    assert!(good.through("new 8080"), "a guarded client is banned");
+    assert!(host.holds("10.77.9.1"), "only the new ban is back");
+    assert!(rules(host).contains("@guard-v4"), "{}", rules(host));
 }

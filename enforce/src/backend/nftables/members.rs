@@ -6,9 +6,10 @@ use std::io;
 use nix::errno::Errno;
 
 use crate::backend::nftables::core::{Core, is_missing};
+use crate::backend::nftables::dump_members;
 use crate::backend::nftables::element;
-use crate::backend::nftables::netlink::{Batch, Kind};
-use crate::backend::nftables::table::{self, Length};
+use crate::backend::nftables::netlink::Batch;
+use crate::backend::nftables::table::{self, Found, Length};
 use crate::backend::{Applied, Refused};
 use crate::command::CommandError;
 use crate::plan::{Family, SetId, Step};
@@ -75,7 +76,7 @@ impl Core {
             let mut wanted = sets_after(&self.sets, steps);
             let builds = wanted != self.sets;
             if builds {
-                let found = self.find()?;
+                let found = self.find_all()?;
                 wanted = sets_after(&found.sets, steps);
                 table::push_structure(&mut batch, &found, &wanted, (&self.ports, &self.spare_ports));
             }
@@ -102,24 +103,28 @@ impl Core {
         attempts: &mut [Attempt],
         (sent, refused): (&[Sent], &[(u32, Errno)]),
     ) -> io::Result<()> {
-        let known = self.sets.clone();
-        let is_lost = refused.iter().any(|(_, errno)| *errno == Errno::ENOENT) && self.find()?.sets != known;
+        if refused.iter().any(|(_, errno)| *errno == Errno::ENOENT) {
+            self.find_all()?;
+        }
         for (number, errno) in refused {
-            match sent.binary_search_by_key(number, |sent| sent.number) {
-                Ok(at) => {
-                    let Sent { step, removes, .. } = sent[at];
-                    let add = matches!(steps[step], Step::Add { .. });
-                    // Our table has gone or lacks sets: it is made anew with this batch.
-                    if !(is_lost && add && !removes && *errno == Errno::ENOENT) {
-                        attempts[step] = judge(add, removes, *errno);
-                    }
-                }
-                Err(_) if is_lost => {}
+            let Ok(at) = sent.binary_search_by_key(number, |sent| sent.number) else {
                 // No member but the structure itself.
-                Err(_) => return Err((*errno).into()),
-            }
+                return Err((*errno).into());
+            };
+            let Sent { step, removes, .. } = sent[at];
+            attempts[step] = judge(matches!(steps[step], Step::Add { .. }), removes, *errno);
         }
         Ok(())
+    }
+
+    /// Fails where sets that we knew are gone, guards maybe among them: then everything is to be observed and planned anew.
+    fn find_all(&mut self) -> io::Result<Found> {
+        let known = self.sets.clone();
+        let found = self.find()?;
+        if found.sets.lacks(&known) {
+            return Err(io::Error::other("somebody removed sets of ours"));
+        }
+        Ok(found)
     }
 
     /// Guarded networks are few and disjoint: all of a family's are put in anew when one changes.
@@ -131,8 +136,8 @@ impl Core {
                 continue;
             }
             let name = table::guard_name(family);
-            let mut nets = match self.socket()?.dump(Kind::GetElement, |ask| element::ask_members(ask, &name)) {
-                Ok(dump) => element::parse_guard(&dump.items, family),
+            let mut nets = match dump_members(self.socket()?, &name) {
+                Ok(items) => element::parse_guard(&items, family),
                 Err(error) if is_missing(&error) => BTreeSet::new(),
                 Err(error) => return Err(error),
             };

@@ -96,11 +96,18 @@ fn address(family: Family) -> (u32, u32, u8, u32) {
     }
 }
 
-/// The sets that our table is to have.
+/// The sets that our table is to have, or has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sets {
     pub(super) guards: BTreeSet<Family>,
     pub(super) bans: BTreeSet<Length>,
+}
+
+impl Sets {
+    /// Whether it lacks some of `others`.
+    pub(super) fn lacks(&self, others: &Self) -> bool {
+        !self.guards.is_superset(&others.guards) || !self.bans.is_superset(&others.bans)
+    }
 }
 
 /// What was found of our table.
@@ -221,8 +228,9 @@ fn push_set(batch: &mut Batch, (table, name): (&str, &str), family: Family, flag
 pub(super) fn push_probe(batch: &mut Batch) {
     const PROBE: &str = "portcullis-probe";
     let length = Length { family: Family::V4, prefix: 24 };
-    let sets = Sets { guards: BTreeSet::new(), bans: [length].into() };
+    let sets = Sets { guards: [Family::V4].into(), bans: [length].into() };
     push_table(batch, PROBE);
+    push_set(batch, (PROBE, &guard_name(Family::V4)), Family::V4, SET_INTERVAL);
     push_set(batch, (PROBE, &length.set_name()), Family::V4, SET_TIMEOUT);
     push_rules(batch, PROBE, &rules(&sets, (&[], &[])));
     batch.push(Kind::DelTable, 0, |message| message.text(1, PROBE));
@@ -411,8 +419,10 @@ fn rules(sets: &Sets, (ports, spare): (&[Ports], &[Ports])) -> Vec<Rule> {
     if ports.is_empty() {
         rules.push((BANNED, "ban".to_owned(), drops.to_vec()));
     }
-    // The longest prefix first: most bans are of addresses.
-    for &length in sets.bans.iter().rev() {
+    // The longest prefix first: most bans are of addresses. Where no guard stands, as when somebody removed our table, nobody
+    // is banned until it is back.
+    let guarded = |length: &&Length| sets.guards.contains(&length.family);
+    for &length in sets.bans.iter().rev().filter(guarded) {
         let mut expressions = load_source(length.family);
         if !length.is_of_hosts() {
             expressions.push(Expression::Mask(mask(length)));
@@ -500,6 +510,8 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert!(rules[5].2.contains(&Expression::Mask(vec![255, 255, 255, 0])));
+        let unguarded = Sets { guards: [Family::V6].into(), ..sets };
+        assert_eq!(super::rules(&unguarded, (&[], &[])).len(), 2, "bans without a guard");
         assert!(!rules[4].2.iter().any(|expression| matches!(expression, Expression::Mask(_))));
         assert_eq!(mask(Length { family: Family::V6, prefix: 1 })[..2], [128, 0]);
     }
