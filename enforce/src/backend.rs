@@ -143,8 +143,12 @@ pub(crate) struct RulesOutcome {
     pub(crate) dropped: (u64, u64),
     /// Where each family's bans stand, for people.
     pub(crate) places: BTreeMap<Family, String>,
-    /// Families whose rules could not be put in place.
+    /// Families whose rules could not be put in place, or not be lifted.
     pub(crate) failed: usize,
+    /// Families in which no configured chain exists, now.
+    pub(crate) placeless: usize,
+    /// Rules were to go, because of a pause.
+    pub(crate) lifts: bool,
 }
 
 /// What looks up members in the path of packets.
@@ -162,6 +166,15 @@ impl Rules {
         match self {
             Self::Iptables(iptables) => iptables.resync(families).await,
             Self::Nftables(nftables) => nftables.resync(families).await,
+        }
+    }
+
+    /// Removes rules of ours in these families that could ban without a member in the sets.
+    pub(crate) async fn lift(&mut self, families: &[Family]) -> RulesOutcome {
+        match self {
+            Self::Iptables(iptables) => iptables.lift(families).await,
+            // They only look members up.
+            Self::Nftables(_) => RulesOutcome { lifts: true, ..RulesOutcome::default() },
         }
     }
 }

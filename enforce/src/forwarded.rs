@@ -40,15 +40,13 @@ pub(crate) use crate::forwarded::kept::FILE;
 use crate::guard::{Guard, GuardFacts};
 use crate::host;
 use crate::last_set;
-use crate::plan::Family;
+use crate::plan::{Family, SKEW_STEP_MS};
 use crate::reconcile::{chain_of, is_paused, read_host};
 
 /// What `status` calls it.
 const NAME: &str = "forwarded-for";
 /// Rules are rewritten once in so long at most, and what is over is forgotten as often.
 const PACE: Duration = Duration::from_secs(1);
-/// A change of the clock's skew, in milliseconds, that the ends in the rules must follow.
-const SKEW_STEP_MS: u64 = 2000;
 /// Clients that a dry run names one by one.
 const NAMED_MAX: usize = 50;
 

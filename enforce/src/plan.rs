@@ -23,6 +23,8 @@ pub const TIMEOUT_MAX_S: u32 = 2_147_483;
 const RENEW_BELOW: Duration = Duration::from_secs(TIMEOUT_MAX_S as u64 / 2);
 /// Kernel timeouts are whole seconds that we round up, and listing them takes time: ends closer than this are equal.
 const END_TOLERANCE: Duration = Duration::from_secs(2);
+/// A change of the clock's skew, in milliseconds, that the ends in rules and the kernel's timers must follow.
+pub const SKEW_STEP_MS: u64 = 2000;
 /// Networks in a guard set at most; a kernel set of that size is what `ipset` makes unasked.
 pub const GUARD_NETS_MAX: u32 = 65_536;
 /// Room of a set that grows as it is filled. Nothing is gained by making it anew in another size.
@@ -379,17 +381,18 @@ fn plan_bans(
         steps.extend(wanted.filter_map(|(target, entry)| add(bans, target, entry, now)));
         return;
     };
-    let fits = set.form == Form::Ours && set.has_room_for(frame.maxelem());
-    let stays = fits || set.is_beyond_repair(bans);
-    // Paused, and nothing that may stay: one step instead of one a member.
-    if stays && desired.is_paused() && !set.members.is_empty() {
+    // Paused, and nothing that may stay: one step instead of one a member, whatever becomes of the set.
+    let flushed = desired.is_paused() && !set.members.is_empty();
+    if flushed {
         steps.push(Step::Flush(bans));
-        return;
     }
     if set.is_beyond_repair(bans) {
         return;
     }
-    if fits {
+    if set.form == Form::Ours && set.has_room_for(frame.maxelem()) {
+        if flushed {
+            return;
+        }
         let targets: BTreeSet<&Target> = wanted.map(|(target, _)| target).chain(set.members.keys()).collect();
         steps.extend(plan_targets(targets, desired, kernel, now));
         return;
@@ -423,6 +426,12 @@ fn comment(rule: &Arc<str>) -> Arc<str> {
         return rule.clone();
     }
     rule.chars().take(63).map(|c| if fits(c) { c } else { '-' }).collect::<String>().into()
+}
+
+/// A moment of our clock, as another shows it that is `skew_ms` milliseconds ahead.
+pub fn shift(time: Timestamp, skew_ms: i64) -> Timestamp {
+    let by = Duration::from_millis(skew_ms.unsigned_abs());
+    if skew_ms < 0 { time.saturating_sub(by) } else { time.saturating_add(by) }
 }
 
 fn is_same(entry: &Entry, held: &Held, now: Timestamp) -> bool {

@@ -17,14 +17,12 @@ use crate::backend::RulesOutcome;
 use crate::backend::iptables::calls::{Calls, Programs};
 use crate::backend::plain::{Members, Plain};
 use crate::command::{self, CommandError};
-use crate::config::{CHAIN, ChainRef, FirewallConfig, Table};
+use crate::config::{FirewallConfig, Table};
 use crate::host;
 use crate::plan::plain;
-use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
-use crate::plan::{Family, Form, GROWS, Kernel, KernelSet, SetId};
+use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, PROBE, RulePlan, RuleStep, Variant, View};
+use crate::plan::{Family, Kernel};
 
-/// A chain that nothing jumps to.
-const PROBE: &str = "PORTCULLIS-PROBE";
 /// Looks at the nft variant that all failed, since the start, before the kernel is taken for one without nf_tables.
 const UNREAD_MAX: u32 = 6;
 
@@ -55,8 +53,8 @@ pub(crate) struct Iptables {
     counted: BTreeMap<Family, Counted>,
     /// Where bans are rules.
     plain: Option<Plain>,
-    /// What it holds, during a look.
-    members: Option<Kernel>,
+    /// What it holds, during a look, and by how much the host's clock is ahead, in milliseconds.
+    members: Option<(Kernel, i64)>,
 }
 
 impl Iptables {
@@ -86,23 +84,44 @@ impl Iptables {
 
     /// Bans are rules of our chain, and begin as those that stand there.
     pub(crate) async fn hold_bans(&mut self) -> Plain {
-        let mut kernel = Kernel::default();
+        let mut members = Members::new(self.config.clone(), self.clock.clone());
         for family in Family::ALL {
             let (views, _) = self.look(family).await;
-            let ours = |view: &View| {
-                let chains = view.tables.keys().map(|table| ChainRef::new(*table, CHAIN));
-                chains.filter_map(|chain| view.rules(&chain)).flatten().cloned().collect::<Vec<String>>()
-            };
-            let rules: Vec<String> = views.values().flat_map(ours).collect();
-            let members = plain::parse_rules(rules.iter());
-            if !members.is_empty() {
-                let set = |members| KernelSet { maxelem: GROWS, form: Form::Ours, members };
-                kernel.sets.insert(SetId::Bans(family), set(members));
+            for (variant, view) in &views {
+                let Some(programs) = self.programs.get(&(family, *variant)) else { continue };
+                members.take_over(family, *programs, view);
             }
         }
-        let plain = Plain::new(self.config.clone(), self.clock.clone(), kernel);
+        let plain = Plain::new(members);
         self.plain = Some(plain.clone());
         plain
+    }
+
+    /// Removes our rules of these families, whichever bans they are for.
+    pub(crate) async fn lift(&mut self, families: &[Family]) -> RulesOutcome {
+        let mut outcome = RulesOutcome { lifts: true, ..RulesOutcome::default() };
+        let mut members = match &self.plain {
+            Some(plain) => Some(plain.lock().await),
+            None => None,
+        };
+        for &family in families {
+            self.placed.remove(&family);
+            match self.teardown(family).await {
+                Ok(removed) => {
+                    outcome.steps.extend(removed.iter().map(RuleStep::kind));
+                    if let Some(members) = &mut members {
+                        members.lose(family);
+                    }
+                }
+                Err(error) => {
+                    outcome.failed += 1;
+                    tracing::warn!(family = family.as_str(), error = %error, cause = cause(&error), "Firewall rules not lifted");
+                    let text = format!("{}: rules not lifted: {}", family.as_str(), chain_of(&error));
+                    outcome.problems.push(Problem::degraded(text));
+                }
+            }
+        }
+        outcome
     }
 
     /// Looks at the rules of these families and puts right what differs.
@@ -113,10 +132,10 @@ impl Iptables {
             None => None,
         };
         if let Some(members) = &mut members {
-            if let Err(error) = members.sweep().await {
-                tracing::debug!(error = %error, cause = cause(&error), "Rules of ended bans not removed");
+            if let Err(error) = members.renew().await {
+                tracing::debug!(error = %error, cause = cause(&error), "Rules of bans not renewed");
             }
-            self.members = Some(members.kernel.clone());
+            self.members = Some((members.kernel.clone(), members.skew_ms));
         }
         for &family in families {
             if let Err(error) = self.resync_family(family, members.as_deref_mut(), &mut outcome).await {
@@ -181,9 +200,9 @@ impl Iptables {
 
     fn layout(&self, family: Family, view: &View, usable: &BTreeSet<Table>) -> Layout {
         let mut layout = Layout::new(&self.config, family, view, usable);
-        if let Some(members) = &self.members {
+        if let Some(held) = &self.members {
             for (&table, rules) in &mut layout.rules {
-                *rules = plain::render_rules(&self.config, family, table, members);
+                *rules = plain::render_rules(&self.config, (family, table), &held.0, held.1);
             }
         }
         layout
@@ -251,13 +270,14 @@ impl Iptables {
     }
 
     fn find_variant(&mut self, family: Family, variant: Variant, name: &str) {
+        let locks = variant == Variant::Legacy;
         let find = |suffix: &str| command::find(&format!("{name}{suffix}"));
         // The crate wants names that live for ever. There are at most twelve, found once.
         let forever = |path: PathBuf| path.into_os_string().into_string().ok().map(|name| &*name.leak());
         if let (Some(change), Some(save), Some(restore)) = (find(""), find("-save"), find("-restore"))
             && let (Some(change), Some(save), Some(restore)) = (forever(change), forever(save), forever(restore))
         {
-            self.programs.insert((family, variant), Programs { change, save, restore });
+            self.programs.insert((family, variant), Programs { change, save, restore, locks });
         }
     }
 
@@ -291,7 +311,9 @@ impl Iptables {
         let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
         let places = places.join(", ");
         outcome.detail.push(format!("{family_name}: {} ({why}), {places}", variant.as_str()));
-        outcome.places.insert(family, format!("{places} ({})", variant.as_str()));
+        if !places.is_empty() {
+            outcome.places.insert(family, format!("{places} ({})", variant.as_str()));
+        }
         for missing in &layout.missing {
             let text = format!("{family_name}: chain {missing} does not exist; bans will apply there once it does");
             outcome.problems.push(Problem::warning(text));
@@ -299,7 +321,7 @@ impl Iptables {
         if layout.places.is_empty() {
             let text = format!("{family_name}: none of the configured chains exists; nobody is banned there");
             outcome.problems.push(Problem::degraded(text));
-            outcome.failed += 1;
+            outcome.placeless += 1;
         }
     }
 
@@ -404,6 +426,9 @@ impl Iptables {
 
     /// Whether the kernel takes a rule that is made like this, in a chain of its own for a moment. For the `patient`, what
     /// cannot be read now is no refusal.
+    ///
+    /// # Errors
+    /// Why not; of which [`CommandError::is_passing`] may end by itself.
     pub(crate) async fn probe(&mut self, rule: &str, patient: bool) -> Result<(), CommandError> {
         let family = Family::V4;
         let (views, unreadable) = self.look(family).await;
@@ -423,6 +448,7 @@ impl Iptables {
             let input = format!("{made}*{table}\n-F {PROBE}\n-X {PROBE}\nCOMMIT\n");
             match calls::restore_input(programs, &input, rule).await {
                 Ok(()) => return Ok(()),
+                Err(error) if error.is_passing() => return Err(error),
                 Err(error) => refused = Some(error),
             }
         }

@@ -11,10 +11,10 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use crate::backend::Applied;
 use crate::backend::iptables::calls::{Programs, restore};
 use crate::command::CommandError;
-use crate::config::{FirewallConfig, Table};
+use crate::config::{CHAIN, ChainRef, FirewallConfig, Table};
 use crate::plan::plain;
-use crate::plan::rules::RuleStep;
-use crate::plan::{Family, Kernel, Step};
+use crate::plan::rules::{RuleStep, View};
+use crate::plan::{Family, Form, GROWS, Kernel, KernelSet, SKEW_STEP_MS, SetId, Step};
 
 /// The bans in our chain. Clones share them.
 #[derive(Clone, Debug)]
@@ -25,15 +25,17 @@ pub(crate) struct Plain(Arc<Mutex<Members>>);
 pub(crate) struct Members {
     config: FirewallConfig,
     clock: Clock,
+    /// By how much the host's clock, by which rules end, is ahead.
+    pub(crate) skew_ms: i64,
     pub(crate) kernel: Kernel,
-    /// Where the chain was placed.
-    spots: BTreeMap<Family, (Programs, BTreeSet<Table>)>,
+    /// Where the chain stands.
+    spots: BTreeMap<Family, Vec<(Programs, BTreeSet<Table>)>>,
 }
 
 impl Plain {
-    /// Begins with what our chain holds.
-    pub(crate) fn new(config: FirewallConfig, clock: Clock, kernel: Kernel) -> Self {
-        Self(Arc::new(Mutex::new(Members { config, clock, kernel, spots: BTreeMap::new() })))
+    /// Shares what is known.
+    pub(crate) fn new(members: Members) -> Self {
+        Self(Arc::new(Mutex::new(members)))
     }
 
     /// Nothing else changes the chain until this is dropped.
@@ -72,15 +74,53 @@ impl Plain {
 }
 
 impl Members {
-    /// Removes rules whose bans have ended; they match nothing any more.
-    pub(crate) async fn sweep(&mut self) -> Result<(), CommandError> {
-        let now = self.clock.now();
-        if self.forget_ended(now) { self.write().await } else { Ok(()) }
+    /// Knows no chain.
+    pub(crate) fn new(config: FirewallConfig, clock: Clock) -> Self {
+        let skew_ms = clock.skew_ms().unwrap_or_default();
+        Self { config, clock, skew_ms, kernel: Kernel::default(), spots: BTreeMap::new() }
+    }
+
+    /// Takes over what our chain holds, and where.
+    pub(crate) fn take_over(&mut self, family: Family, programs: Programs, view: &View) {
+        let has_chain = |table: &Table| view.has(&ChainRef::new(*table, CHAIN));
+        let tables: BTreeSet<Table> = view.tables.keys().copied().filter(has_chain).collect();
+        let rules = tables.iter().filter_map(|table| view.rules(&ChainRef::new(*table, CHAIN))).flatten();
+        let held = plain::parse_rules(rules, self.skew_ms);
+        if !held.is_empty() {
+            let none = || KernelSet { maxelem: GROWS, form: Form::Ours, members: BTreeMap::new() };
+            self.kernel.sets.entry(SetId::Bans(family)).or_insert_with(none).members.extend(held);
+        }
+        if !tables.is_empty() {
+            self.spots.entry(family).or_default().push((programs, tables));
+        }
+    }
+
+    /// Somebody removed the family's chain with all its bans.
+    pub(crate) fn lose(&mut self, family: Family) {
+        self.spots.remove(&family);
+        if let Some(set) = self.kernel.sets.get_mut(&SetId::Bans(family)) {
+            set.members.clear();
+        }
+    }
+
+    /// Removes rules whose bans have ended, which match nothing any more, and follows the clock.
+    pub(crate) async fn renew(&mut self) -> Result<(), CommandError> {
+        let is_over = self.forget_ended(self.clock.now());
+        if self.follow_clock() || is_over { self.write().await } else { Ok(()) }
+    }
+
+    fn follow_clock(&mut self) -> bool {
+        let skew_ms = self.clock.skew_ms().unwrap_or_default();
+        let moved = skew_ms.abs_diff(self.skew_ms) >= SKEW_STEP_MS;
+        if moved {
+            self.skew_ms = skew_ms;
+        }
+        moved
     }
 
     /// The chain stands in these tables.
     pub(crate) fn take_spot(&mut self, family: Family, programs: Programs, tables: BTreeSet<Table>) {
-        self.spots.insert(family, (programs, tables));
+        self.spots.insert(family, vec![(programs, tables)]);
     }
 
     fn forget_ended(&mut self, now: Timestamp) -> bool {
@@ -94,10 +134,12 @@ impl Members {
     }
 
     async fn write(&self) -> Result<(), CommandError> {
-        for (&family, (programs, tables)) in &self.spots {
-            for &table in tables {
-                let rules = plain::render_rules(&self.config, family, table, &self.kernel);
-                restore(*programs, &RuleStep::Fill { table, rules }).await?;
+        for (&family, spots) in &self.spots {
+            for (programs, tables) in spots {
+                for &table in tables {
+                    let rules = plain::render_rules(&self.config, (family, table), &self.kernel, self.skew_ms);
+                    restore(*programs, &RuleStep::Fill { table, rules }).await?;
+                }
             }
         }
         Ok(())

@@ -12,8 +12,8 @@ use proto::time::Timestamp;
 use crate::config::{ChainRef, FORWARDED_CHAIN, FORWARDED_FOR, ForwardedForConfig, Table};
 use crate::forwarded::claims::Choice;
 use crate::forwarded::tree::{Found, Tree};
-use crate::plan::Family;
 use crate::plan::rules::{Lifts, View, could_accept, leads_to_forwarded};
+use crate::plan::{Family, shift};
 
 /// Until then iptables can tell the time: 2038-01-19T03:14:07Z less a day. Later ends are not written into rules.
 const LAST_END: Timestamp = Timestamp::from_secs(0x7fff_ffff - 86_400);
@@ -59,11 +59,6 @@ pub(crate) fn tree(choice: &Choice, skew_ms: i64) -> Tree<Option<Timestamp>> {
     tree.grow(written(anywhere));
     tree.grow_behind(&format!("{FORWARDED_FOR}:"), written(beside_list));
     tree
-}
-
-fn shift(end: Timestamp, skew_ms: i64) -> Timestamp {
-    let by = std::time::Duration::from_millis(skew_ms.unsigned_abs());
-    if skew_ms < 0 { end.saturating_sub(by) } else { end.saturating_add(by) }
 }
 
 impl Layout {

@@ -12,7 +12,7 @@ use proto::time::Timestamp;
 
 use crate::config::{FirewallConfig, Table};
 use crate::plan::rules::render_ports;
-use crate::plan::{Family, Held, Kernel, SetId};
+use crate::plan::{Family, Held, Kernel, SetId, shift};
 
 /// Ban rules of a chain at most: 1,000 cost every packet about what all else in its path costs.
 const RULES_MAX: u32 = 1000;
@@ -26,7 +26,14 @@ pub fn bans_max(config: &FirewallConfig) -> u32 {
 }
 
 /// The rules of our chain, as iptables-save prints them. Guarded networks are returned first, as far as a ban contains them.
-pub fn render_rules(config: &FirewallConfig, family: Family, table: Table, kernel: &Kernel) -> Vec<String> {
+///
+/// The kernel compares ends with the host's clock, which is `skew_ms` milliseconds ahead of ours.
+pub fn render_rules(
+    config: &FirewallConfig,
+    (family, table): (Family, Table),
+    kernel: &Kernel,
+    skew_ms: i64,
+) -> Vec<String> {
     let members = |set| kernel.sets.get(&set).into_iter().flat_map(|set| &set.members);
     let wide: Vec<&Target> = members(SetId::Bans(family)).map(|(ban, _)| ban).filter(|ban| !ban.is_host()).collect();
     let guarded = members(SetId::Guard(family)).map(|(net, _)| net);
@@ -36,7 +43,11 @@ pub fn render_rules(config: &FirewallConfig, family: Family, table: Table, kerne
         .collect();
     rules.extend(config.spare_ports.iter().map(|ports| format!("{} -j RETURN", render_ports(ports, table))));
     for (ban, held) in members(SetId::Bans(family)) {
-        let end = held.ends.map(render_seconds).map(|end| format!(" -m time --datestop {end}")).unwrap_or_default();
+        let end = held
+            .ends
+            .map(|end| render_seconds(shift(end, skew_ms)))
+            .map(|end| format!(" -m time --datestop {end}"))
+            .unwrap_or_default();
         let comment = match &*held.comment {
             "" => String::new(),
             rule => format!(" -m comment --comment {rule}"),
@@ -51,17 +62,17 @@ pub fn render_rules(config: &FirewallConfig, family: Family, table: Table, kerne
     rules
 }
 
-/// The bans that rules of our chain hold.
-pub fn parse_rules<'a>(rules: impl Iterator<Item = &'a String>) -> BTreeMap<Target, Held> {
-    rules.filter_map(|rule| parse_rule(rule)).collect()
+/// The bans that rules of our chain hold, of which [`render_rules`] was told `skew_ms`.
+pub fn parse_rules<'a>(rules: impl Iterator<Item = &'a String>, skew_ms: i64) -> BTreeMap<Target, Held> {
+    rules.filter_map(|rule| parse_rule(rule, skew_ms)).collect()
 }
 
-fn parse_rule(rule: &str) -> Option<(Target, Held)> {
+fn parse_rule(rule: &str, skew_ms: i64) -> Option<(Target, Held)> {
     let words: Vec<&str> = rule.strip_suffix(" -j DROP")?.split(' ').collect();
     let after = |key: &str| words.iter().skip_while(|word| **word != key).nth(1).copied();
     let target = after("-s")?.parse().ok()?;
     let ends = match after("--datestop") {
-        Some(end) => Some(Timestamp::parse(&format!("{end}Z"))?),
+        Some(end) => Some(shift(Timestamp::parse(&format!("{end}Z"))?, skew_ms.saturating_neg())),
         None => None,
     };
     Some((target, Held { ends, comment: Arc::from(after("--comment").unwrap_or_default().trim_matches('"')) }))
@@ -97,20 +108,24 @@ mod tests {
             kernel.sets.get_mut(&set).unwrap().members.insert(target.parse().unwrap(), held);
         }
         let mut config = FirewallConfig::default();
-        let rules = render_rules(&config, Family::V4, Table::Raw, &kernel);
+        let rules = render_rules(&config, (Family::V4, Table::Raw), &kernel, 0);
         let expected = [
             "-s 192.0.2.7/32 -j RETURN",
             "-s 192.0.2.0/24 -m time --datestop 2027-11-26T18:00:00 -m comment --comment r -j DROP",
             "-s 198.51.100.1/32 -m time --datestop 2027-11-26T18:00:00 -m comment --comment r-2 -j DROP",
         ];
         assert_eq!(rules, expected);
-        assert_eq!(parse_rules(rules.iter()), kernel.sets[&bans].members);
+        assert_eq!(parse_rules(rules.iter(), 0), kernel.sets[&bans].members);
+
+        let ahead = render_rules(&config, (Family::V4, Table::Raw), &kernel, 3_600_000);
+        assert!(ahead[1].contains("--datestop 2027-11-26T19:00:00"), "the host's clock decides: {ahead:?}");
+        assert_eq!(parse_rules(ahead.iter(), 3_600_000), kernel.sets[&bans].members);
 
         let https = Ports { protocol: Protocol::Tcp, first: 443, last: 443 };
         config.ports = vec![https, Ports { protocol: Protocol::Udp, ..https }];
-        let rules = render_rules(&config, Family::V4, Table::Raw, &kernel);
+        let rules = render_rules(&config, (Family::V4, Table::Raw), &kernel, 0);
         assert!(rules[2].starts_with("-s 192.0.2.0/24 -p udp -m udp --dport 443 -m time "), "{rules:?}");
-        assert_eq!(parse_rules(rules.iter()), kernel.sets[&bans].members);
+        assert_eq!(parse_rules(rules.iter(), 0), kernel.sets[&bans].members);
         assert_eq!(bans_max(&config), 500);
     }
 }

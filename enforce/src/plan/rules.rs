@@ -16,6 +16,8 @@ use crate::plan::{Family, SetId};
 pub const LIFTS_MAX: usize = 3;
 /// See [`LIFTS_MAX`].
 pub const LIFT_WINDOW: Duration = Duration::from_secs(600);
+/// A chain that nothing jumps to, in which rules are tried for a moment.
+pub const PROBE: &str = "PORTCULLIS-PROBE";
 /// Rules of our chain, before and after, up to which they are changed one by one. That keeps what they have counted.
 const SINGLE_RULES_MAX: usize = 80;
 /// Targets after which a packet goes on to the next rule, or is gone. Everything else could accept it.
@@ -67,7 +69,8 @@ impl View {
         if of_forwarded && rule.contains(" -j REJECT ") {
             self.refused = (self.refused.0 + counters.0, self.refused.1 + counters.1);
         }
-        self.foreign += usize::from(!of_forwarded && chain != CHAIN && !is_jump(rule) && !leads_to_forwarded(rule));
+        let is_ours = of_forwarded || chain == CHAIN || chain == PROBE;
+        self.foreign += usize::from(!is_ours && !is_jump(rule) && !leads_to_forwarded(rule));
         if let Some(table) = table {
             self.tables.entry(table).or_default().entry(chain.to_owned()).or_default().push(rule.to_owned());
         }
@@ -257,6 +260,8 @@ pub enum RuleStep {
     Unjump(ChainRef),
     /// Remove our chain and what is in it.
     RemoveChain(Table),
+    /// Remove the chain [`PROBE`], which a killed process left.
+    RemoveProbe(Table),
 }
 
 impl fmt::Display for RuleStep {
@@ -290,6 +295,7 @@ impl RuleStep {
             }
             Self::Unjump(place) => vec![(place.table, render_unjump(place))],
             Self::RemoveChain(table) => vec![(*table, format!("-F {CHAIN}")), (*table, format!("-X {CHAIN}"))],
+            Self::RemoveProbe(table) => vec![(*table, format!("-F {PROBE}")), (*table, format!("-X {PROBE}"))],
         }
     }
 
@@ -303,7 +309,7 @@ impl RuleStep {
             Self::Jump(_) => "jump",
             Self::Lift { .. } => "lift",
             Self::Unjump(_) => "unjump",
-            Self::RemoveChain(_) => "remove_chain",
+            Self::RemoveChain(_) | Self::RemoveProbe(_) => "remove_chain",
         }
     }
 }
@@ -391,6 +397,9 @@ pub fn plan_removal(
         }
         if chains.contains_key(CHAIN) && !keep_chain(table) {
             steps.push(RuleStep::RemoveChain(table));
+        }
+        if chains.contains_key(PROBE) {
+            steps.push(RuleStep::RemoveProbe(table));
         }
     }
     steps

@@ -11,7 +11,7 @@ use proto::bus::memory::BanUpdate;
 use proto::net::Target;
 use proto::time::Timestamp;
 
-use super::rules::{LIFTS_MAX, Layout, Lifts, RuleStep, View, plan_removal, plan_rules};
+use super::rules::{LIFTS_MAX, Layout, Lifts, PROBE, RuleStep, View, plan_removal, plan_rules};
 use super::*;
 use crate::config::{CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table};
 use crate::guard::{Guard, GuardFacts};
@@ -433,6 +433,7 @@ impl FakeTables {
                 let first = self.chain(place).iter().position(|rule| *rule == jump).unwrap();
                 self.chain(place).remove(first);
             }
+            RuleStep::RemoveProbe(table) => drop(self.0.remove(&(*table, PROBE.to_owned())).unwrap()),
             RuleStep::RemoveChain(table) => {
                 assert!(!self.0.iter().any(|((of, _), rules)| of == table && rules.contains(&jump)), "still in use");
                 self.0.remove(&own(table));
@@ -602,4 +603,12 @@ fn the_variant_is_the_one_that_docker_or_the_rules_use() {
         assert_eq!(choose_variant(nft, legacy).map(|(variant, _)| variant), Some(expected));
     }
     assert_eq!(choose_variant(None, None), None);
+}
+
+#[test]
+fn a_probe_that_a_kill_left_is_removed_and_says_nothing_of_the_host() {
+    let saved = "*raw\n:PREROUTING ACCEPT [0:0]\n:PORTCULLIS-PROBE - [0:0]\n[0:0] -A PORTCULLIS-PROBE -s 192.0.2.1/32 -j DROP\n";
+    let view = View::parse(saved);
+    assert_eq!(view.foreign, 0);
+    assert_eq!(plan_removal(&view, |_| true, |_| true), [RuleStep::RemoveProbe(Table::Raw)]);
 }

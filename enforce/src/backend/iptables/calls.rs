@@ -16,6 +16,8 @@ use crate::plan::rules::RuleStep;
 
 /// Seconds that iptables waits for the lock that all its users share.
 const LOCK_WAIT_S: u32 = 5;
+/// How a program ends that did not get it.
+const LOCKED: i32 = 4;
 /// After that a call that does not return is given up.
 const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
@@ -25,6 +27,8 @@ pub(crate) struct Programs {
     pub(super) change: &'static str,
     pub(super) save: &'static str,
     pub(super) restore: &'static str,
+    /// Whether they wait for a lock.
+    pub(super) locks: bool,
 }
 
 /// Makes the changes.
@@ -119,8 +123,13 @@ pub(super) async fn restore_input(programs: Programs, input: &str, step: &str) -
     let wait = format!("--wait={LOCK_WAIT_S}");
     let restore = command::start(programs.restore.as_ref(), &["--noflush", &wait], Stdio::piped())?;
     let ended = restore.finish(input.as_bytes()).await?;
-    let failed = || CommandError::Failed { command: format!("{}: {step}", programs.restore), said: ended.stderr };
-    if ended.success { Ok(()) } else { Err(failed()) }
+    let command = format!("{}: {step}", programs.restore);
+    match ended.code {
+        Some(0) => Ok(()),
+        // The programs over nf_tables, which know no lock, mean refusals by it too.
+        Some(LOCKED) if programs.locks => Err(CommandError::Locked { command, said: ended.stderr }),
+        _ => Err(CommandError::Failed { command, said: ended.stderr }),
+    }
 }
 
 #[cfg(test)]
@@ -140,7 +149,7 @@ mod tests {
         std::fs::write(&program, HANGING).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let name: &'static str = program.to_str().unwrap().to_owned().leak();
-        let programs = Programs { change: name, save: name, restore: name };
+        let programs = Programs { change: name, save: name, restore: name, locks: true };
         let mut calls = Calls { deadline: Duration::from_millis(100), unfinished: None };
         let late = RuleStep::DeleteAt { table: Table::Raw, position: 2 };
         let place = ChainRef::new(Table::Raw, "PREROUTING");
