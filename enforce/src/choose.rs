@@ -9,7 +9,8 @@ use crate::backend::ipset::{self, Ipset};
 use crate::backend::iptables::Iptables;
 use crate::backend::nftables::Nftables;
 use crate::backend::{Rules, Sets};
-use crate::config::{BackendKind, FirewallConfig};
+use crate::command::CommandError;
+use crate::config::{BackendKind, Chains, FirewallConfig};
 use crate::host;
 use crate::plan::plain;
 use crate::reconcile::chain_of;
@@ -27,12 +28,13 @@ pub(crate) enum Method {
 
 impl Method {
     /// Those that a configuration allows, the best first.
-    fn allowed(backend: BackendKind) -> &'static [Self] {
-        match backend {
-            BackendKind::Auto => &[Self::Ipset, Self::Nftables, Self::Plain],
-            BackendKind::Iptables => &[Self::Ipset, Self::Plain],
-            BackendKind::Nftables => &[Self::Nftables],
-            BackendKind::None => &[],
+    fn allowed(config: &FirewallConfig) -> &'static [Self] {
+        match (config.backend, &config.chains) {
+            (BackendKind::Auto, Chains::Auto) => &[Self::Ipset, Self::Nftables, Self::Plain],
+            // Who lists chains wants bans in these, and nftables bans before all of them.
+            (BackendKind::Auto, Chains::Listed(_)) | (BackendKind::Iptables, _) => &[Self::Ipset, Self::Plain],
+            (BackendKind::Nftables, _) => &[Self::Nftables],
+            (BackendKind::None, _) => &[],
         }
     }
 
@@ -88,24 +90,32 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
         return Err(text.to_owned());
     }
     let mut failed = Vec::new();
-    for &method in Method::allowed(config.backend) {
+    for &method in Method::allowed(config) {
         match attempt(method, config, trial, clock).await {
             Ok((sets, rules)) => {
                 let why = explain(method, config.backend, &failed);
                 let limited = (method == Method::Plain && !dry_run).then(|| warn_of_plain(config, &failed));
                 return Ok(Chosen { method, sets, rules, why, limited });
             }
-            Err(reason) => failed.push((method, reason)),
+            // A lock that is held says nothing of what works: to take another would be to give up what does.
+            Err(Failure { reason, passing: true }) if trial == Trial::Patient => {
+                let name = method.describe();
+                return Err(format!("cannot tell yet whether {name} works here ({reason}); it is tried again"));
+            }
+            Err(Failure { reason, .. }) => failed.push((method, reason)),
         }
     }
     let remedy = match config.backend {
         BackendKind::Nftables => "load the kernel module nf_tables, or set backend = \"auto\"",
         BackendKind::Iptables => "install iptables and ipset, or set backend = \"auto\"",
+        BackendKind::Auto if config.chains != Chains::Auto => {
+            "install iptables and ipset, or leave chains to \"auto\" and load the kernel module nf_tables"
+        }
         BackendKind::Auto | BackendKind::None => "install iptables and ipset, or load the kernel module nf_tables",
     };
     let text = format!("nobody is banned on this host: {}; {remedy}; it is tried again", list(&failed));
     // Where nothing works, a dry run still tells who would be banned.
-    match (dry_run, Method::allowed(config.backend).first()) {
+    match (dry_run, Method::allowed(config).first()) {
         (true, Some(&method)) => {
             Ok(Chosen { method, sets: Sets::DryRun(DryRun), rules: None, why: text, limited: None })
         }
@@ -114,6 +124,25 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
 }
 
 type Failed = (Method, String);
+
+/// Why a way does not work.
+struct Failure {
+    reason: String,
+    /// It may work in a moment.
+    passing: bool,
+}
+
+impl From<&str> for Failure {
+    fn from(reason: &str) -> Self {
+        Self { reason: reason.to_owned(), passing: false }
+    }
+}
+
+impl From<CommandError> for Failure {
+    fn from(error: CommandError) -> Self {
+        Self { reason: chain_of(&error), passing: error.is_passing() }
+    }
+}
 
 fn list(failed: &[Failed]) -> String {
     let reasons = failed.iter().map(|(method, reason)| format!("{} does not work here ({reason})", method.describe()));
@@ -130,8 +159,7 @@ fn explain(method: Method, backend: BackendKind, failed: &[Failed]) -> String {
 
 fn warn_of_plain(config: &FirewallConfig, failed: &[Failed]) -> Problem {
     let text = format!(
-        "bans are plain iptables rules, which slow every packet down and are at most {}, because {}; install ipset and \
-         restart",
+        "bans are plain iptables rules, which slow every packet down and are at most {}, because {}; install ipset",
         plain::bans_max(config),
         list(failed)
     );
@@ -143,11 +171,11 @@ async fn attempt(
     config: &FirewallConfig,
     trial: Trial,
     clock: &Clock,
-) -> Result<(Sets, Option<Rules>), String> {
+) -> Result<(Sets, Option<Rules>), Failure> {
     let (dry_run, patient) = (trial == Trial::DryRun, trial == Trial::Patient);
     let mut iptables = Iptables::new(config.clone(), dry_run, clock.clone());
     if method != Method::Nftables && !iptables.is_installed().await {
-        return Err("iptables is not installed".to_owned());
+        return Err("iptables is not installed".into());
     }
     let sets = match method {
         Method::Ipset => {
@@ -160,16 +188,16 @@ async fn attempt(
         Method::Nftables => {
             let nftables = Nftables::new(config);
             if dry_run {
-                nftables.is_there().await.map_err(|error| chain_of(&error))?;
+                nftables.is_there().await?;
                 return Ok((Sets::DryRun(DryRun), None));
             }
-            nftables.probe().await.map_err(|error| chain_of(&error))?;
+            nftables.probe().await?;
             return Ok((Sets::Nftables(nftables.clone()), Some(Rules::Nftables(nftables))));
         }
         Method::Plain if dry_run => Sets::DryRun(DryRun),
         Method::Plain => {
             let rule = "-s 192.0.2.1/32 -m time --datestop 2037-12-31T00:00:00 -m comment --comment probe -j DROP";
-            iptables.probe(rule, patient).await.map_err(|error| chain_of(&error))?;
+            iptables.probe(rule, patient).await?;
             Sets::Plain(iptables.hold_bans().await)
         }
     };
@@ -178,17 +206,25 @@ async fn attempt(
 }
 
 /// A set such as ours, and a rule that looks it up.
-async fn try_ipset(ipset: &Ipset, iptables: &mut Iptables, patient: bool) -> Result<(), String> {
-    ipset.probe().await.map_err(|error| chain_of(&error))?;
+async fn try_ipset(ipset: &Ipset, iptables: &mut Iptables, patient: bool) -> Result<(), CommandError> {
+    ipset.probe().await?;
     let rule = format!("-m set --match-set {} src -j RETURN", ipset::PROBE);
     let tried = iptables.probe(&rule, patient).await;
     ipset.end_probe().await;
-    tried.map_err(|error| chain_of(&error))
+    tried
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_lists_chains_is_not_given_what_ignores_them() {
+        let mut config = FirewallConfig::default();
+        assert!(Method::allowed(&config).contains(&Method::Nftables));
+        config.chains = Chains::Listed(Vec::new());
+        assert_eq!(Method::allowed(&config), [Method::Ipset, Method::Plain]);
+    }
 
     #[test]
     fn auto_says_what_it_took_and_why_nothing_better() {

@@ -1,5 +1,7 @@
 //! The enforcing role of one host: follows the bus, looks at the kernel at intervals, reports, and keeps the last set.
 
+mod turns;
+
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::net::IpAddr;
@@ -25,21 +27,16 @@ use crate::board::Board;
 use crate::config::{BackendKind, EnforceConfig};
 use crate::error::EnforceError;
 use crate::former::Former;
-use crate::host;
 use crate::last_set::{self, LastSet, LastSetError};
 use crate::metrics::EnforceMetrics;
-use crate::plan::Family;
+use crate::plan::{Family, SKEW_STEP_MS};
 use crate::reconcile::{Observed, Reconciler, chain_of};
 use crate::standoff::Gate;
 
 /// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
 const TICK: Duration = Duration::from_secs(1);
-/// A change of the clock's skew, in milliseconds, that the kernel's timers must follow.
-const SKEW_STEP_MS: u64 = 2000;
 /// Keeping the last set may take one part in so many of the time: large sets are kept less often.
 const STORE_SHARE: u32 = 20;
-/// Resyncs in a row after which a back end that does not work is replaced: as many as iptables gets to read its rules.
-const BROKEN_MAX: u32 = 8;
 
 /// What the role works on.
 #[derive(Debug)]
@@ -114,10 +111,14 @@ struct Enforcer {
     rules_job: Option<JoinHandle<(Rules, RulesOutcome)>>,
     /// Families of the last look at rules.
     rules_families: Vec<Family>,
+    /// Our rules are gone, since the host's pause began.
+    rules_lifted: bool,
     observe_job: Option<JoinHandle<Observed>>,
     former: Former,
     /// Resyncs in a row at which nothing worked.
     broken: u32,
+    /// Resyncs in a row with plain rules.
+    plain_for: u32,
     store_job: Option<JoinHandle<Result<(), LastSetError>>>,
     outcome: RulesOutcome,
     rules_repairs: u64,
@@ -151,9 +152,11 @@ impl Enforcer {
             rules: None,
             rules_job: None,
             rules_families: Vec::new(),
+            rules_lifted: false,
             observe_job: None,
             former,
             broken: 0,
+            plain_for: 0,
             store_job: None,
             outcome: RulesOutcome::default(),
             rules_repairs: 0,
@@ -176,6 +179,7 @@ impl Enforcer {
         self.reconciler.start(last).await;
         self.take_new_rules();
         self.begin_rules();
+        self.begin_clearing();
         if self.rules_job.is_some() {
             let done = finish(&mut self.rules_job).await;
             self.take_rules(done)?;
@@ -292,6 +296,10 @@ impl Enforcer {
         }
         self.reconciler.handle_bans(&update).await;
         self.unstored = true;
+        // What failed may have failed because somebody took our sets away.
+        if self.reconciler.is_failing() && self.observe_job.is_none() && !self.besides.gate.stands_off {
+            self.begin_observation(true);
+        }
     }
 
     async fn take_lists(&mut self) {
@@ -317,26 +325,6 @@ impl Enforcer {
         }
     }
 
-    /// Follows the file that pauses this host.
-    async fn handle_gate(&mut self) {
-        let gate = &mut self.besides.gate;
-        if gate.look() {
-            let paused = gate.paused.clone();
-            tracing::warn!(paused = paused.as_deref().unwrap_or("no more"), "This host's own pause changed");
-            self.besides.host_pause.send_replace(paused.clone());
-            self.reconciler.handle_host_pause(paused).await;
-            self.begin_rules();
-        }
-        let gate = &self.besides.gate;
-        let idle = self.observe_job.is_none() && self.rules_job.is_none();
-        if gate.paused.is_some() && !gate.stands_off && idle {
-            self.begin_observation(true);
-            if self.observe_job.is_none() {
-                self.besides.gate.stand_off();
-            }
-        }
-    }
-
     async fn handle_tick(&mut self) {
         self.handle_gate().await;
         self.reconciler.handle_time().await;
@@ -356,7 +344,7 @@ impl Enforcer {
         self.look_at_host().await;
         if !self.besides.gate.stands_off {
             self.replace_broken().await;
-            self.begin_clearing();
+            self.handle_former();
         }
         self.begin_rules();
         if self.observe_job.is_none() && !self.besides.gate.stands_off {
@@ -381,8 +369,8 @@ impl Enforcer {
             self.begin_observation(true);
         }
         if self.besides.gate.paused.is_some() {
-            if self.reconciler.is_lifted() && self.rules_job.is_none() {
-                self.besides.gate.stand_off();
+            if self.reconciler.is_lifted() {
+                self.stand_off();
             }
             return Ok(());
         }
@@ -390,92 +378,6 @@ impl Enforcer {
         if self.reconciler.families_ready() != self.rules_families {
             self.begin_rules();
         }
-        Ok(())
-    }
-
-    /// Those of a back end that was just chosen. What the former ones counted stays counted.
-    fn take_new_rules(&mut self) {
-        if let Some(rules) = self.reconciler.take_rules() {
-            self.rules = Some(rules);
-            self.rules_families.clear();
-            self.outcome = RulesOutcome::default();
-            self.dropped_before = self.dropped_now();
-            self.dropped = (0, 0);
-            if let Some(method) = self.reconciler.method() {
-                self.former.begin_use(method);
-            }
-        }
-    }
-
-    fn dropped_now(&self) -> (u64, u64) {
-        (self.dropped_before.0 + self.dropped.0, self.dropped_before.1 + self.dropped.1)
-    }
-
-    /// A back end that nothing can be done with for so long is given up, where another may be chosen.
-    async fn replace_broken(&mut self) {
-        let families = self.rules_families.len();
-        let rules_broken = self.outcome.failed >= families.max(1);
-        let is_broken = self.reconciler.method().is_some() && (rules_broken || self.reconciler.is_failing());
-        self.broken = if is_broken { self.broken + 1 } else { 0 };
-        let idle = self.rules.is_some() && self.observe_job.is_none();
-        let may = self.config.firewall.backend == BackendKind::Auto && !self.inputs.dry_run;
-        if self.broken >= BROKEN_MAX && idle && may {
-            self.broken = 0;
-            if self.reconciler.reopen().await {
-                self.take_new_rules();
-                self.begin_observation(true);
-            }
-        }
-    }
-
-    /// Removes what a former back end left, once all bans stand without it.
-    fn begin_clearing(&mut self) {
-        if self.former.is_cleared || self.inputs.dry_run {
-            return;
-        }
-        let stands = match self.config.firewall.backend {
-            BackendKind::None => self.former.was_used(),
-            _ => {
-                let placed = self.outcome.failed == 0 && !self.outcome.places.is_empty();
-                placed && self.rules.is_some() && self.reconciler.is_settled()
-            }
-        };
-        if stands {
-            self.former.begin(self.reconciler.method(), &self.config.firewall);
-        }
-    }
-
-    fn begin_rules(&mut self) {
-        let families = self.reconciler.families_ready();
-        let observable = !self.inputs.dry_run || host::may_change_firewall();
-        let paused = self.besides.gate.paused.is_some();
-        if paused || families.is_empty() || !observable || self.config.firewall.backend == BackendKind::None {
-            return;
-        }
-        // Not at home: the last look still goes on.
-        let Some(mut rules) = self.rules.take() else { return };
-        self.rules_families.clone_from(&families);
-        self.rules_job = Some(tokio::spawn(async move {
-            let outcome = rules.resync(&families).await;
-            (rules, outcome)
-        }));
-    }
-
-    fn take_rules(&mut self, done: Result<(Rules, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
-        let (rules, outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
-        self.rules = Some(rules);
-        let metrics = &self.inputs.metrics;
-        for kind in &outcome.steps {
-            metrics.count_step(kind);
-        }
-        metrics.repairs.inc_by(outcome.repairs);
-        metrics.dropped_packets.inc_by(outcome.dropped.0.saturating_sub(self.dropped.0));
-        metrics.dropped_bytes.inc_by(outcome.dropped.1.saturating_sub(self.dropped.1));
-        self.dropped = (self.dropped.0.max(outcome.dropped.0), self.dropped.1.max(outcome.dropped.1));
-        self.rules_repairs += outcome.repairs;
-        self.outcome = outcome;
-        self.begin_clearing();
-        self.report();
         Ok(())
     }
 

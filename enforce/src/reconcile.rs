@@ -268,10 +268,11 @@ impl Reconciler {
         self.host_pause.clone().or_else(by_operator)
     }
 
-    /// Whether no ban is in the kernel, as was just observed.
+    /// Whether no ban is in the kernel, as was just observed. No rule looks up a set that is still being filled.
     pub(crate) fn is_lifted(&self) -> bool {
-        let mut sets = self.kernel.sets.iter().filter(|(id, set)| id.holds_bans() && set.form == Form::Ours);
-        !self.doubtful && self.failure.is_none() && sets.all(|(_, set)| set.members.is_empty())
+        let is_empty =
+            |family: &Family| self.kernel.sets.get(&SetId::Bans(*family)).is_none_or(|set| set.members.is_empty());
+        !self.doubtful && self.failure.is_none() && self.frame.families.iter().all(is_empty)
     }
 
     /// Whether what was asked for is in force, single bans that the kernel refuses aside.

@@ -5,7 +5,7 @@ use proto::report::Problem;
 use crate::backend::Rules;
 use crate::choose::{self, Chosen, Method, Trial};
 use crate::config::BackendKind;
-use crate::plan::{self, Kernel};
+use crate::plan::{self, Kernel, Step};
 use crate::reconcile::Reconciler;
 
 impl Reconciler {
@@ -27,11 +27,12 @@ impl Reconciler {
         }
     }
 
-    /// Chooses anew, because what was chosen does not work any more. Returns whether there is one that works.
-    pub(crate) async fn reopen(&mut self) -> bool {
+    /// Chooses anew, because what was chosen does not work any more, or something else than `but` may work by now.
+    /// Returns whether a choice was taken.
+    pub(crate) async fn reopen(&mut self, but: Option<Method>) -> bool {
         let chosen = choose::choose(&self.config, Trial::Strict, &self.clock).await;
-        let Ok(chosen) = chosen else { return false };
-        tracing::warn!(former = self.backend_name(), "Firewall back end did not work any more and is chosen anew");
+        let Some(chosen) = chosen.ok().filter(|chosen| Some(chosen.method) != but) else { return false };
+        tracing::warn!(former = self.backend_name(), "Firewall back end is chosen anew");
         self.kernel = Kernel::default();
         self.refused.clear();
         self.generation += 1;
@@ -72,10 +73,13 @@ impl Reconciler {
         self.failure.is_some()
     }
 
-    /// Whether all that is wanted is in force, and all that is wanted is known.
+    /// Whether all that is wanted is in force, and all that is wanted is known. What the kernel refuses for good is not
+    /// waited for.
     pub(crate) fn is_settled(&self) -> bool {
-        let fine = self.sets.is_some() && self.desired.is_whole() && !self.doubtful && self.failure.is_none();
-        fine && plan::plan(&self.frame, &self.desired, &self.kernel, self.clock.now()).is_empty()
+        let is_known = !self.doubtful || !self.refused.is_empty();
+        let fine = self.sets.is_some() && self.desired.is_whole() && is_known && self.failure.is_none();
+        let is_refused = |step: &Step| matches!(step, Step::Add { target, .. } if self.refused.contains_key(target));
+        fine && plan::plan(&self.frame, &self.desired, &self.kernel, self.clock.now()).iter().all(is_refused)
     }
 
     /// `iptables`, `nftables`, `dry-run` or `none`; `auto` while nothing works.

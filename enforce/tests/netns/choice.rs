@@ -4,10 +4,13 @@ use std::env;
 
 use super::{Host, Part, Scenario, hide, nftables, until};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 3] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 6] = [
     ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
     ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
     ("a_back_end_that_breaks_for_good_is_replaced", replaces_broken),
+    ("a_pause_from_the_start_lifts_what_stands_in_any_form", lifts_at_start),
+    ("a_former_back_end_that_has_to_stay_is_told_and_goes_as_soon_as_it_can", tells_of_former),
+    ("a_lock_that_is_held_does_not_change_the_back_end", waits_for_lock),
 ];
 
 fn enforcer(host: &Host, shell: &str, keys: &str) -> Part {
@@ -106,4 +109,63 @@ fn replaces_broken(host: &Host) {
     until("it is given time", || part.metric("portcullis_enforce_failed_total") >= Some(6.0));
     until("nftables took over", || nftables::holds(host, "10.77.0.3") && !rules_of_iptables(host));
     assert!(nftables::holds(host, "10.77.0.2"));
+}
+
+fn lifts_at_start(host: &Host) {
+    let _server = host.server();
+    let bad = host.client("10.77.0.2");
+    let (paused, lock) = (host.state.path().join("paused"), host.state.path().join("enforce.lock"));
+    let without = hide("$(command -v ipset)");
+    let (plain, ipset, nftables) = (
+        (&*without, r#"{"backend":"iptables"}"#),
+        ("", r#"{"backend":"iptables"}"#),
+        ("", r#"{"backend":"nftables"}"#),
+    );
+    let small = ("", r#"{"backend":"iptables","bans_max":1000}"#);
+    for (before, after) in [(plain, plain), (plain, ipset), (ipset, small), (small, nftables), (nftables, plain)] {
+        let part = enforcer(host, before.0, before.1);
+        until("the client is cut off", || !bad.through("new 8080"));
+        part.stop();
+        std::fs::write(&paused, "").unwrap();
+        let part = enforcer(host, after.0, after.1);
+        until("the pause is known", || part.report()["paused"].is_string());
+        until("the firewall is let go", || std::fs::File::open(&lock).unwrap().try_lock().is_ok());
+        assert!(bad.through("new 8080"), "{before:?} still bans under {after:?}");
+        std::fs::remove_file(&paused).unwrap();
+        until("the client is cut off again", || !bad.through("new 8080"));
+        until("nothing is wrong", || {
+            part.report()["problems"].as_array().unwrap().iter().all(|p| p["severity"] != "degraded")
+        });
+        part.stop();
+    }
+}
+
+fn tells_of_former(host: &Host) {
+    let in_nftables = || nftables::holds(host, "10.77.0.2");
+    let part = enforcer(host, "", r#"{"backend":"nftables"}"#);
+    until("nftables holds the bans", in_nftables);
+    part.stop();
+    let part = enforcer(host, "", r#"{"chains":["DOCKER-USER"]}"#);
+    until("what stays is told", || part.report()["problems"].to_string().contains("a former back end still bans"));
+    assert!(in_nftables(), "the former went before the new stood");
+    host.iptables("4", "-N DOCKER-USER");
+    until("the former goes, although one family has no such chain", || !in_nftables());
+    until("it is not told any more", || !part.report()["problems"].to_string().contains("former"));
+    assert!(part.report()["problems"].to_string().contains("ipv6: none of the configured chains exists"));
+}
+
+fn waits_for_lock(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lock");
+    let lock = std::fs::File::create(&path).unwrap();
+    lock.lock().unwrap();
+    // The host's only iptables knows a lock.
+    let shell =
+        format!("export XTABLES_LOCKFILE={}; {}", path.display(), hide("$(readlink -f $(command -v iptables-nft))"));
+    let part = enforcer(host, &shell, "{}");
+    until("that it waits is said", || {
+        part.report()["problems"].to_string().contains("cannot tell yet whether iptables with ipset")
+    });
+    drop(lock);
+    until("it is taken once it can be tried", || detail(&part).contains("iptables with ipset, the first choice"));
 }
