@@ -121,7 +121,10 @@ impl Former {
 
     fn take_look(&mut self, found: Result<TeardownReport, EnforceError>) {
         let text = match found {
-            Ok(found) if found == TeardownReport::default() => return self.problem = None,
+            Ok(found) if found == TeardownReport::default() => {
+                self.problem = None;
+                return;
+            }
             Ok(_) => "the one in use does not hold all bans yet".to_owned(),
             Err(error) => chain_of(&error),
         };

@@ -188,7 +188,7 @@ async fn remove_table(
         Ok(there) => report.table = there,
         // A kernel without nf_tables holds no table of ours.
         Err(error) if error.is_absence() => {
-            tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at")
+            tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at");
         }
         Err(source) => {
             errors.push(EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() });

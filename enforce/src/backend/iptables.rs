@@ -272,8 +272,7 @@ impl Iptables {
     fn find_variant(&mut self, family: Family, variant: Variant, name: &str) {
         let locks = variant == Variant::Legacy;
         let find = |suffix: &str| command::find(&format!("{name}{suffix}"));
-        // The crate wants names that live for ever. There are at most twelve, found once.
-        let forever = |path: PathBuf| path.into_os_string().into_string().ok().map(|name| &*name.leak());
+        let forever = |path: PathBuf| path.into_os_string().into_string().ok().map(calls::forever);
         if let (Some(change), Some(save), Some(restore)) = (find(""), find("-save"), find("-restore"))
             && let (Some(change), Some(save), Some(restore)) = (forever(change), forever(save), forever(restore))
         {

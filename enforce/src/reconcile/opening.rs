@@ -94,3 +94,61 @@ impl Reconciler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use prometheus_client::registry::Registry;
+    use proto::ban::{Ban, BanChange, BanRecord, Evidence, Origin};
+    use proto::bus::memory::BanUpdate;
+    use proto::net::{NetSet, Target};
+    use proto::time::{Clock, Timestamp};
+
+    use super::*;
+    use crate::backend::Sets;
+    use crate::backend::dry_run::DryRun;
+    use crate::config::FirewallConfig;
+    use crate::metrics::EnforceMetrics;
+    use crate::plan::{Family, Form, GROWS, KernelSet, SetId};
+
+    fn record(target: Target) -> BanRecord {
+        let ban = Ban {
+            target,
+            rule: "r".to_owned(),
+            origin: Origin::Detect,
+            ban_count: 1,
+            ban_seconds: None,
+            banned_at: Timestamp::EPOCH,
+            expires_at: None,
+            reason: String::new(),
+            evidence: Evidence::default(),
+        };
+        BanRecord { target, bans: vec![ban] }
+    }
+
+    #[test]
+    fn a_ban_that_the_kernel_refuses_is_not_waited_for() {
+        let metrics = EnforceMetrics::register(&mut Registry::default());
+        let config = FirewallConfig::default();
+        let mut reconciler = Reconciler::new(config, NetSet::default(), true, Clock::system(), metrics);
+        reconciler.sets = Some(Sets::DryRun(DryRun));
+        reconciler.frame.families = vec![Family::V4];
+        reconciler.frame.guard_nets.clear();
+        for set in [SetId::Guard(Family::V4), SetId::Bans(Family::V4)] {
+            let empty = KernelSet { maxelem: GROWS, form: Form::Ours, members: BTreeMap::new() };
+            reconciler.kernel.sets.insert(set, empty);
+        }
+        let target: Target = "203.0.113.9".parse().unwrap();
+        let changes = vec![BanChange::Put(record(target))];
+        let update = BanUpdate { revision: 1, snapshot: true, changes, cause: None };
+        reconciler.desired.handle_update(&update, &reconciler.guard, Timestamp::EPOCH);
+        reconciler.doubtful = false;
+        assert!(!reconciler.is_settled(), "a ban is missing");
+        reconciler.refused.insert(target, "no room".to_owned());
+        reconciler.doubtful = true;
+        assert!(reconciler.is_settled());
+        reconciler.failure = Some("no answer".to_owned());
+        assert!(!reconciler.is_settled());
+    }
+}

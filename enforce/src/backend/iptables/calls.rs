@@ -4,7 +4,9 @@
 //! The crate blocks and cannot end a program that hangs. Such a call may still come into effect late, when what it was
 //! planned from has changed, so nothing else is changed, and nothing planned, until it has ended.
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use iptables::IPTables;
@@ -29,6 +31,18 @@ pub(crate) struct Programs {
     pub(super) restore: &'static str,
     /// Whether they wait for a lock.
     pub(super) locks: bool,
+}
+
+/// The name of a program, for as long as we live, as the crate wants it. Each is kept once, and there are few.
+pub(super) fn forever(name: String) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = names.get(name.as_str()) {
+        return known;
+    }
+    let name = name.leak();
+    names.insert(name);
+    name
 }
 
 /// Makes the changes.
