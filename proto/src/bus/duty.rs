@@ -26,7 +26,8 @@ impl Duties {
     /// From now on the duty `action` (`[a-z0-9-]{1,63}`) is wanted, until what is returned is dropped. Needs a runtime.
     pub fn take(&self, action: &str) -> Duty {
         let keeper = self.0.as_ref().map(|(connection, me)| {
-            let keeper = Keeper::spawn(Lease::new(connection, &format!("{LEASE_PREFIX}{action}"), me.clone()));
+            let (bucket, key) = (connection.subjects().duty_bucket(), format!("{LEASE_PREFIX}{action}"));
+            let keeper = Keeper::spawn(Lease::new(connection, bucket, &key, me.clone()));
             keeper.want(true);
             keeper
         });

@@ -36,6 +36,7 @@ pub struct Holder {
 #[derive(Debug)]
 pub struct Lease {
     connection: Connection,
+    bucket: String,
     key: String,
     me: Holder,
     /// Revision of our own key while we hold it.
@@ -46,9 +47,10 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The lease `name`, not held.
-    pub fn new(connection: &Connection, name: &str, me: Holder) -> Self {
-        Self { connection: connection.clone(), key: name.to_owned(), me, held: None, other: (0, 0), holder: None }
+    /// The lease `name` in `bucket`, not held.
+    pub fn new(connection: &Connection, bucket: String, name: &str, me: Holder) -> Self {
+        let (connection, key) = (connection.clone(), name.to_owned());
+        Self { connection, bucket, key, me, held: None, other: (0, 0), holder: None }
     }
 
     /// Whether we held it at the last word from the server.
@@ -93,11 +95,11 @@ impl Lease {
     }
 
     fn subject(&self) -> String {
-        bucket_key(&self.connection.subjects().lease_bucket(), &self.key)
+        bucket_key(&self.bucket, &self.key)
     }
 
     async fn look(&mut self) -> Result<bool, BusError> {
-        let stream = bucket_stream(&self.connection.subjects().lease_bucket());
+        let stream = bucket_stream(&self.bucket);
         let newest = self.connection.newest(&stream, &self.subject()).await?;
         let revision = newest.as_ref().map_or(0, |message| message.seq);
         // Markers of a lease that was given back or has ended hold nobody.

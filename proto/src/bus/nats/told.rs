@@ -202,7 +202,7 @@ impl Drop for Reading {
 }
 
 async fn read(connection: &Connection, name: &str) -> Result<Option<(Told, u64)>, BusError> {
-    let bucket = connection.subjects().lease_bucket();
+    let bucket = connection.subjects().duty_bucket();
     let newest = connection.newest(&bucket_stream(&bucket), &bucket_key(&bucket, &told_key(name))).await?;
     let Some(message) = newest else { return Ok(None) };
     let told = message.json::<Told>().filter(|told| told.version == VERSION);
@@ -212,7 +212,7 @@ async fn read(connection: &Connection, name: &str) -> Result<Option<(Told, u64)>
 
 /// Writes over `revision`; `None` when it has changed since.
 async fn write(connection: &Connection, name: &str, told: Told, revision: u64) -> Result<Option<u64>, BusError> {
-    let subject = bucket_key(&connection.subjects().lease_bucket(), &told_key(name));
+    let subject = bucket_key(&connection.subjects().duty_bucket(), &told_key(name));
     let mut headers = HeaderMap::new();
     headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
     let message = connection.ask(&subject, headers, encode(&told)).await?;
