@@ -423,7 +423,8 @@ impl Notifier {
     }
 
     fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let duty = self.duty.as_ref().and_then(Duty::problem);
+        let mut problems: Vec<Problem> = duty.into_iter().chain(self.feed.problem()).collect();
         if let Some((why, may_pass)) = &self.trouble
             && (!may_pass || self.queue.failures() >= FAILURES_SILENT)
         {

@@ -4,6 +4,7 @@
 
 use crate::bus::nats::Connection;
 use crate::bus::nats::lease::{Holder, Keeper, Lease};
+use crate::report::Problem;
 
 /// Key of an action's lease, before its name.
 const LEASE_PREFIX: &str = "enforce.";
@@ -48,6 +49,11 @@ impl Duty {
     /// Node whose duty it is, as far as known; `None` also without a cluster.
     pub fn holder(&self) -> Option<String> {
         self.0.as_ref()?.state().holder.map(|holder| holder.node)
+    }
+
+    /// What is wrong where it cannot be seen whose duty it is, for reports.
+    pub fn problem(&self) -> Option<Problem> {
+        self.0.as_ref()?.state().problem()
     }
 
     /// Returns when it has changed whose duty it is.
