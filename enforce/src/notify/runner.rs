@@ -280,10 +280,10 @@ impl Notifier {
                 self.refusal = Some(why);
                 "refused"
             }
-            Outcome::Later(_, why) => {
-                if let Some(why) = why {
-                    tracing::info!(notifier = self.name, reason = why, "A message has to wait");
-                }
+            Outcome::Paced(_) => "paced",
+            Outcome::Later(wait, why) => {
+                tracing::info!(notifier = self.name, reason = why, wait_s = wait.as_secs(), "A message has to wait");
+                self.note_trouble(why, true);
                 "later"
             }
             Outcome::Failed(why) => {
