@@ -240,7 +240,9 @@ def what_only_a_person_can_mend_is_said_and_then_delivered(fake, folder):
 
 def webhooks_get_signed_cloud_events(fake, folder):
     hook = (f'[enforce.webhooks.siem]\nurl = "{fake.url}{HOOK_PATH}"\nsecret_file = "{folder}/secret"\n'
-            'token = "s3cret-token"\nheaders = { X-Tenant = "edge" }\n')
+            'token = "s3cret-token"\nheaders = { X-Tenant = "edge" }\n'
+            # That messages wait or are refused are alarms of their own.
+            'events = ["banned", "started", "stopped"]\n')
     fake.hook_answers = [(500, {}), (429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (204, {}), (404, {})]
     service = Service(folder, hook)
     until("the delay is said", lambda: any("answers 503" in problem for problem in service.report("webhook-siem")[1]))
@@ -270,9 +272,7 @@ def webhooks_get_signed_cloud_events(fake, folder):
         kinds.append(event["type"].split(".")[2])
         if kinds[-1] == "ban":
             jsonschema.validate(event, SCHEMA)
-    # That a message was refused is an alarm of its own.
-    kinds = [kind for kind in kinds if kind != "alarm"]
-    assert kinds == ["started"] * 3 + ["ban", "ban", "stopped"], kinds
+    assert kinds == ["started"] * 4 + ["ban", "ban", "stopped"], kinds
 
 
 def the_examples_are_what_each_service_takes(fake, folder):
