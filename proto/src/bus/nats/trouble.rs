@@ -41,11 +41,10 @@ impl Trouble {
     }
 }
 
-/// What people read: `what` cannot be done, because of `error`.
+/// What people read: `what`, because of `error`. A missing right shows as silence alone.
 pub(crate) fn problem(what: &str, error: &BusError) -> Problem {
-    Problem::degraded(format!(
-        "{what}: {error} (does this user of NATS have the rights that deploy/nats gives enforcers?)"
-    ))
+    let rights = "(does this user of NATS have the rights that deploy/nats gives enforcers?)";
+    Problem::degraded(if error.is_passing() { format!("{what}: {error} {rights}") } else { format!("{what}: {error}") })
 }
 
 #[cfg(test)]
