@@ -141,7 +141,8 @@ impl Role {
             return Ok(());
         }
         let connection = self.parts.connection.clone();
-        let mut lease = Keeper::spawn(Lease::new(&connection, LEASE, self.me.clone()));
+        let mut lease =
+            Keeper::spawn(Lease::new(&connection, connection.subjects().lease_bucket(), LEASE, self.me.clone()));
         let ended = self.serve(&mut lease).await;
         self.parts.active.send_replace(false);
         lease.give_back().await;

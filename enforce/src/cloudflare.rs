@@ -383,6 +383,7 @@ impl Runner {
             login_error: self.client.as_ref().err(),
             mirror: self.mirror.as_ref(),
             holder: self.duty.as_ref().filter(|_| !self.held).map(Duty::holder),
+            duty_problem: self.duty.as_ref().and_then(Duty::problem),
             usage: self.usage,
             dry_run: self.around.dry_run,
         }

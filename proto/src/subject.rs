@@ -112,9 +112,14 @@ impl Subjects {
         format!("{}_nodes", self.prefix)
     }
 
-    /// The bucket of leases.
+    /// The bucket of detect's lease.
     pub fn lease_bucket(&self) -> String {
         format!("{}_lease", self.prefix)
+    }
+
+    /// The bucket of the leases of enforcers, and of how far they have told of events: one that they may fill.
+    pub fn duty_bucket(&self) -> String {
+        format!("{}_duty", self.prefix)
     }
 
     /// Where an enforcer is asked what holds an address.
@@ -147,7 +152,7 @@ pub fn node_key(role: Role, node: &str) -> String {
     format!("{}.{node}", role.as_str())
 }
 
-/// The key, beside the leases, of how far the teller `name` has told of events.
+/// The key, beside the leases of enforcers, of how far the teller `name` has told of events.
 pub fn told_key(name: &str) -> String {
     format!("told.{name}")
 }

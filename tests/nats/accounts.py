@@ -32,6 +32,7 @@ ANSWER_S = 30
 BANS = "$KV.portcullis_bans"
 NODES = "$KV.portcullis_nodes"
 LEASE = "$KV.portcullis_lease"
+DUTY = "$KV.portcullis_duty"
 SECOND = 10**9
 
 
@@ -47,25 +48,27 @@ def bucket(name, **more):
                                                     "allow_msg_ttl": True, **more})
 
 
+LEASES = {"allow_direct": False, "max_bytes": 1 << 20, "max_msg_size": 1 << 10}
 STREAMS = [
     stream("PORTCULLIS_ACCESS", "portcullis.access.v1.*", discard="new", max_bytes=64 << 20,
            republish={"src": "portcullis.access.v1.>", "dest": "portcullis.log.v1.>"}),
     stream("PORTCULLIS_EVENTS", "portcullis.events.v1.>", max_age=30 * 86_400 * SECOND),
     bucket("portcullis_bans", allow_atomic=True, republish={"src": f"{BANS}.>", "dest": "portcullis.state.v1.>"}),
     bucket("portcullis_nodes", max_age=86_400 * SECOND),
-    bucket("portcullis_lease", allow_direct=False),
+    bucket("portcullis_lease", **LEASES),
+    bucket("portcullis_duty", **LEASES),
 ]
 NAMES = [stream["name"] for stream in STREAMS]
 
 READ_BANS, READ_NODES = "$JS.API.DIRECT.GET.KV_portcullis_bans", "$JS.API.DIRECT.GET.KV_portcullis_nodes"
 READ_EVENTS = "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS"
-READ_LEASES = "$JS.API.STREAM.MSG.GET.KV_portcullis_lease"
+READ_DUTIES = "$JS.API.STREAM.MSG.GET.KV_portcullis_duty"
 RAW = "portcullis.raw.v1.shop"
 # What each user may publish. Of everything else in `everything()` it must be refused.
 RIGHTS = {
     "ingest-edge-1": ["portcullis.access.v1.edge-1", f"{NODES}.ingest.edge-1", READ_BANS, READ_NODES],
-    "enforce-edge-1": [f"{NODES}.enforce.edge-1", f"{LEASE}.enforce.telegram", f"{LEASE}.told.telegram", READ_BANS,
-                       READ_NODES, READ_EVENTS, READ_LEASES],
+    "enforce-edge-1": [f"{NODES}.enforce.edge-1", f"{DUTY}.enforce.telegram", f"{DUTY}.told.telegram", READ_BANS,
+                       READ_NODES, READ_EVENTS, READ_DUTIES],
     "reader-1": [READ_BANS, READ_EVENTS],
     "shipper-1": [RAW],
 }
@@ -85,7 +88,8 @@ def data_subjects():
         *(f"{BANS}.{key}" for key in keys),
         *(f"portcullis.state.v1.{key}" for key in keys),
         *(f"{NODES}.{role}.{node}" for role in ("ingest", "enforce", "detect") for node in ("edge-1", "edge-2")),
-        f"{LEASE}.detect", f"{LEASE}.other", f"{LEASE}.enforce.telegram", f"{LEASE}.told.telegram", f"{LEASE}.enforce.a.b",
+        f"{LEASE}.detect", f"{LEASE}.enforce.telegram", f"{LEASE}.told.telegram", f"{DUTY}.detect",
+        f"{DUTY}.enforce.telegram", f"{DUTY}.told.telegram", f"{DUTY}.enforce.a.b",
         "portcullis.access.v1.edge-1", "portcullis.access.v1.edge-2", "portcullis.log.v1.edge-1",
         "portcullis.events.v1.ban.forceful-browsing", "portcullis.events.v1.alarm.system",
         "portcullis.api.v1", "portcullis.explain.v1.edge-1", "portcullis.explain.v1.edge-2", RAW,
@@ -397,12 +401,12 @@ async def enforce_answers_what_detect_asks(server, detect):
 
 
 async def enforcers_share_duties_and_positions_and_cannot_touch_detects_lease(server, detect):
-    lease, told = f"{LEASE}.enforce.cloudflare", f"{LEASE}.told.cloudflare"
+    lease, told = f"{DUTY}.enforce.cloudflare", f"{DUTY}.told.cloudflare"
     async with server.connect("enforce-edge-1") as one, server.connect("enforce-edge-2") as other:
         first = {"Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": "0"}
         at = (await ask(one, lease, b"edge-1", first))["seq"]
         assert "error" in await ask(other, lease, b"edge-2", first), "one holds it"
-        read = await ask(other, READ_LEASES, {"last_by_subj": lease})
+        read = await ask(other, READ_DUTIES, {"last_by_subj": lease})
         assert (read["message"]["seq"], base64.b64decode(read["message"]["data"])) == (at, b"edge-1"), read
         await store(one, told, b"7", {"Nats-Expected-Last-Subject-Sequence": "0"})
         given = {"KV-Operation": "DEL", "Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": str(at)}
@@ -410,10 +414,24 @@ async def enforcers_share_duties_and_positions_and_cannot_touch_detects_lease(se
         await store(other, lease, b"edge-2", {"Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": str(at)})
 
         async def newest():
-            return await ask(one, READ_LEASES, {"last_by_subj": lease})
+            return await ask(one, READ_DUTIES, {"last_by_subj": lease})
 
         await until(newest, lambda read: "error" in read or not read["message"].get("data"))
         assert await snapshot(one, "PORTCULLIS_EVENTS", "portcullis.events.v1.>"), "events can be read"
+
+
+async def an_enforcer_that_fills_what_it_may_write_leaves_detects_lease_alone(server, detect):
+    async with server.connect("enforce-edge-1") as enforce:
+        answers = [ask(enforce, f"{DUTY}.told.{number}-{'x' * 40}", b"x" * 900) for number in range(1200)]
+        refused = [answer["error"] for answer in await asyncio.gather(*answers) if "error" in answer]
+        assert refused and all("maximum bytes" in error["description"] for error in refused), refused[:1]
+        large = await ask(enforce, f"{DUTY}.told.telegram", b"x" * 2000)
+        assert "message size" in large["error"]["description"], large
+        at = await store(detect, f"{LEASE}.detect", b"edge-1", {"Nats-TTL": "3s"})
+        again = {"Nats-TTL": "3s", "Nats-Expected-Last-Subject-Sequence": str(at)}
+        await store(detect, f"{LEASE}.detect", b"edge-1", again)
+        assert (await ask(detect, "$JS.API.STREAM.PURGE.KV_portcullis_duty"))["success"]
+        await store(enforce, f"{DUTY}.told.telegram", b"7")
 
 
 async def every_role_is_refused_all_that_is_not_its_own(server, detect):
@@ -462,8 +480,8 @@ async def a_header_cannot_make_a_heartbeat_empty_its_bucket(server, detect):
     async with server.connect("ingest-edge-1") as ingest, server.connect("enforce-edge-1") as enforce:
         before = await state(detect)
         rights = ((ingest, "portcullis.access.v1.edge-1"), (ingest, f"{NODES}.ingest.edge-1"),
-                  (enforce, f"{NODES}.enforce.edge-1"), (enforce, f"{LEASE}.enforce.telegram"),
-                  (enforce, f"{LEASE}.told.telegram"))
+                  (enforce, f"{NODES}.enforce.edge-1"), (enforce, f"{DUTY}.enforce.telegram"),
+                  (enforce, f"{DUTY}.told.telegram"))
         for connection, subject in rights:
             for header in ({"Nats-Rollup": "all"}, {"Nats-Rollup": "sub"}, {"Nats-Schedule": "@every 1s"},
                            {"Nats-Batch-Id": "x", "Nats-Batch-Sequence": "1", "Nats-Batch-Commit": "1"}):
@@ -512,7 +530,8 @@ async def a_shipper_without_a_login_may_send_raw_lines_where_that_is_switched_on
 
 async def accounts_hold_even_for_users_without_permissions(server, detect):
     within = {"INGEST": ("portcullis.access", f"{NODES}.ingest"),
-              "ENFORCE": (f"{NODES}.enforce", f"{LEASE}.enforce.telegram", f"{LEASE}.told", "portcullis.explain"), "THIRD_PARTIES": (), "SHIPPERS": ("portcullis.raw.v1.",)}
+              "ENFORCE": (f"{NODES}.enforce", f"{DUTY}.enforce.telegram", f"{DUTY}.told", "portcullis.explain"),
+              "THIRD_PARTIES": (), "SHIPPERS": ("portcullis.raw.v1.",)}
     roles = {"INGEST": "ingest-edge-1", "ENFORCE": "enforce-edge-1", "THIRD_PARTIES": "reader-1",
              "SHIPPERS": "shipper-1"}
     for account, prefixes in within.items():
@@ -598,6 +617,7 @@ TESTS = [
     nobody_listens_to_what_is_not_its_own,
     no_answer_can_be_aimed_at_what_is_not_its_own,
     a_header_cannot_make_a_heartbeat_empty_its_bucket,
+    an_enforcer_that_fills_what_it_may_write_leaves_detects_lease_alone,
     raw_lines_of_a_shipper_go_to_one_ingest_each_and_nowhere_else,
     snapshots_of_more_than_a_batch_are_complete_in_every_account,
 ]

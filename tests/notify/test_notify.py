@@ -240,10 +240,14 @@ def what_only_a_person_can_mend_is_said_and_then_delivered(fake, folder):
 
 def webhooks_get_signed_cloud_events(fake, folder):
     hook = (f'[enforce.webhooks.siem]\nurl = "{fake.url}{HOOK_PATH}"\nsecret_file = "{folder}/secret"\n'
-            'token = "s3cret-token"\nheaders = { X-Tenant = "edge" }\n')
-    fake.hook_answers = [(500, {}), (429, {"Retry-After": "1"}), (204, {}), (404, {})]
+            'token = "s3cret-token"\nheaders = { X-Tenant = "edge" }\n'
+            # That messages wait or are refused are alarms of their own.
+            'events = ["banned", "started", "stopped"]\n')
+    fake.hook_answers = [(500, {}), (429, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), (204, {}), (404, {})]
     service = Service(folder, hook)
-    until("the start is posted", lambda: len(fake.hooks(HOOK_PATH)) == 3)
+    until("the delay is said", lambda: any("answers 503" in problem for problem in service.report("webhook-siem")[1]))
+    assert len(fake.hooks(HOOK_PATH)) == 3, "waits of none are not taken at their word"
+    until("the start is posted", lambda: len(fake.hooks(HOOK_PATH)) == 4)
     bodies = {request["body"] for request in fake.hooks(HOOK_PATH)}
     assert len(bodies) == 1, "the same each time"
     assert json.loads(bodies.pop())["type"] == "io.portcullis.started.v1"
@@ -251,7 +255,7 @@ def webhooks_get_signed_cloud_events(fake, folder):
     until("the refusal is said", lambda: any("answers 404" in problem for problem in service.report("webhook-siem")[1]))
     never_a_secret(service)
     service.offend("203.0.113.8")
-    until("the next is posted", lambda: len(fake.hooks(HOOK_PATH)) == 5)
+    until("the next is posted", lambda: len(fake.hooks(HOOK_PATH)) == 6)
     until("all is well again", lambda: service.report("webhook-siem")[1] == [])
     service.stop()
     scope = {}
@@ -268,9 +272,7 @@ def webhooks_get_signed_cloud_events(fake, folder):
         kinds.append(event["type"].split(".")[2])
         if kinds[-1] == "ban":
             jsonschema.validate(event, SCHEMA)
-    # That a message was refused is an alarm of its own.
-    kinds = [kind for kind in kinds if kind != "alarm"]
-    assert kinds == ["started"] * 3 + ["ban", "ban", "stopped"], kinds
+    assert kinds == ["started"] * 4 + ["ban", "ban", "stopped"], kinds
 
 
 def the_examples_are_what_each_service_takes(fake, folder):

@@ -21,6 +21,8 @@ pub(super) struct Status<'a> {
     pub(super) mirror: Option<&'a Mirror>,
     /// Set where another host does the work, with its name, where that is known.
     pub(super) holder: Option<Option<String>>,
+    /// Where it cannot be seen whose work it is.
+    pub(super) duty_problem: Option<Problem>,
     pub(super) usage: Option<Usage>,
     pub(super) dry_run: bool,
 }
@@ -101,7 +103,7 @@ impl Status<'_> {
     fn problems_of_host(&self) -> Vec<Problem> {
         let installation = self.installation.as_ref().err().map(|error| Problem::degraded(chain(error)));
         let login = self.login_error.map(|error| Problem::degraded(chain(error)));
-        installation.into_iter().chain(login).collect()
+        installation.into_iter().chain(login).chain(self.duty_problem.clone()).collect()
     }
 
     fn problems(&self, summary: &Summary) -> Vec<Problem> {

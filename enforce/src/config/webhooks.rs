@@ -211,10 +211,10 @@ fn check_body(body: Field<String>, content_type: Field<String>, mistakes: &mut M
     };
     let template = check_template("body", &text, &PLACEHOLDERS, mistakes)?;
     if escape == Escape::Json {
-        // A number in place of each value shows both: placeholders within strings and bare ones, which must be numbers.
-        let values: Values = PLACEHOLDERS.into_iter().map(|name| (name, "1".to_owned())).collect();
+        // A word is JSON inside of quotes alone, as any value is: outside, not even a number would do where it is empty.
+        let values: Values = PLACEHOLDERS.into_iter().map(|name| (name, "x".to_owned())).collect();
         if let Err(error) = serde_json::from_str::<serde_json::Value>(&template.render(&values, escape)) {
-            mistakes.add("body", format!("is no JSON: {error} (placeholders stand inside of quotes)"));
+            mistakes.add("body", format!("is no JSON: {error} (placeholders stand inside of quotes, numbers too)"));
             return None;
         }
     }
@@ -294,8 +294,25 @@ mod tests {
             let hook = json!({"url": "http://x", "content_type": content_type, "body": "[\"{text}\"]"});
             assert_eq!(checked(json!({ "a": hook })).unwrap()[0].escape, escape, "{content_type}");
         }
-        let number = json!({"url": "http://x", "body": r#"{"n": {ban_count}, "t": "{text}"}"#});
-        assert!(checked(json!({ "a": number })).is_ok());
+    }
+
+    #[test]
+    fn a_body_that_some_message_would_break_is_refused() {
+        let broken = [
+            r#"{"content": {text}}"#,
+            r#"{"n": {ban_count}}"#,
+            r#"{"n": 1{ban_count}}"#,
+            r#"{"n": 1 {ban_count}}"#,
+            r#"["\{text}"]"#,
+            r#"["\u00{ban_count}"]"#,
+        ];
+        for body in broken {
+            let hook = json!({"url": "http://x", "body": body});
+            let texts = checked(json!({ "a": hook })).unwrap_err();
+            assert!(texts[0].starts_with("a.body: is no JSON: "), "{body}: {texts:?}");
+        }
+        let fine = json!({"url": "http://x", "body": r#"{"{rule}": ["{text}", "n{ban_count}", "\\{text}"]}"#});
+        assert!(checked(json!({ "a": fine })).is_ok());
     }
 
     #[test]

@@ -32,8 +32,10 @@ pub(crate) enum Outcome {
     Delivered,
     /// It will never be; why.
     Refused(String),
-    /// It is to be tried again after a wait that counts as no failure; why, if that is worth telling.
-    Later(Duration, Option<String>),
+    /// It was not tried: we write as often as we may.
+    Paced(Duration),
+    /// It is to be tried again, after so long at least, as its server asks; why it failed.
+    Later(Duration, String),
     /// It is to be tried again, and may pass; why it failed.
     Failed(String),
     /// It is to be tried again, but will not pass without a person; why.
@@ -209,19 +211,28 @@ impl Queue {
                 self.done = self.done.max(held.at);
                 Some(held.message)
             }
-            Outcome::Later(wait, _) => {
-                self.not_before = Some(now.saturating_add((*wait).min(ASKED_MAX)));
+            Outcome::Paced(wait) => {
+                self.not_before = Some(now.saturating_add(*wait));
+                None
+            }
+            Outcome::Later(asked, _) => {
+                let wait = self.next_wait().max((*asked).min(ASKED_MAX));
+                self.not_before = Some(now.saturating_add(wait));
                 None
             }
             Outcome::Failed(_) | Outcome::Broken(_) => {
-                let wait = RETRY_FIRST.saturating_mul(1 << self.failures.min(16)).min(RETRY_MAX);
-                self.failures = self.failures.saturating_add(1);
-                let spread = self.seed.rotate_left(self.failures * 7 % 64) % 1024;
-                let jitter = wait / JITTER_SHARE * u32::try_from(spread).unwrap_or_default() / 1024;
-                self.not_before = Some(now.saturating_add(wait + jitter));
+                self.not_before = Some(now.saturating_add(self.next_wait()));
                 None
             }
         }
+    }
+
+    /// Counts a failure, and says how long to wait after it.
+    fn next_wait(&mut self) -> Duration {
+        let wait = RETRY_FIRST.saturating_mul(1 << self.failures.min(16)).min(RETRY_MAX);
+        self.failures = self.failures.saturating_add(1);
+        let spread = self.seed.rotate_left(self.failures * 7 % 64) % 1024;
+        wait + wait / JITTER_SHARE * u32::try_from(spread).unwrap_or_default() / 1024
     }
 
     /// How often in a row the message in front has failed.
@@ -350,11 +361,33 @@ mod tests {
     fn a_server_that_asks_to_wait_is_obeyed() {
         let mut queue = Queue::new("telegram", Waiting::default());
         queue.handle_notice(banned(1, "r"), 1, at(0));
-        run(&mut queue, at(0), |_| Outcome::Later(Duration::from_secs(17), None));
+        run(&mut queue, at(0), |_| Outcome::Later(Duration::from_secs(17), "busy".into()));
         assert_eq!(queue.poll_timeout(), Some(at(17_000)));
         assert_eq!(queue.poll_message(at(16_999)), None);
         assert_eq!(run(&mut queue, at(17_000), |_| Outcome::Refused("no".into())).len(), 1);
         assert_eq!(queue.position(), 1);
+    }
+
+    #[test]
+    fn a_server_that_asks_for_no_wait_is_not_asked_again_and_again() {
+        let mut queue = Queue::new("telegram", Waiting::default());
+        queue.handle_notice(banned(1, "r"), 1, at(0));
+        let mut now = at(0);
+        for failures in 1..20 {
+            run(&mut queue, now, |_| Outcome::Later(Duration::ZERO, "busy".into()));
+            assert_eq!(queue.failures(), failures);
+            let due = queue.poll_timeout().unwrap();
+            assert!(due.since(now) >= RETRY_FIRST.saturating_mul(1 << (failures - 1)).min(RETRY_MAX));
+            now = due;
+        }
+    }
+
+    #[test]
+    fn our_own_pace_is_no_failure() {
+        let mut queue = Queue::new("telegram", Waiting::default());
+        queue.handle_notice(banned(1, "r"), 1, at(0));
+        run(&mut queue, at(0), |_| Outcome::Paced(Duration::from_millis(300)));
+        assert_eq!((queue.failures(), queue.poll_timeout()), (0, Some(at(300))));
     }
 
     #[test]

@@ -280,10 +280,10 @@ impl Notifier {
                 self.refusal = Some(why);
                 "refused"
             }
-            Outcome::Later(_, why) => {
-                if let Some(why) = why {
-                    tracing::info!(notifier = self.name, reason = why, "A message has to wait");
-                }
+            Outcome::Paced(_) => "paced",
+            Outcome::Later(wait, why) => {
+                tracing::info!(notifier = self.name, reason = why, wait_s = wait.as_secs(), "A message has to wait");
+                self.note_trouble(why, true);
                 "later"
             }
             Outcome::Failed(why) => {
@@ -423,7 +423,8 @@ impl Notifier {
     }
 
     fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let duty = self.duty.as_ref().and_then(Duty::problem);
+        let mut problems: Vec<Problem> = duty.into_iter().chain(self.feed.problem()).collect();
         if let Some((why, may_pass)) = &self.trouble
             && (!may_pass || self.queue.failures() >= FAILURES_SILENT)
         {

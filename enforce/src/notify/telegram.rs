@@ -132,7 +132,7 @@ impl Telegram {
             return Outcome::Broken(why);
         }
         if let Err(wait) = self.pace.check() {
-            return Outcome::Later(wait, None);
+            return Outcome::Paced(wait);
         }
         let html = self.render(message);
         let sent = self.call("sendMessage", &self.body(&html, true)).await;
@@ -212,14 +212,15 @@ impl Telegram {
             return Outcome::Delivered;
         }
         if let Some(chat_id) = reply.parameters.migrate_to_chat_id {
-            self.advice = Some(format!("the group has become a supergroup: set chat_id to \"{chat_id}\""));
+            let advice = format!("the group has become a supergroup: set chat_id to \"{chat_id}\"");
+            self.advice = Some(advice.clone());
             self.chat_id = chat_id.to_string();
-            return Outcome::Later(Duration::ZERO, self.advice.clone());
+            return Outcome::Failed(advice);
         }
         match reply.error_code {
             429 => {
                 let wait = reply.parameters.retry_after.map_or(WAIT_UNNAMED, Duration::from_secs);
-                Outcome::Later(wait, Some(format!("Telegram asks to wait {} s", wait.as_secs())))
+                Outcome::Later(wait, "Telegram asks to wait".to_owned())
             }
             401 | 404 => {
                 // The file may hold another by the next time.

@@ -105,11 +105,8 @@ impl Webhook {
         }
         let may_pass = status.is_server_error() || status == StatusCode::REQUEST_TIMEOUT;
         match (status, retry_after) {
-            (StatusCode::TOO_MANY_REQUESTS, wait) => {
-                let wait = wait.unwrap_or(WAIT_UNNAMED);
-                Outcome::Later(wait, Some(format!("{answers} and asks to wait {} s", wait.as_secs())))
-            }
-            (_, Some(wait)) if may_pass => Outcome::Later(wait, Some(answers)),
+            (StatusCode::TOO_MANY_REQUESTS, wait) => Outcome::Later(wait.unwrap_or(WAIT_UNNAMED), answers),
+            (_, Some(wait)) if may_pass => Outcome::Later(wait, answers),
             (_, None) if may_pass => Outcome::Failed(answers),
             _ if status.is_redirection() => Outcome::Refused(format!("{answers}: redirects are not followed")),
             _ => {

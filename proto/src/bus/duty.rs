@@ -4,6 +4,7 @@
 
 use crate::bus::nats::Connection;
 use crate::bus::nats::lease::{Holder, Keeper, Lease};
+use crate::report::Problem;
 
 /// Key of an action's lease, before its name.
 const LEASE_PREFIX: &str = "enforce.";
@@ -26,7 +27,8 @@ impl Duties {
     /// From now on the duty `action` (`[a-z0-9-]{1,63}`) is wanted, until what is returned is dropped. Needs a runtime.
     pub fn take(&self, action: &str) -> Duty {
         let keeper = self.0.as_ref().map(|(connection, me)| {
-            let keeper = Keeper::spawn(Lease::new(connection, &format!("{LEASE_PREFIX}{action}"), me.clone()));
+            let (bucket, key) = (connection.subjects().duty_bucket(), format!("{LEASE_PREFIX}{action}"));
+            let keeper = Keeper::spawn(Lease::new(connection, bucket, &key, me.clone()));
             keeper.want(true);
             keeper
         });
@@ -47,6 +49,11 @@ impl Duty {
     /// Node whose duty it is, as far as known; `None` also without a cluster.
     pub fn holder(&self) -> Option<String> {
         self.0.as_ref()?.state().holder.map(|holder| holder.node)
+    }
+
+    /// What is wrong where it cannot be seen whose duty it is, for reports.
+    pub fn problem(&self) -> Option<Problem> {
+        self.0.as_ref()?.state().problem()
     }
 
     /// Returns when it has changed whose duty it is.

@@ -11,6 +11,7 @@ use tokio::sync::broadcast::{self, error::RecvError, error::TryRecvError};
 use crate::bus::nats::told::{Session, TellError};
 use crate::bus::nats::{BusError, Connection};
 use crate::envelope::CloudEvent;
+use crate::report::Problem;
 
 /// What following brings.
 #[derive(Clone, Debug, PartialEq)]
@@ -148,6 +149,14 @@ impl EventFeed {
         match &self.0 {
             Feed::Local { .. } => Ok(Others::None),
             Feed::Shared(session) => session.others(node).await,
+        }
+    }
+
+    /// What is wrong where events cannot be read, or it cannot be noted how far is told, for reports.
+    pub fn problem(&self) -> Option<Problem> {
+        match &self.0 {
+            Feed::Local { .. } => None,
+            Feed::Shared(session) => session.problem(),
         }
     }
 

@@ -20,6 +20,7 @@ pub mod servers;
 pub mod state;
 pub mod streams;
 pub mod told;
+mod trouble;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

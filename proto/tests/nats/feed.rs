@@ -1,7 +1,10 @@
 //! Duties that one host at a time has, and events that it tells.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use proto::bus::config::{Login, NatsConfig};
 use proto::bus::duty::{Duties, Duty};
 use proto::bus::feed::{EventFeed, EventSource, Fed};
 use proto::bus::nats::events::publish_event;
@@ -9,9 +12,12 @@ use proto::bus::nats::lease::{Holder, LEASE_TTL};
 use proto::bus::nats::told::TellError;
 use proto::bus::nats::{Connection, streams};
 use proto::envelope::{CloudEvent, Data};
-use proto::time::Timestamp;
+use proto::time::{Clock, Timestamp};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::PATIENCE;
+use crate::login::write;
 use crate::server::Server;
 
 async fn publish(connection: &Connection, text: &str) {
@@ -86,6 +92,107 @@ async fn the_first_teller_begins_with_now_and_each_successor_where_the_last_left
     let mut third = source.follow("telegram", false);
     begun(&mut third).await;
     assert_eq!(event(&mut third).await.1, "c", "who only watches moves nothing");
+}
+
+/// A way to the server on which answers can get lost. Returns its address.
+async fn lossy_way(port: u16, loses: Arc<AtomicBool>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            let (mut near_in, mut near_out) = near.into_split();
+            let far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let (mut far_in, mut far_out) = far.into_split();
+            tokio::spawn(async move { copy(&mut near_in, &mut far_out).await });
+            let loses = loses.clone();
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 64 << 10];
+                while let Ok(bytes @ 1..) = far_in.read(&mut buffer).await {
+                    if !loses.load(Ordering::Relaxed) && near_out.write_all(&buffer[..bytes]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_whose_answer_was_lost_deposes_nobody() {
+    let server = Server::start();
+    let direct = server.bus().await;
+    let loses = Arc::new(AtomicBool::new(false));
+    let config = NatsConfig::new(&lossy_way(server.port, loses.clone()).await);
+    let connection = Connection::open(&config, "test", "lossy", Clock::steered()).await.unwrap();
+    connection.ready().await.unwrap();
+    let mut feed = EventSource::shared(&connection).follow("telegram", false);
+    begun(&mut feed).await;
+    for text in ["a", "b", "c"] {
+        publish(&direct, text).await;
+    }
+    let (a, b) = (event(&mut feed).await.0, event(&mut feed).await.0);
+    loses.store(true, Ordering::Relaxed);
+    assert!(matches!(feed.tell(a, true).await, Err(TellError::Bus(_))));
+    loses.store(false, Ordering::Relaxed);
+    // Another message was delivered meanwhile.
+    let told = async {
+        while let Err(error) = feed.tell(b, true).await {
+            assert!(matches!(error, TellError::Bus(_)), "{error}");
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("the way is whole again");
+    let mut successor = EventSource::shared(&direct).follow("telegram", false);
+    assert!(begun(&mut successor).await);
+    assert_eq!(event(&mut successor).await.1, "c");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_rights_and_values_are_wrong_is_said_once_it_lasts() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = r#"jetstream: enabled
+        no_auth_user: all
+        authorization { users: [ { user: all, password: all }, { user: few, password: few, permissions: {
+            publish: ["$JS.API.STREAM.MSG.GET.KV_portcullis_duty", "$JS.API.DIRECT.GET.PORTCULLIS_EVENTS"]
+            subscribe: ["_INBOX.>", "portcullis.events.>"] } } ] }"#;
+    let config = write(dir.path(), "nats.conf", text);
+    let password = write(dir.path(), "few", "few");
+    let server = Server::start_with(dir, Some(config));
+    let all = server.bus().await;
+    begun(&mut EventSource::shared(&all).follow("telegram", false)).await;
+    let raw = async_nats::connect(format!("nats://127.0.0.1:{}", server.port)).await.unwrap();
+    raw.request("$KV.portcullis_duty.told.webhook-x", "?".into()).await.unwrap();
+
+    let clock = Clock::manual(Timestamp::from_secs(1));
+    let config = NatsConfig { login: Login::Password("few".to_owned(), password), ..server.config() };
+    let connection = Connection::open(&config, "test", "few", clock.clone()).await.unwrap();
+    connection.ready().await.unwrap();
+    let duty = Duties::shared(&connection, holder("edge-1")).take("telegram");
+    let source = EventSource::shared(&connection);
+    let (mut teller, mut garbled) = (source.follow("telegram", false), source.follow("webhook-x", false));
+    begun(&mut teller).await;
+    assert_eq!(garbled.try_next(), None);
+    let problems = async {
+        let mut hours = 0;
+        loop {
+            hours += 1;
+            clock.set(Timestamp::from_secs(3600 * hours));
+            assert!(tokio::time::timeout(Duration::from_millis(100), garbled.next()).await.is_err());
+            assert!(matches!(teller.tell(0, true).await, Err(TellError::Bus(_))));
+            if let (Some(duty), Some(teller), Some(garbled)) = (duty.problem(), teller.problem(), garbled.problem()) {
+                break [duty.text, teller.text, garbled.text];
+            }
+        }
+    };
+    let problems = tokio::time::timeout(PATIENCE, problems).await.expect("they last");
+    let rights = "(does this user of NATS have the rights that deploy/nats gives enforcers?)";
+    let no_answer = |key: &str| format!("no answer from NATS to $KV.portcullis_duty.{key} {rights}");
+    let expected = [
+        format!("it cannot be seen which host does this: {}", no_answer("enforce.telegram")),
+        format!("it cannot be noted how far is told: {}", no_answer("told.telegram")),
+        "events cannot be read: cannot understand the answer to how far webhook-x has told".to_owned(),
+    ];
+    assert_eq!(problems, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]

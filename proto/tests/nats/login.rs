@@ -21,7 +21,7 @@ use crate::server::Server;
 /// Long enough for a refusal to be final, and short enough for a test.
 const REFUSED_AFTER: Duration = Duration::from_millis(500);
 
-fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
+pub(crate) fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
     let path = dir.join(name);
     std::fs::write(&path, text).unwrap();
     set_permissions(&path, Permissions::from_mode(0o600)).unwrap();

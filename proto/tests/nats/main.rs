@@ -165,7 +165,7 @@ async fn a_lease_that_has_expired_can_be_taken_and_expires_again() {
     let server = Server::start();
     let connection = server.bus().await;
     let holder = |node: &str| Holder { node: node.to_owned(), instance: "1".to_owned() };
-    let lease = |node: &str| Lease::new(&connection, "detect", holder(node));
+    let lease = |node: &str| Lease::new(&connection, connection.subjects().lease_bucket(), "detect", holder(node));
     let mut first = lease("a");
     assert!(first.keep().await.unwrap());
     assert!(first.keep().await.unwrap(), "renewed");

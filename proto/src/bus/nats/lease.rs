@@ -12,7 +12,9 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
+use super::trouble::{Trouble, problem};
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
+use crate::report::Problem;
 use crate::subject::{bucket_key, bucket_stream};
 
 /// How long a lease lasts without renewal. Whole seconds, as the server counts no finer.
@@ -36,6 +38,7 @@ pub struct Holder {
 #[derive(Debug)]
 pub struct Lease {
     connection: Connection,
+    bucket: String,
     key: String,
     me: Holder,
     /// Revision of our own key while we hold it.
@@ -46,9 +49,10 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// The lease `name`, not held.
-    pub fn new(connection: &Connection, name: &str, me: Holder) -> Self {
-        Self { connection: connection.clone(), key: name.to_owned(), me, held: None, other: (0, 0), holder: None }
+    /// The lease `name` in `bucket`, not held.
+    pub fn new(connection: &Connection, bucket: String, name: &str, me: Holder) -> Self {
+        let (connection, key) = (connection.clone(), name.to_owned());
+        Self { connection, bucket, key, me, held: None, other: (0, 0), holder: None }
     }
 
     /// Whether we held it at the last word from the server.
@@ -93,11 +97,11 @@ impl Lease {
     }
 
     fn subject(&self) -> String {
-        bucket_key(&self.connection.subjects().lease_bucket(), &self.key)
+        bucket_key(&self.bucket, &self.key)
     }
 
     async fn look(&mut self) -> Result<bool, BusError> {
-        let stream = bucket_stream(&self.connection.subjects().lease_bucket());
+        let stream = bucket_stream(&self.bucket);
         let newest = self.connection.newest(&stream, &self.subject()).await?;
         let revision = newest.as_ref().map_or(0, |message| message.seq);
         // Markers of a lease that was given back or has ended hold nobody.
@@ -142,6 +146,15 @@ pub struct LeaseState {
     pub held: bool,
     /// Whose it is, as far as known.
     pub holder: Option<Holder>,
+    /// Why nothing has been heard of it for long.
+    pub failure: Option<BusError>,
+}
+
+impl LeaseState {
+    /// What is wrong, for reports.
+    pub fn problem(&self) -> Option<Problem> {
+        self.failure.as_ref().map(|error| problem("it cannot be seen which host does this", error))
+    }
 }
 
 impl Keeper {
@@ -188,6 +201,7 @@ impl Drop for Keeper {
 async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
     let mut ticks = tokio::time::interval(LEASE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut trouble = Trouble::default();
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -195,7 +209,9 @@ async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch:
         }
         let is_wanted = *wanted.borrow_and_update();
         let held = if is_wanted {
-            match lease.keep().await {
+            let kept = lease.keep().await;
+            trouble.note(&lease.connection, kept.as_ref().map(drop));
+            match kept {
                 Ok(held) => held,
                 // Nobody answers, so nobody can take it either, or we shall hear of it. What must not happen twice has a
                 // fence.
@@ -206,7 +222,7 @@ async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch:
             let _unheard = lease.give_back().await;
             false
         };
-        let known = LeaseState { held, holder: lease.holder().cloned() };
+        let known = LeaseState { held, holder: lease.holder().cloned(), failure: trouble.lasting().cloned() };
         state.send_if_modified(|former| std::mem::replace(former, known.clone()) != known);
     }
 }

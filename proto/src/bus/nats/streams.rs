@@ -12,7 +12,7 @@ use crate::subject::{Subjects, bucket_stream};
 const NODES_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Largest heartbeat, in bytes: a host that is broken into must not fill the disk.
 const HEARTBEAT_BYTES_MAX: i64 = 256 << 10;
-/// Largest lease, and all of them, in bytes.
+/// Largest lease, or position beside one, and a bucket of them, in bytes.
 const LEASE_BYTES_MAX: i64 = 1 << 10;
 const LEASES_BYTES_MAX: i64 = 1 << 20;
 /// How long a repeated message is recognised by its id.
@@ -152,8 +152,15 @@ impl StreamConfig {
 pub fn wanted(config: &NatsConfig) -> Vec<StreamConfig> {
     let names = Subjects::new(&config.prefix);
     let republish = |src: String, dest: String| Some(Republish { src, dest });
-    let (state, nodes, lease) = (names.state_bucket(), names.nodes_bucket(), names.lease_bucket());
+    let (state, nodes) = (names.state_bucket(), names.nodes_bucket());
     let stream = |name: String, subject: String| StreamConfig::new(name, subject, config.replicas);
+    // Neither markers nor rollups: with them one host's key could wipe out all. Its leader alone is asked.
+    let leases = |bucket: &str| StreamConfig {
+        allow_direct: false,
+        max_bytes: LEASES_BYTES_MAX,
+        max_msg_size: LEASE_BYTES_MAX,
+        ..StreamConfig::bucket(bucket, config.replicas)
+    };
     vec![
         StreamConfig {
             discard: "new".to_owned(),
@@ -172,13 +179,9 @@ pub fn wanted(config: &NatsConfig) -> Vec<StreamConfig> {
             max_msg_size: HEARTBEAT_BYTES_MAX,
             ..StreamConfig::bucket(&nodes, config.replicas)
         },
-        // Neither markers nor rollups: with them one host's key could wipe out all. Its leader alone is asked.
-        StreamConfig {
-            allow_direct: false,
-            max_bytes: LEASES_BYTES_MAX,
-            max_msg_size: LEASE_BYTES_MAX,
-            ..StreamConfig::bucket(&lease, config.replicas)
-        },
+        leases(&names.lease_bucket()),
+        // Apart from detect's, so that an enforcer that is broken into and fills it stops no detection.
+        leases(&names.duty_bucket()),
     ]
 }
 

@@ -10,15 +10,16 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use futures_util::{FutureExt, StreamExt};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use super::follow::{Entry, Start, fetch, first_since, last_of};
 use super::nodes::{SILENT_AFTER, STOPPED};
+use super::trouble::{Trouble, problem};
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
 use crate::bus::feed::{Fed, Others};
-use crate::report::{NodeReport, Role};
+use crate::report::{NodeReport, Problem, Role};
 use crate::subject::{bucket_key, bucket_stream, node_key, told_key};
 use crate::time::Timestamp;
 
@@ -78,16 +79,30 @@ pub(crate) struct Session {
     told: Option<(Told, u64)>,
     /// When the events were stored that were taken and not told.
     taken: VecDeque<(u64, Timestamp)>,
+    /// What was written without an answer, and may be there.
+    unanswered: Option<Told>,
+    /// Of what is written.
+    trouble: Trouble,
 }
 
 impl Session {
     pub(crate) fn begin(connection: &Connection, name: &str, watches: bool) -> Self {
         let (connection, name) = (connection.clone(), name.to_owned());
-        Self { connection, name, watches, reading: None, told: None, taken: VecDeque::new() }
+        Self {
+            connection,
+            name,
+            watches,
+            reading: None,
+            told: None,
+            taken: VecDeque::new(),
+            unanswered: None,
+            trouble: Trouble::default(),
+        }
     }
 
     pub(crate) fn begin_again(&mut self) {
-        (self.reading, self.told) = (None, None);
+        (self.reading, self.told, self.unanswered) = (None, None, None);
+        self.trouble = Trouble::default();
         self.taken.clear();
     }
 
@@ -142,17 +157,44 @@ impl Session {
         }
     }
 
+    pub(crate) fn problem(&self) -> Option<Problem> {
+        let reading = self.reading.as_ref().and_then(|reading| reading.failure.borrow().clone());
+        let reading = reading.map(|error| problem("events cannot be read", &error));
+        reading.or_else(|| self.trouble.lasting().map(|error| problem("it cannot be noted how far is told", error)))
+    }
+
     pub(crate) async fn tell(&mut self, sequence: u64, running: bool) -> Result<(), TellError> {
-        let Some((told, revision)) = self.told else { return Ok(()) };
+        let told = self.write_told(sequence, running).await;
+        let outcome = match &told {
+            Err(TellError::Bus(error)) => Err(error),
+            Ok(()) | Err(TellError::Deposed) => Ok(()),
+        };
+        self.trouble.note(&self.connection, outcome);
+        told
+    }
+
+    async fn write_told(&mut self, sequence: u64, running: bool) -> Result<(), TellError> {
+        // First what may be there already: else our own would look like somebody else's.
+        if let Some(unanswered) = self.unanswered {
+            self.put(unanswered).await?;
+        }
+        let Some((told, _)) = self.told.filter(|_| !self.watches) else { return Ok(()) };
         let sequence = if sequence == 0 { told.sequence } else { sequence };
         // Never before the event itself: a successor would take what follows for another stream.
         let at = self.taken.iter().find(|(taken, _)| *taken >= sequence).or(self.taken.back());
         let at = at.map_or(told.at, |(_, time)| told.at.max(*time));
-        self.taken.retain(|(taken, _)| *taken > sequence);
+        // As it is written, so that it is known again.
+        let at = Timestamp::from_millis(at.as_millis());
         let fresh = Told { sequence, at, running, ..told };
-        if self.watches || (fresh.sequence, fresh.running) == (told.sequence, told.running) {
+        if (fresh.sequence, fresh.running) == (told.sequence, told.running) {
             return Ok(());
         }
+        self.put(fresh).await
+    }
+
+    async fn put(&mut self, fresh: Told) -> Result<(), TellError> {
+        let Some((_, revision)) = self.told else { return Ok(()) };
+        self.unanswered = Some(fresh);
         let written = match write(&self.connection, &self.name, fresh, revision).await? {
             Some(written) => written,
             // An answer may have been lost: then it says what we meant to write.
@@ -161,7 +203,8 @@ impl Session {
                 _ => return Err(TellError::Deposed),
             },
         };
-        self.told = Some((fresh, written));
+        (self.told, self.unanswered) = (Some((fresh, written)), None);
+        self.taken.retain(|(taken, _)| *taken > fresh.sequence);
         Ok(())
     }
 
@@ -184,14 +227,19 @@ impl Session {
 #[derive(Debug)]
 struct Reading {
     items: mpsc::Receiver<Item>,
+    /// Why nothing has been read for long.
+    failure: watch::Receiver<Option<BusError>>,
     task: JoinHandle<()>,
 }
 
 impl Reading {
     fn spawn(connection: &Connection, name: &str, watches: bool) -> Self {
         let (sender, items) = mpsc::channel(WAITING_MAX);
-        let task = tokio::spawn(follow(connection.clone(), name.to_owned(), watches, sender));
-        Self { items, task }
+        let (failure_out, failure) = watch::channel(None);
+        let outlet =
+            Outlet { connection: connection.clone(), sender, trouble: Trouble::default(), failure: failure_out };
+        let task = tokio::spawn(follow(outlet, name.to_owned(), watches));
+        Self { items, failure, task }
     }
 }
 
@@ -202,7 +250,7 @@ impl Drop for Reading {
 }
 
 async fn read(connection: &Connection, name: &str) -> Result<Option<(Told, u64)>, BusError> {
-    let bucket = connection.subjects().lease_bucket();
+    let bucket = connection.subjects().duty_bucket();
     let newest = connection.newest(&bucket_stream(&bucket), &bucket_key(&bucket, &told_key(name))).await?;
     let Some(message) = newest else { return Ok(None) };
     let told = message.json::<Told>().filter(|told| told.version == VERSION);
@@ -212,7 +260,7 @@ async fn read(connection: &Connection, name: &str) -> Result<Option<(Told, u64)>
 
 /// Writes over `revision`; `None` when it has changed since.
 async fn write(connection: &Connection, name: &str, told: Told, revision: u64) -> Result<Option<u64>, BusError> {
-    let subject = bucket_key(&connection.subjects().lease_bucket(), &told_key(name));
+    let subject = bucket_key(&connection.subjects().duty_bucket(), &told_key(name));
     let mut headers = HeaderMap::new();
     headers.insert("Nats-Expected-Last-Subject-Sequence", revision.to_string());
     let message = connection.ask(&subject, headers, encode(&told)).await?;
@@ -239,23 +287,44 @@ async fn begin(connection: &Connection, name: &str, watches: bool) -> Result<(To
     Ok((told, write(connection, name, told, 0).await?.ok_or_else(changed)?))
 }
 
-async fn follow(connection: Connection, name: String, watches: bool, sender: mpsc::Sender<Item>) {
+/// Where what is read goes, and what becomes of reading.
+struct Outlet {
+    connection: Connection,
+    sender: mpsc::Sender<Item>,
+    trouble: Trouble,
+    failure: watch::Sender<Option<BusError>>,
+}
+
+impl Outlet {
+    fn note(&mut self, outcome: Result<(), &BusError>) {
+        self.trouble.note(&self.connection, outcome);
+        self.failure.send_replace(self.trouble.lasting().cloned());
+    }
+}
+
+async fn follow(mut outlet: Outlet, name: String, watches: bool) {
     let (told, revision) = loop {
-        match begin(&connection, &name, watches).await {
+        match begin(&outlet.connection, &name, watches).await {
             Ok(begun) => break begun,
-            Err(error) => tracing::debug!(%error, name, "Position not read yet"),
+            Err(error) => {
+                outlet.note(Err(&error));
+                tracing::debug!(%error, name, "Position not read yet");
+            }
         }
         tokio::time::sleep(RETRY).await;
     };
-    if sender.send(Item::Begun(told, revision)).await.is_err() {
+    outlet.note(Ok(()));
+    if outlet.sender.send(Item::Begun(told, revision)).await.is_err() {
         return;
     }
-    let mut reader = Reader { connection, next: told.sequence + 1, newest_at: told.at, sender };
+    let connection = outlet.connection.clone();
+    let mut reader = Reader { connection, next: told.sequence.saturating_add(1), newest_at: told.at, outlet };
     loop {
         let error = match reader.run().await {
             Ok(()) => return,
             Err(error) => error,
         };
+        reader.outlet.note(Err(&error));
         tracing::debug!(%error, name, "Events cannot be read, it is tried again");
         tokio::time::sleep(RETRY).await;
     }
@@ -266,7 +335,7 @@ struct Reader {
     next: u64,
     /// When the newest event that was read was stored.
     newest_at: Timestamp,
-    sender: mpsc::Sender<Item>,
+    outlet: Outlet,
 }
 
 impl Reader {
@@ -305,15 +374,16 @@ impl Reader {
         let mut found = false;
         loop {
             let (entries, pending) = fetch(&self.connection, &stream, &filter, Start::Sequence(self.next)).await?;
+            self.outlet.note(Ok(()));
             for entry in entries {
                 found = true;
                 (self.next, self.newest_at) = (entry.sequence + 1, self.newest_at.max(entry.time));
-                if self.sender.send(Item::Event(entry)).await.is_err() {
+                if self.outlet.sender.send(Item::Event(entry)).await.is_err() {
                     return Ok((found, false));
                 }
             }
             if pending == 0 {
-                return Ok((found, !self.sender.is_closed()));
+                return Ok((found, !self.outlet.sender.is_closed()));
             }
         }
     }
