@@ -38,7 +38,7 @@ use crate::action::Surroundings;
 use crate::config::{CloudflareConfig, EnforceConfig, FirewallConfig, Scope};
 use crate::guard::{Guard, GuardFacts};
 use crate::host;
-use crate::reconcile::is_paused;
+use crate::reconcile::{is_paused, read_host};
 
 /// The name of the back end, and of its lease.
 const NAME: &str = "cloudflare";
@@ -205,8 +205,8 @@ impl Runner {
     /// Sees to what the work needs: a name, a login, and whom this host must not ban.
     fn care(&mut self) {
         self.cared_at = self.around.clock.raw();
-        self.facts.own = host::own_addresses().unwrap_or_default();
-        self.facts.gateways = host::gateways().unwrap_or_default();
+        // What cannot be read stays as it was, and is logged.
+        let _blind = read_host(&mut self.facts, host::own_addresses(), host::gateways());
         self.facts.bus_servers = self.around.bus_servers.borrow().clone();
         self.take_login();
         if self.mirror.is_none() {

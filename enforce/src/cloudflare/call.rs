@@ -109,7 +109,7 @@ pub(super) enum Progress {
     Running,
     /// All of it is done.
     Completed,
-    /// Why not.
+    /// Why not, cut, without secrets.
     Failed(String),
 }
 

@@ -11,7 +11,7 @@ use reqwest::{Method, StatusCode, Url, redirect};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::call::{Answer, Ask, Call, CallError, Cursor, Seen};
+use super::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use super::metrics::CloudflareMetrics;
 use super::mirror::MARK_OF_ALL;
 use super::pace::Pace;
@@ -191,7 +191,10 @@ impl Client {
             Ask::Poll(operation) => {
                 let path = format!("{}/rules/lists/bulk_operations/{operation}", self.account());
                 let (operation, _) = self.send::<wire::Operation>(Request { frees, ..get(path) }).await?;
-                Ok(Answer::Operation(operation.into()))
+                Ok(Answer::Operation(match operation.into() {
+                    Progress::Failed(why) => Progress::Failed(self.clean(&why)),
+                    progress @ (Progress::Running | Progress::Completed) => progress,
+                }))
             }
         }
     }
