@@ -81,6 +81,8 @@ pub(super) struct Seen {
     pub(super) mode: Option<Mode>,
     /// Note or comment.
     pub(super) note: String,
+    /// It is not of this place: of the account or user that the zone belongs to, and cannot be changed here.
+    pub(super) is_elsewhere: bool,
 }
 
 /// What came back.

@@ -150,7 +150,7 @@ impl Client {
                 let (found, info) = self.send::<Vec<wire::Rule>>(request).await?;
                 let more = info.total_pages.unwrap_or_default() > *page;
                 let next = more.then_some(Cursor::Page(page + 1));
-                Ok(Answer::Page { entries: seen(found), next, total: info.total_count })
+                Ok(Answer::Page { entries: self.seen(call.place, found), next, total: info.total_count })
             }
             Ask::Look(Cursor::After(after)) => {
                 let request = get(items()).with("per_page", &PAGE);
@@ -158,7 +158,7 @@ impl Client {
                 let (found, info) = self.send::<Vec<wire::Item>>(request).await?;
                 let after = info.cursors.and_then(|cursors| cursors.after).filter(|after| !after.is_empty());
                 let next = after.map(|after| Cursor::After(Some(after)));
-                Ok(Answer::Page { entries: seen(found), next, total: None })
+                Ok(Answer::Page { entries: found.into_iter().map(Into::into).collect(), next, total: None })
             }
             Ask::FindList => self.find_list().await,
             Ask::Find(target) => self.find(call, target).await,
@@ -221,11 +221,11 @@ impl Client {
             None => {
                 let request = Request::get(self.rules(call.place));
                 let request = request.with("configuration.value", target).with("page", &1).with("per_page", &PAGE);
-                seen(self.send::<Vec<wire::Rule>>(request).await?.0)
+                self.seen(call.place, self.send::<Vec<wire::Rule>>(request).await?.0)
             }
             Some(list) => {
                 let request = Request::get(self.items(list)).with("search", target).with("per_page", &PAGE);
-                seen(self.send::<Vec<wire::Item>>(request).await?.0)
+                self.send::<Vec<wire::Item>>(request).await?.0.into_iter().map(Into::into).collect()
             }
         };
         Ok(Answer::Found(found))
@@ -248,6 +248,16 @@ impl Client {
             Scope::User | Scope::Account(_) | Scope::List { .. } => self.account(),
         };
         format!("{whose}/firewall/access_rules/rules")
+    }
+
+    /// Access rules as that place sees them.
+    fn seen(&self, place: usize, rules: Vec<wire::Rule>) -> Vec<Seen> {
+        let whose = match &self.scope {
+            Scope::Zones(zones) => zones.get(place).map(String::as_str),
+            Scope::Account(account) | Scope::List { account, .. } => Some(account.as_str()),
+            Scope::User => None,
+        };
+        rules.into_iter().map(|rule| rule.seen_by(whose)).collect()
     }
 
     fn items(&self, list: &str) -> String {
@@ -309,10 +319,6 @@ impl Client {
         let printable = hidden.chars().map(|c| if c.is_control() { ' ' } else { c });
         printable.take(REASON_CHARS_MAX).collect()
     }
-}
-
-fn seen<T: Into<Seen>>(entries: Vec<T>) -> Vec<Seen> {
-    entries.into_iter().map(Into::into).collect()
 }
 
 fn transport(error: reqwest::Error) -> CallError {

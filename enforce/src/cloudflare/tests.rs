@@ -306,6 +306,27 @@ async fn random_run(scope: Scope, places: &[(String, &[&str])], seed: u64) {
 }
 
 #[tokio::test]
+async fn rules_of_the_account_that_a_zone_lists_are_not_taken_for_the_zones_own() {
+    let rule = |n: usize, notes: &str| {
+        let whose = if n == 3 { zone(0) } else { format!("accounts/{ACCOUNT}") };
+        json!({"whose": whose, "target": "ip", "value": format!("203.0.113.{}", n.min(2)), "notes": notes})
+    };
+    // Of the second, an inherited rule of somebody else is listed before our own.
+    let rules = json!([rule(1, "portcullis:me:r"), rule(2, ""), rule(3, "portcullis:me:r")]);
+    let fake = Fake::start(json!({"rules": rules})).await;
+    let mut host = Host::new();
+    host.ban(&["203.0.113.1", "203.0.113.2", "203.0.113.3"]);
+    host.start(&config(&fake, Scope::Zones(vec![ZONES[0].to_owned()])));
+    let all = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
+    until(&fake, "the zone has all", |state| has(state, &zone(0), &all)).await;
+    until(&fake, "all is well", |_| host.said().1.is_empty() && host.said().0.waiting == 0).await;
+    host.free(&all);
+    let state = until(&fake, "the zone has none", |state| has(state, &zone(0), &[])).await;
+    assert_eq!(state["rules"][format!("accounts/{ACCOUNT}")].as_array().unwrap().len(), 2);
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn rules_of_zones_end_as_desired_whatever_fails() {
     let split: &[&str] = &["198.51.100.0/24", "198.51.101.0/24"];
     random_run(zones(), &[(zone(0), split), (zone(1), split)], 7).await;
@@ -414,6 +435,20 @@ async fn a_full_quota_is_said_and_a_bad_item_takes_no_batch_along() {
         host.has_problem("entries_max is reached") && host.has_problem("Cloudflare refuses some entries")
     })
     .await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn what_cloudflare_says_of_a_failed_operation_is_cut_and_shows_no_secret() {
+    let why = format!("token \u{1b}[2J{}", "x".repeat(5000));
+    let fake = Fake::start(json!({"settings": {"chaos": {"operation": 1}, "why": why}})).await;
+    let mut host = Host::new();
+    let targets: Vec<String> = (0..8).map(|n| format!("203.0.113.{n}")).collect();
+    host.ban(&targets.iter().map(String::as_str).collect::<Vec<_>>());
+    host.start(&config(&fake, list()));
+    until(&fake, "it is said", |_| host.has_problem("could not change the list: [hidden]")).await;
+    let problems = host.said().1;
+    assert!(problems.iter().all(|p| p.text.len() < 300 && !p.text.contains(char::is_control)), "{problems:?}");
     host.stop().await;
 }
 

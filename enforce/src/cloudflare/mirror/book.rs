@@ -334,14 +334,18 @@ impl Book {
 
     /// Takes an entry that is there.
     fn note(&mut self, entry: Seen, view: &View<'_>) {
-        let Seen { id, target, mode, note } = entry;
+        let Seen { id, target, mode, note, is_elsewhere } = entry;
+        if is_elsewhere {
+            // Ours may stand beside it, and it cannot be changed from here.
+            return;
+        }
         if !view.mark.is_on(&note) {
             if let Some(other) = Mark::of_other(&note)
                 && (self.others.len() < OTHERS_MAX || self.others.contains_key(other))
             {
                 *self.others.entry(other.to_owned()).or_default() += 1;
             }
-            self.taken.extend(target);
+            self.taken.extend(target.filter(|target| !self.held.contains_key(target)));
             return;
         }
         // With our mark on what is no address, somebody else has made it.
@@ -368,19 +372,21 @@ impl Book {
 
     fn take_found(&mut self, target: Target, seen: Vec<Seen>, view: &View<'_>) {
         let was_duplicate = self.find.take().is_some_and(|(_, was_duplicate)| was_duplicate);
-        let same: Vec<Seen> = seen.into_iter().filter(|entry| entry.target == Some(target)).collect();
-        match same.into_iter().next() {
-            None if self.form == Form::List => self.doubt(),
-            None => {
-                self.held.remove(&target);
-                if was_duplicate {
+        let is_wider = seen.iter().any(|entry| entry.target == Some(target) && entry.is_elsewhere);
+        let mut here = seen.into_iter().filter(|entry| entry.target == Some(target) && !entry.is_elsewhere).peekable();
+        if here.peek().is_none() && self.form == Form::List {
+            self.doubt();
+        } else {
+            self.held.remove(&target);
+            self.strays.retain(|_, of| *of != target);
+            if here.peek().is_none() && was_duplicate {
+                self.taken.insert(target);
+                if !is_wider {
                     // Perhaps it is written otherwise. If it is ours, a look at all of ours finds it.
-                    self.taken.insert(target);
                     self.doubt();
                 }
             }
-            Some(entry) => {
-                self.held.remove(&target);
+            for entry in here {
                 self.note(entry, view);
             }
         }

@@ -90,7 +90,7 @@ impl Model {
     fn add(&mut self, place: usize, target: Target, note: &str) -> u64 {
         self.next_id += 1;
         let mode = (self.form == Form::Rules).then_some(Mode::Block);
-        let seen = Seen { id: self.next_id.to_string(), target: Some(target), mode, note: note.to_owned() };
+        let seen = Seen { id: self.next_id.to_string(), target: Some(target), mode, note: note.to_owned(), is_elsewhere: false };
         self.places[place].insert(self.next_id, seen);
         self.next_id
     }
@@ -353,6 +353,42 @@ proptest! {
         prop_assert_eq!(summary.confirmed, run.revision);
         prop_assert_eq!((summary.additions, summary.removals), (0, 0));
     }
+}
+
+#[test]
+fn an_entry_asked_for_is_ours_if_ours_is_among_those_of_its_target() {
+    let mut run = Run::new(Form::Rules, 1);
+    run.publish(true, vec![BanChange::Put(record("192.0.2.20", None, 1))]);
+    run.finish();
+    let entries = run.mirror.summary().entries;
+    run.publish(false, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert!(matches!(call.ask, Ask::Create(..)), "{call:?}");
+    run.mirror.handle(call.clone(), Err(CallError::Timeout), run.now);
+    run.now = run.now.saturating_add(Duration::from_secs(600));
+    let other = run.mirror.next(run.now).unwrap();
+    let answer = run.model.carry_out(&other);
+    run.mirror.handle(other, answer, run.now);
+    let find = run.mirror.next(run.now).unwrap();
+    assert_eq!((find.place, &find.ask), (call.place, &Ask::Find("192.0.2.9".parse().unwrap())));
+    let entry = |id: &str, note: &str, is_elsewhere| Seen {
+        id: id.to_owned(),
+        target: Some("192.0.2.9".parse().unwrap()),
+        mode: Some(Mode::Block),
+        note: note.to_owned(),
+        is_elsewhere,
+    };
+    let found = vec![entry("a", "portcullis:me:r", true), entry("b", "", false), entry("c", "portcullis:me:r", false)];
+    run.mirror.handle(find, Ok(Answer::Found(found)), run.now);
+    assert_eq!(run.mirror.summary().entries, entries + 2, "one in each zone");
+    run.publish(false, vec![BanChange::Delete("192.0.2.9".parse().unwrap())]);
+    let deleted: Vec<Ask> = std::iter::from_fn(|| {
+        let call = run.mirror.next(run.now)?;
+        run.mirror.handle(call.clone(), Ok(Answer::Done), run.now);
+        Some(call.ask)
+    })
+    .collect();
+    assert!(deleted.contains(&Ask::Delete("c".to_owned(), "192.0.2.9".parse().unwrap())), "{deleted:?}");
 }
 
 #[test]
