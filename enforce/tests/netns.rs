@@ -94,8 +94,8 @@ fn main() -> ExitCode {
         ("nft", &faults::OF_IPTABLES),
         ("legacy", &faults::OF_IPTABLES),
     ];
-    let all = groups.iter().flat_map(|(variant, scenarios)| {
-        scenarios.iter().map(|(name, scenario)| (*variant, format!("{name} ({variant})"), *scenario))
+    let all = groups.into_iter().flat_map(|(variant, scenarios)| {
+        scenarios.iter().map(move |(name, scenario)| (variant, format!("{name} ({variant})"), *scenario))
     });
     let wanted = all.filter(|(_, full, _)| filters.is_empty() || filters.iter().any(|filter| full.contains(*filter)));
     let wanted: Mutex<Vec<(&str, String, Scenario)>> = Mutex::new(wanted.collect());
@@ -368,7 +368,7 @@ impl Drop for Part {
     fn drop(&mut self) {
         drop(self.pipes.borrow_mut().take());
         let mut child = self.child.borrow_mut();
-        if std::thread::panicking() {
+        if thread::panicking() {
             let _ = child.kill();
         }
         let _ = child.wait();

@@ -268,6 +268,8 @@ def webhooks_get_signed_cloud_events(fake, folder):
         kinds.append(event["type"].split(".")[2])
         if kinds[-1] == "ban":
             jsonschema.validate(event, SCHEMA)
+    # That a message was refused is an alarm of its own.
+    kinds = [kind for kind in kinds if kind != "alarm"]
     assert kinds == ["started"] * 3 + ["ban", "ban", "stopped"], kinds
 
 

@@ -105,8 +105,7 @@ class Machine:
         """Starts it, with a dockerd."""
         self.namespace = Namespace(f"m{self.number}")
         self.join(self.namespace, self.number)
-        self.volatile.mkdir()
-        self.start_docker()
+        self.begin_anew()
 
     def start_docker(self):
         """Starts dockerd, as the first process of a process namespace."""
@@ -136,16 +135,20 @@ class Machine:
             until("dockerd has ended", lambda: not dockerd.exists())
 
     def restart_docker(self):
-        """Containers end with it, and are started again."""
+        """Containers end with it, and are started again; the firewall stays as it is."""
         self.kill()
-        (self.volatile / "docker.pid").unlink(missing_ok=True)
+        self.begin_anew()
+
+    def begin_anew(self):
+        """Of former lives there is nothing but what is on disk."""
+        shutil.rmtree(self.volatile, ignore_errors=True)
+        self.volatile.mkdir()
         self.start_docker()
 
     def reboot(self):
         """As if the power had failed: what was on disk stays."""
         self.kill()
         run("ip", "netns", "delete", self.namespace.name)
-        shutil.rmtree(self.volatile)
         self.start()
 
     def dockerd(self):

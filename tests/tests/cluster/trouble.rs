@@ -24,11 +24,16 @@ fn heartbeat(cluster: &Cluster, role: Role, host: &str) -> Option<NodeReport> {
 }
 
 fn wait_problem(cluster: &Cluster, role: Role, host: &str, word: &str) {
+    wait_any_problem(cluster, (role, host), &[word]);
+}
+
+fn wait_any_problem(cluster: &Cluster, (role, host): (Role, &str), words: &[&str]) {
     let problem = || {
         let report = heartbeat(cluster, role, host)?;
-        report.problems.iter().any(|problem| problem.text.contains(word)).then_some(())
+        let is_told = |text: &str| words.iter().any(|word| text.contains(word));
+        report.problems.iter().any(|problem| is_told(&problem.text)).then_some(())
     };
-    wait_until(&format!("{} on {host} says {word:?}", role.as_str()), CONVERGENCE, problem).unwrap();
+    wait_until(&format!("{} on {host} says {words:?}", role.as_str()), CONVERGENCE, problem).unwrap();
 }
 
 /// Bad requests of many clients, whose paths no compression makes small.
@@ -124,9 +129,11 @@ fn a_state_that_lacks_bans_unbans_nobody_and_is_told() {
     }
     wait_banned(&cluster, &banned);
     let mut nats = cluster.servers.client(&cluster.network).unwrap();
+    let (lacks_some, lacks_all) = ("nobody is freed by that", "this host keeps the bans it has");
     for (filter, told) in [
-        ("$KV.portcullis_bans.ban.203.0.113.7", "nobody is freed by that"),
-        ("$KV.portcullis_bans.>", "this host keeps the bans it has"),
+        ("$KV.portcullis_bans.ban.203.0.113.7", &[lacks_some][..]),
+        // An alarm about a host may have the detect write its head again meanwhile, with the count of bans.
+        ("$KV.portcullis_bans.>", &[lacks_all, lacks_some]),
     ] {
         nats.api("STREAM.PURGE.KV_portcullis_bans", &json!({"filter": filter})).unwrap();
         for edge in &mut cluster.edges {
@@ -135,7 +142,7 @@ fn a_state_that_lacks_bans_unbans_nobody_and_is_told() {
             edge.start(Role::Enforce).unwrap();
         }
         for edge in ["edge-1", "edge-2", "edge-3"] {
-            wait_problem(&cluster, Role::Enforce, edge, told);
+            wait_any_problem(&cluster, (Role::Enforce, edge), told);
         }
         wait_banned(&cluster, &banned);
     }
