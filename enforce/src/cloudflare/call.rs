@@ -65,8 +65,13 @@ impl Ask {
 /// Where to go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cursor {
-    /// Access rules: a page, the first is 1.
-    Page(u32),
+    /// Access rules whose notes hold this: a page, the first is 1.
+    Page {
+        /// What notes hold.
+        notes: String,
+        /// Which one.
+        page: u32,
+    },
     /// Items: after what was named; at first the start.
     After(Option<String>),
 }

@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 
 use super::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use super::metrics::CloudflareMetrics;
-use super::mirror::MARK_OF_ALL;
 use super::pace::Pace;
 use super::wire::{self, Envelope, ResultInfo};
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope};
@@ -98,7 +97,7 @@ impl Request {
 }
 
 /// One connection to the API.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Client {
     http: reqwest::Client,
     base: String,
@@ -130,6 +129,11 @@ impl Client {
         Ok(Self { http, base, scope, mode: config.mode, login, pace, metrics })
     }
 
+    /// The same for other places.
+    pub(super) fn at(&self, scope: Scope) -> Self {
+        Self { scope, ..self.clone() }
+    }
+
     /// Whether it goes by this login.
     pub(super) fn is_as(&self, login: &Login) -> bool {
         self.login == *login
@@ -145,11 +149,11 @@ impl Client {
         let rules = || self.rules(call.place);
         let (get, post, delete) = (Request::get, Method::POST, Method::DELETE);
         match &call.ask {
-            Ask::Look(Cursor::Page(page)) => {
-                let request = get(rules()).with("notes", &MARK_OF_ALL).with("page", page).with("per_page", &PAGE);
+            Ask::Look(Cursor::Page { notes, page }) => {
+                let request = get(rules()).with("notes", notes).with("page", page).with("per_page", &PAGE);
                 let (found, info) = self.send::<Vec<wire::Rule>>(request).await?;
                 let more = info.total_pages.unwrap_or_default() > *page;
-                let next = more.then_some(Cursor::Page(page + 1));
+                let next = more.then(|| Cursor::Page { notes: notes.clone(), page: page + 1 });
                 Ok(Answer::Page { entries: self.seen(call.place, found), next, total: info.total_count })
             }
             Ask::Look(Cursor::After(after)) => {
