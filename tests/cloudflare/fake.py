@@ -48,7 +48,7 @@ class Cloudflare:
             "chaos": {},
             "slow": 0.5, "pause": 0.0, "operation": 0.02, "items_max": 10000, "rules_max": 50000,
             # Items that a bulk operation fails at, and rules that are refused.
-            "bad": [], "sees_rulesets": True, "page_max": 1000, "why": "internal error",
+            "bad": [], "sealed": [], "sees_rulesets": True, "page_max": 1000, "why": "internal error",
         }
         self.rules = collections.defaultdict(dict)
         self.lists = {}
@@ -173,6 +173,8 @@ class Cloudflare:
             return self.one_list(method, list_id, found), None
         if method == "GET":
             return self.page_of_items(list_id, query)
+        if list_id in self.settings["sealed"]:
+            raise Refusal(403, 10000, "Authentication error")
         if method not in ("POST", "PUT", "DELETE"):
             raise Refusal(405, 10000, "method not allowed")
         if any(self.progress(operation)["status"] in ("pending", "running") for operation in self.operations.values()):
