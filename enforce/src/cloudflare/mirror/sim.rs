@@ -137,12 +137,13 @@ impl Model {
         match &call.ask {
             Ask::Look(cursor) => {
                 self.churn(place);
-                let (start, notes) = match cursor {
-                    Cursor::Page { notes, page } => ((*page as usize - 1) * PAGE, notes.as_str()),
-                    Cursor::After(after) => (after.as_ref().map_or(0, |after| after.parse().unwrap()), ""),
+                // A page is where it is, whatever is added before it; a cursor is after what was read.
+                let (start, notes, before) = match cursor {
+                    Cursor::Page { notes, page } => ((*page as usize - 1) * PAGE, notes.as_str(), u64::MAX),
+                    Cursor::After(after) => (0, "", after.as_ref().map_or(u64::MAX, |after| after.parse().unwrap())),
                 };
                 // The newest first, so that what is added moves all others.
-                let all = self.places[place].values().rev();
+                let all = self.places[place].range(..before).map(|(_, seen)| seen).rev();
                 let seen: Vec<Seen> = all.filter(|seen| seen.note.to_lowercase().contains(notes)).cloned().collect();
                 let entries: Vec<Seen> = seen.iter().skip(start).take(PAGE).cloned().collect();
                 let end = start + PAGE;
@@ -151,7 +152,7 @@ impl Model {
                     Cursor::Page { notes, page } => {
                         (Cursor::Page { notes: notes.clone(), page: page + 1 }, Some(seen.len()))
                     }
-                    Cursor::After(_) => (Cursor::After(Some(end.to_string())), None),
+                    Cursor::After(_) => (Cursor::After(entries.last().map(|last| last.id.clone())), None),
                 };
                 Ok(Answer::Page { entries, next: more.then_some(next), total })
             }
