@@ -33,7 +33,7 @@ pub(crate) struct Surroundings {
     pub(crate) bans: BanBucket,
     /// What detect publishes beside bans.
     pub(crate) lists: watch::Receiver<Arc<Lists>>,
-    /// Why all bans of this host are lifted, whatever the lists say; not for what is done once for a cluster.
+    /// Why all bans of this host are lifted, whatever the lists say; on a cluster not for what is done once for all.
     pub(crate) host_pause: watch::Receiver<Option<String>>,
     /// Never banned.
     pub(crate) trusted_proxies: NetSet,
@@ -94,6 +94,8 @@ impl Actions {
         }
         if config.cloudflare.is_some() {
             actions.0.spawn(cloudflare::run(config.clone(), around.clone()));
+        } else {
+            cloudflare::report_left_behind(around);
         }
         for notifier in notify::configured(config, around) {
             actions.0.spawn(notifier.run());

@@ -6,10 +6,12 @@
 
 mod call;
 mod client;
+mod former;
 mod installation;
 mod metrics;
 mod mirror;
 mod pace;
+mod places;
 mod status;
 mod usage;
 mod wire;
@@ -17,28 +19,36 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::future::{Future, pending};
-use std::path::Path;
+use std::io;
+use std::net::Ipv6Addr;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::ban::Lists;
 use proto::bus::duty::Duty;
+use proto::net::Target;
+use proto::report::{BackendReport, Problem};
 use proto::time::{Clock, Timestamp};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use self::call::{Answer, Ask, Call, CallError};
 use self::client::{Client, Login, LoginError};
+use self::former::Former;
 use self::installation::InstallationError;
 pub(crate) use self::metrics::CloudflareMetrics;
-use self::mirror::{Mark, Mirror, Tempo};
+use self::mirror::{Form, Mark, Mirror, Tempo};
 use self::pace::Pace;
+use self::places::Place;
 use self::usage::Usage;
 use crate::action::Surroundings;
 use crate::config::{CloudflareConfig, EnforceConfig, FirewallConfig, Scope};
 use crate::guard::{Guard, GuardFacts};
 use crate::host;
-use crate::reconcile::is_paused;
+use crate::reconcile::{is_paused, read_host};
 
 /// The name of the back end, and of its lease.
 const NAME: &str = "cloudflare";
@@ -49,6 +59,8 @@ const CARE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A call under way.
 type Job = Pin<Box<dyn Future<Output = (Call, Result<Answer, CallError>)> + Send>>;
+/// The end of what stands at a place that is not configured any more.
+type FormerJob = Pin<Box<dyn Future<Output = (Place, Result<usize, RemovalError>)> + Send>>;
 /// A look for rules that use the list.
 type UsageJob = Pin<Box<dyn Future<Output = Result<Usage, CallError>> + Send>>;
 
@@ -56,6 +68,15 @@ type UsageJob = Pin<Box<dyn Future<Output = Result<Usage, CallError>> + Send>>;
 pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     if let Some(cloudflare) = config.cloudflare {
         Runner::new(cloudflare, &config.firewall, around, Tempo::default()).run().await;
+    }
+}
+
+impl Scope {
+    /// Entries that a ban of `ipv6_prefix` bits takes; `None` where it cannot be said there.
+    pub fn entries_of_client(&self, ipv6_prefix: u8) -> Option<u32> {
+        let form = if matches!(self, Self::List { .. }) { Form::List } else { Form::Rules };
+        let pieces = form.piece_prefix(&Target::new(Ipv6Addr::UNSPECIFIED.into(), ipv6_prefix))?;
+        Some(1 << (pieces - ipv6_prefix))
     }
 }
 
@@ -67,43 +88,87 @@ pub(crate) enum RemovalError {
     #[error(transparent)]
     Login(#[from] LoginError),
     #[error("{place}: {text}")]
-    Refused { place: String, text: String },
+    Refused { place: Place, text: String },
+    #[error("cannot read or write what is left at Cloudflare, kept in {}", .path.display())]
+    Kept {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
-/// Removes all that is ours, or only counts it. Returns how many entries that is.
+/// Removes all that is ours, or only counts it: at all places, also of former configurations. Returns how many entries
+/// that is.
 ///
 /// # Errors
-/// When it could not be done. What was removed until then is gone.
+/// When it could not be done. What could be removed is gone.
 pub(crate) async fn remove_all(
     cloudflare: &CloudflareConfig,
-    state_dir: Option<&Path>,
+    state_dirs: &[PathBuf],
     dry_run: bool,
 ) -> Result<usize, RemovalError> {
-    let clock = Clock::system();
-    let mark = Mark::new(&installation::name(cloudflare.installation.as_deref(), state_dir, true)?);
-    let tempo = Tempo::default();
+    let mut places = BTreeSet::new();
+    for dir in state_dirs {
+        let kept = places::read(dir);
+        places.extend(kept.map_err(|source| RemovalError::Kept { path: places::file(dir), source })?);
+    }
+    for name in installation::known(cloudflare.installation.as_deref(), state_dirs)? {
+        places.extend(Place::all(&name, &cloudflare.scope));
+    }
+    if places.is_empty() {
+        return Err(InstallationError::Unknown.into());
+    }
+    let (clock, tempo) = (Clock::system(), Tempo::default());
     let pace = Arc::new(Pace::new(cloudflare.calls_max, tempo.window, clock.clone()));
     let login = Login::read(&cloudflare.login)?;
     let client = Client::new(cloudflare, login, pace, tempo.call_max, CloudflareMetrics::default())?;
-    let mut mirror = Mirror::new(cloudflare, mark, Guard::new(&GuardFacts::default()), tempo, 1);
-    if dry_run {
-        mirror.set_read_only();
+    let (mut removed, mut first_error) = (0, None);
+    for place in places {
+        match former::clear(&client, &place, former::Way { config: cloudflare, tempo: &tempo, clock: &clock, dry_run })
+            .await
+        {
+            Ok(count) => removed += count,
+            Err(error) => drop(first_error.get_or_insert(error)),
+        }
     }
-    mirror.handle_pause(true, clock.now());
-    loop {
-        let Some(call) = mirror.next(clock.raw()) else {
-            let summary = mirror.summary();
-            if let Some((place, text)) = summary.troubles.first() {
-                return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
-            }
-            match mirror.pause(clock.raw()) {
-                None => return Ok(if dry_run { summary.entries } else { summary.removed }),
-                Some(pause) => sleep(pause).await,
-            }
-            continue;
-        };
-        let answer = client.carry_out(&call).await;
-        mirror.handle(call, answer, clock.raw());
+    if let Some(error) = first_error {
+        return Err(error);
+    }
+    for dir in state_dirs.iter().filter(|_| !dry_run) {
+        let forgotten = places::write(dir, &BTreeSet::new());
+        forgotten.map_err(|source| RemovalError::Kept { path: places::file(dir), source })?;
+    }
+    Ok(removed)
+}
+
+/// What is left at Cloudflare although the configuration does not name it any more, for people.
+pub(crate) fn left_behind(state_dirs: &[PathBuf]) -> Option<String> {
+    let told = |dir: &PathBuf| {
+        let places = places::read(dir).unwrap_or_else(|error| {
+            tracing::warn!(path = %places::file(dir).display(), %error, "Not known what is left at Cloudflare");
+            BTreeSet::new()
+        });
+        let names: Vec<String> = places.iter().map(ToString::to_string).collect();
+        (!names.is_empty()).then(|| {
+            let (names, file) = (names.join(", "), places::file(dir));
+            format!(
+                "bans at {names} have no end of their own, and `[enforce.cloudflare]` is gone: configure it again and run \
+                 `portcullis enforce --teardown`, or, where another host has taken over, remove {}",
+                file.display()
+            )
+        })
+    };
+    state_dirs.iter().find_map(told)
+}
+
+/// Says on the board what is left, where Cloudflare is not configured.
+pub(crate) fn report_left_behind(around: &Surroundings) {
+    let state_dirs: Vec<PathBuf> = around.state_dir.iter().cloned().collect();
+    if let Some(text) = left_behind(&state_dirs) {
+        tracing::warn!(reason = text, "Bans are left at Cloudflare");
+        let detail = vec!["not configured any more".to_owned()];
+        let report = BackendReport { name: NAME.to_owned(), detail, standby: true, ..BackendReport::default() };
+        around.board.put(report, vec![Problem::warning(text)]);
     }
 }
 
@@ -123,6 +188,7 @@ struct Runner {
     /// `None` until it was looked for.
     usage: Option<Usage>,
     usage_at: Timestamp,
+    former: Former,
     reconciled_at: Timestamp,
     cared_at: Timestamp,
 }
@@ -146,6 +212,7 @@ impl Runner {
             client: Err(LoginError::NoSecret),
             usage: None,
             usage_at: Timestamp::EPOCH,
+            former: Former::default(),
             reconciled_at: around.clock.raw(),
             cared_at: Timestamp::EPOCH,
             facts,
@@ -158,10 +225,11 @@ impl Runner {
     async fn run(mut self) {
         let shutdown = self.around.shutdown.clone();
         let mut revision = self.around.bans.watch();
-        let mut lists_open = true;
+        let (mut lists_open, mut host_open) = (true, self.around.duties.are_alone());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut job, mut usage_job): (Option<Job>, Option<UsageJob>) = (None, None);
+        let mut former_job: Option<FormerJob> = None;
         self.care();
         // What was published before we followed.
         revision.mark_changed();
@@ -173,13 +241,16 @@ impl Runner {
             if usage_job.is_none() {
                 usage_job = self.next_usage_job();
             }
+            if former_job.is_none() {
+                former_job = self.next_former_job();
+            }
             let pause = self.pause(job.is_some());
             tokio::select! {
                 biased;
                 () = shutdown.draining() => break,
                 () = changed(&mut self.duty) => {
                     if self.take_duty() {
-                        (job, usage_job) = (None, None);
+                        (job, usage_job, former_job) = (None, None, None);
                     }
                 }
                 changed = revision.changed() => if changed.is_ok() { self.take_bans() },
@@ -187,8 +258,13 @@ impl Runner {
                     Ok(()) => self.take_lists(),
                     Err(_) => lists_open = false,
                 },
+                changed = self.around.host_pause.changed(), if host_open => match changed {
+                    Ok(()) => self.take_lists(),
+                    Err(_) => host_open = false,
+                },
                 (call, answer) = finish(&mut job) => self.take_answer(call, answer),
                 usage = finish(&mut usage_job) => self.take_usage(usage),
+                (place, cleared) = finish(&mut former_job) => self.take_former(&place, cleared),
                 _ = tick.tick() => self.handle_tick(),
                 () = sleep(pause) => {}
             }
@@ -205,8 +281,8 @@ impl Runner {
     /// Sees to what the work needs: a name, a login, and whom this host must not ban.
     fn care(&mut self) {
         self.cared_at = self.around.clock.raw();
-        self.facts.own = host::own_addresses().unwrap_or_default();
-        self.facts.gateways = host::gateways().unwrap_or_default();
+        // What cannot be read stays as it was, and is logged.
+        let _blind = read_host(&mut self.facts, host::own_addresses(), host::gateways());
         self.facts.bus_servers = self.around.bus_servers.borrow().clone();
         self.take_login();
         if self.mirror.is_none() {
@@ -233,6 +309,9 @@ impl Runner {
                     mirror.set_read_only();
                 }
                 self.mirror = Some(mirror);
+                if let Some(dir) = self.around.state_dir.as_deref().filter(|_| !self.around.dry_run) {
+                    self.former = Former::begin(dir, Place::all(name, &self.config.scope));
+                }
                 tracing::info!(
                     installation = name,
                     dry_run = self.around.dry_run,
@@ -273,10 +352,17 @@ impl Runner {
         let lists = self.around.lists.borrow_and_update().clone();
         self.facts.never_ban.clone_from(&lists.never_ban);
         let guard = Guard::new(&self.facts);
+        let paused = self.is_paused(&lists, now);
         if let Some(mirror) = &mut self.mirror {
             mirror.handle_guard(guard, now);
-            mirror.handle_pause(is_paused(&lists, now), now);
+            mirror.handle_pause(paused, now);
         }
+    }
+
+    /// On one host alone its own pause is meant for this as well.
+    fn is_paused(&self, lists: &Lists, now: Timestamp) -> bool {
+        let is_alone = self.around.duties.are_alone();
+        is_paused(lists, now) || (is_alone && self.around.host_pause.borrow().is_some())
     }
 
     /// Takes whose duty it is now. Returns whether that is new.
@@ -320,6 +406,27 @@ impl Runner {
         Some(Box::pin(async move { usage::look(&client, &account, &list_id, &list).await }))
     }
 
+    fn next_former_job(&self) -> Option<FormerJob> {
+        let now = self.around.clock.raw();
+        let place = self.former.due(now).filter(|_| self.held && self.mirror.as_ref().is_some_and(Mirror::stands))?;
+        let (client, place) = (self.client.as_ref().ok()?.clone(), place.clone());
+        let (config, tempo, clock) = (self.config.clone(), self.tempo.clone(), self.around.clock.clone());
+        Some(Box::pin(async move {
+            let way = former::Way { config: &config, tempo: &tempo, clock: &clock, dry_run: false };
+            let cleared = former::clear(&client, &place, way).await;
+            (place, cleared)
+        }))
+    }
+
+    fn take_former(&mut self, place: &Place, cleared: Result<usize, RemovalError>) {
+        let is_cleared = cleared.is_ok();
+        self.former.take(place, cleared, self.around.clock.raw());
+        if let Some(mirror) = self.mirror.as_mut().filter(|_| is_cleared) {
+            // What was there may have been in the way of what should be.
+            mirror.doubt();
+        }
+    }
+
     fn take_usage(&mut self, usage: Result<Usage, CallError>) {
         let now = self.around.clock.raw();
         match usage {
@@ -358,7 +465,7 @@ impl Runner {
         if raw.since(self.cared_at) >= CARE_INTERVAL {
             self.care();
         }
-        let paused = is_paused(&self.around.lists.borrow(), now);
+        let paused = self.is_paused(&self.around.lists.borrow(), now);
         if let Some(mirror) = &mut self.mirror {
             mirror.handle_time(now);
             mirror.handle_pause(paused, now);
@@ -385,6 +492,7 @@ impl Runner {
             holder: self.duty.as_ref().filter(|_| !self.held).map(Duty::holder),
             duty_problem: self.duty.as_ref().and_then(Duty::problem),
             usage: self.usage,
+            former: &self.former,
             dry_run: self.around.dry_run,
         }
         .report(&self.around.metrics.cloudflare, self.now());

@@ -3,6 +3,7 @@
 //! Who enforces holds a lock in `state_dir`, and gives it away when it has lifted everything. So a teardown writes the file,
 //! waits for the lock, and removes what is ours while nobody puts it back. The file may be made and removed by hand as well:
 //! it needs no bus, no detector and no API. It is of this host alone; what is done once for a cluster goes on.
+//! Without a cluster Cloudflare follows it, too.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write as _};

@@ -65,14 +65,20 @@ pub async fn teardown(
             }
         }
     }
-    if let Some(config) = &config.cloudflare {
-        match cloudflare::remove_all(config, state_dir, dry_run).await {
-            Ok(removed) => report.cloudflare = removed,
-            Err(source) => {
-                let what = "our entries from Cloudflare".to_owned();
-                first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
+    let state_dirs = state_dir.map(standoff::state_dirs).unwrap_or_default();
+    let failure = match &config.cloudflare {
+        None => cloudflare::left_behind(&state_dirs).map(Into::into),
+        Some(config) => match cloudflare::remove_all(config, &state_dirs, dry_run).await {
+            Ok(removed) => {
+                report.cloudflare = removed;
+                None
             }
-        }
+            Err(error) => Some(error.into()),
+        },
+    };
+    if let Some(source) = failure {
+        let what = "our entries from Cloudflare".to_owned();
+        first_error.get_or_insert(EnforceError::Remove { what, source });
     }
     (report, first_error.map_or(Ok(()), Err))
 }

@@ -48,7 +48,7 @@ class Cloudflare:
             "chaos": {},
             "slow": 0.5, "pause": 0.0, "operation": 0.02, "items_max": 10000, "rules_max": 50000,
             # Items that a bulk operation fails at, and rules that are refused.
-            "bad": [], "sees_rulesets": True, "page_max": 1000,
+            "bad": [], "sealed": [], "sees_rulesets": True, "page_max": 1000, "why": "internal error",
         }
         self.rules = collections.defaultdict(dict)
         self.lists = {}
@@ -97,7 +97,7 @@ class Cloudflare:
     def access_rules(self, method, whose, rule_id, query, body):
         rules = self.rules[whose]
         if rule_id is None and method == "GET":
-            return self.list_rules(rules, query)
+            return self.list_rules(self.inherited(whose) + list(rules.values()), query)
         if rule_id is None and method == "POST":
             return self.create_rule(whose, rules, body), None
         rule = rules.get(rule_id)
@@ -115,6 +115,14 @@ class Cloudflare:
             rule.update({key: body[key] for key in ("mode", "notes") if key in body})
             return rule, None
         raise Refusal(405, 10000, "method not allowed")
+
+    def inherited(self, whose):
+        """Rules that a zone also lists, and that cannot be changed there."""
+        kind, _, found = whose.partition("/")
+        if kind != "zones":
+            return []
+        account = self.rules.get(f"accounts/{self.zones.get(found)}", {})
+        return list(account.values()) + list(self.rules.get("user", {}).values())
 
     def create_rule(self, whose, rules, body):
         configuration = body.get("configuration") or {}
@@ -151,7 +159,7 @@ class Cloudflare:
             if wanted is not None:
                 tests.append(lambda rule, key=key, wanted=wanted: rule["configuration"][key] == wanted)
         among = any if query.get("match") == "any" and tests else all
-        return page_of([rule for rule in rules.values() if among(test(rule) for test in tests)], page, size)
+        return page_of([rule for rule in rules if among(test(rule) for test in tests)], page, size)
 
     # ---- lists
 
@@ -165,6 +173,8 @@ class Cloudflare:
             return self.one_list(method, list_id, found), None
         if method == "GET":
             return self.page_of_items(list_id, query)
+        if list_id in self.settings["sealed"]:
+            raise Refusal(403, 10000, "Authentication error")
         if method not in ("POST", "PUT", "DELETE"):
             raise Refusal(405, 10000, "method not allowed")
         if any(self.progress(operation)["status"] in ("pending", "running") for operation in self.operations.values()):
@@ -238,7 +248,7 @@ class Cloudflare:
 
     def work(self, list_id, work):
         if self.random.random() < self.settings["chaos"].get("operation", 0):
-            return "internal error"
+            return self.settings["why"]
         items = self.items[list_id]
         if "remove" in work:
             for item_id in work["remove"]:

@@ -1,7 +1,7 @@
 //! `check`: every mistake of a configuration at once, or a summary of what it would run.
 
 use detect::engine::rule::{Mode, Rule, Threshold};
-use enforce::config::{BackendKind, Chains, FirewallConfig};
+use enforce::config::{BackendKind, Chains, CloudflareConfig, FirewallConfig, Scope};
 use ingest::config::{ListenConfig, SourceConfig, SourceKind, SyslogConfig, Transport};
 use ingest::source::http::{Content, OTLP_PATH, RequestsConfig};
 use proto::bus::config::{BusConfig, Login};
@@ -48,7 +48,26 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
         "never ban",
         &format!("{} networks, {} names", config.detect.engine.never_ban.len(), config.detect.names.len()),
     )?;
-    say("firewall", &describe_firewall(&config.enforce.firewall))
+    say("firewall", &describe_firewall(&config.enforce.firewall))?;
+    if let Some(cloudflare) = &config.enforce.cloudflare {
+        say("cloudflare", &describe_cloudflare(cloudflare, config.detect.engine.ipv6_prefix))?;
+    }
+    Ok(())
+}
+
+fn describe_cloudflare(cloudflare: &CloudflareConfig, ipv6_prefix: u8) -> String {
+    let place = match &cloudflare.scope {
+        Scope::User => "access rules of the user".to_owned(),
+        Scope::Zones(zones) => format!("access rules of {} zones", zones.len()),
+        Scope::Account(_) => "access rules of an account".to_owned(),
+        Scope::List { list, .. } => format!("items of the list {list}"),
+    };
+    let cost = match cloudflare.scope.entries_of_client(ipv6_prefix) {
+        Some(1) => return place,
+        Some(count) => format!("takes {count} entries of {}, and as many calls", cloudflare.entries_max),
+        None => "cannot be said there".to_owned(),
+    };
+    format!("{place}; with detect.ipv6_prefix = {ipv6_prefix} a ban of an IPv6 client {cost}: take 48, 64 or a list")
 }
 
 fn describe_bus(bus: &BusConfig) -> String {
@@ -146,5 +165,25 @@ fn describe_firewall(firewall: &FirewallConfig) -> String {
             let chains: Vec<String> = chains.iter().map(ToString::to_string).collect();
             format!("{backend}, chains {}", chains.join(", "))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_prefix_of_clients_costs_at_cloudflare_is_told() {
+        let toml = "[enforce.cloudflare]\napi_token_file = '/t'\nscope = 'user'\n";
+        let dir = tempfile::tempdir().unwrap();
+        let told = |prefix: &str| {
+            let file = dir.path().join("portcullis.toml");
+            std::fs::write(&file, format!("detect.ipv6_prefix = {prefix}\n{toml}")).unwrap();
+            let config = Location::new(Some(file), Vec::new()).load().unwrap();
+            describe_cloudflare(config.enforce.cloudflare.as_ref().unwrap(), config.detect.engine.ipv6_prefix)
+        };
+        assert_eq!(told("64"), "access rules of the user");
+        assert!(told("56").contains("takes 256 entries of 10000"), "{}", told("56"));
+        assert!(told("52").contains("cannot be said there"), "{}", told("52"));
     }
 }

@@ -65,8 +65,13 @@ impl Ask {
 /// Where to go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Cursor {
-    /// Access rules: a page, the first is 1.
-    Page(u32),
+    /// Access rules whose notes hold this: a page, the first is 1.
+    Page {
+        /// What notes hold.
+        notes: String,
+        /// Which one.
+        page: u32,
+    },
     /// Items: after what was named; at first the start.
     After(Option<String>),
 }
@@ -81,6 +86,8 @@ pub(super) struct Seen {
     pub(super) mode: Option<Mode>,
     /// Note or comment.
     pub(super) note: String,
+    /// It is not of this place: of the account or user that the zone belongs to, and cannot be changed here.
+    pub(super) is_elsewhere: bool,
 }
 
 /// What came back.
@@ -109,7 +116,7 @@ pub(super) enum Progress {
     Running,
     /// All of it is done.
     Completed,
-    /// Why not.
+    /// Why not, cut, without secrets.
     Failed(String),
 }
 

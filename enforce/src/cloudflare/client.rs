@@ -11,9 +11,8 @@ use reqwest::{Method, StatusCode, Url, redirect};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::call::{Answer, Ask, Call, CallError, Cursor, Seen};
+use super::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use super::metrics::CloudflareMetrics;
-use super::mirror::MARK_OF_ALL;
 use super::pace::Pace;
 use super::wire::{self, Envelope, ResultInfo};
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope};
@@ -98,7 +97,7 @@ impl Request {
 }
 
 /// One connection to the API.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Client {
     http: reqwest::Client,
     base: String,
@@ -130,6 +129,11 @@ impl Client {
         Ok(Self { http, base, scope, mode: config.mode, login, pace, metrics })
     }
 
+    /// The same for other places.
+    pub(super) fn at(&self, scope: Scope) -> Self {
+        Self { scope, ..self.clone() }
+    }
+
     /// Whether it goes by this login.
     pub(super) fn is_as(&self, login: &Login) -> bool {
         self.login == *login
@@ -145,12 +149,12 @@ impl Client {
         let rules = || self.rules(call.place);
         let (get, post, delete) = (Request::get, Method::POST, Method::DELETE);
         match &call.ask {
-            Ask::Look(Cursor::Page(page)) => {
-                let request = get(rules()).with("notes", &MARK_OF_ALL).with("page", page).with("per_page", &PAGE);
+            Ask::Look(Cursor::Page { notes, page }) => {
+                let request = get(rules()).with("notes", notes).with("page", page).with("per_page", &PAGE);
                 let (found, info) = self.send::<Vec<wire::Rule>>(request).await?;
                 let more = info.total_pages.unwrap_or_default() > *page;
-                let next = more.then_some(Cursor::Page(page + 1));
-                Ok(Answer::Page { entries: seen(found), next, total: info.total_count })
+                let next = more.then(|| Cursor::Page { notes: notes.clone(), page: page + 1 });
+                Ok(Answer::Page { entries: self.seen(call.place, found), next, total: info.total_count })
             }
             Ask::Look(Cursor::After(after)) => {
                 let request = get(items()).with("per_page", &PAGE);
@@ -158,7 +162,7 @@ impl Client {
                 let (found, info) = self.send::<Vec<wire::Item>>(request).await?;
                 let after = info.cursors.and_then(|cursors| cursors.after).filter(|after| !after.is_empty());
                 let next = after.map(|after| Cursor::After(Some(after)));
-                Ok(Answer::Page { entries: seen(found), next, total: None })
+                Ok(Answer::Page { entries: found.into_iter().map(Into::into).collect(), next, total: None })
             }
             Ask::FindList => self.find_list().await,
             Ask::Find(target) => self.find(call, target).await,
@@ -191,7 +195,10 @@ impl Client {
             Ask::Poll(operation) => {
                 let path = format!("{}/rules/lists/bulk_operations/{operation}", self.account());
                 let (operation, _) = self.send::<wire::Operation>(Request { frees, ..get(path) }).await?;
-                Ok(Answer::Operation(operation.into()))
+                Ok(Answer::Operation(match operation.into() {
+                    Progress::Failed(why) => Progress::Failed(self.clean(&why)),
+                    progress @ (Progress::Running | Progress::Completed) => progress,
+                }))
             }
         }
     }
@@ -218,11 +225,11 @@ impl Client {
             None => {
                 let request = Request::get(self.rules(call.place));
                 let request = request.with("configuration.value", target).with("page", &1).with("per_page", &PAGE);
-                seen(self.send::<Vec<wire::Rule>>(request).await?.0)
+                self.seen(call.place, self.send::<Vec<wire::Rule>>(request).await?.0)
             }
             Some(list) => {
                 let request = Request::get(self.items(list)).with("search", target).with("per_page", &PAGE);
-                seen(self.send::<Vec<wire::Item>>(request).await?.0)
+                self.send::<Vec<wire::Item>>(request).await?.0.into_iter().map(Into::into).collect()
             }
         };
         Ok(Answer::Found(found))
@@ -245,6 +252,16 @@ impl Client {
             Scope::User | Scope::Account(_) | Scope::List { .. } => self.account(),
         };
         format!("{whose}/firewall/access_rules/rules")
+    }
+
+    /// Access rules as that place sees them.
+    fn seen(&self, place: usize, rules: Vec<wire::Rule>) -> Vec<Seen> {
+        let whose = match &self.scope {
+            Scope::Zones(zones) => zones.get(place).map(String::as_str),
+            Scope::Account(account) | Scope::List { account, .. } => Some(account.as_str()),
+            Scope::User => None,
+        };
+        rules.into_iter().map(|rule| rule.seen_by(whose)).collect()
     }
 
     fn items(&self, list: &str) -> String {
@@ -306,10 +323,6 @@ impl Client {
         let printable = hidden.chars().map(|c| if c.is_control() { ' ' } else { c });
         printable.take(REASON_CHARS_MAX).collect()
     }
-}
-
-fn seen<T: Into<Seen>>(entries: Vec<T>) -> Vec<Seen> {
-    entries.into_iter().map(Into::into).collect()
 }
 
 fn transport(error: reqwest::Error) -> CallError {

@@ -26,6 +26,10 @@ pub(crate) enum InstallationError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "no name of this installation is kept, so what is ours is not known: set `installation` as `status` showed it"
+    )]
+    Unknown,
     #[error("{} holds no name of an installation: [a-z0-9-]{{1,63}}", .path.display())]
     NoName { path: PathBuf },
 }
@@ -46,7 +50,7 @@ pub(crate) fn name(
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let name = make().map_err(|source| InstallationError::Io { action: "make", path: path.clone(), source })?;
             if !read_only {
-                let kept = keep(&path, &name);
+                let kept = keep(&path, &format!("{name}\n"));
                 kept.map_err(|source| InstallationError::Io { action: "keep", path, source })?;
             }
             Ok(name)
@@ -66,11 +70,20 @@ fn make() -> io::Result<String> {
     Ok(name)
 }
 
+/// The names by which entries may be ours: as configured, or all that are kept in these folders.
+pub(crate) fn known(configured: Option<&str>, state_dirs: &[PathBuf]) -> Result<Vec<String>, InstallationError> {
+    if let Some(name) = configured {
+        return Ok(vec![name.to_owned()]);
+    }
+    let kept = state_dirs.iter().filter(|dir| dir.join(FILE).exists());
+    kept.map(|dir| name(None, Some(dir), true)).collect()
+}
+
 /// Durable before the first entry carries it.
-fn keep(path: &Path, name: &str) -> io::Result<()> {
+pub(super) fn keep(path: &Path, text: &str) -> io::Result<()> {
     let fresh = path.with_extension("new");
     let mut file = File::create(&fresh)?;
-    file.write_all(format!("{name}\n").as_bytes())?;
+    file.write_all(text.as_bytes())?;
     file.sync_all()?;
     fs::rename(&fresh, path)?;
     path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
@@ -88,6 +101,11 @@ mod tests {
         assert!(is_name(&made) && made.len() == 2 * NAME_BYTES, "{made}");
         assert_eq!(name(None, Some(dir.path()), false).unwrap(), made);
         assert_eq!(name(Some("mine"), Some(dir.path()), false).unwrap(), "mine");
+        let elsewhere = tempfile::tempdir().unwrap();
+        let dirs = [elsewhere.path().to_owned(), dir.path().to_owned()];
+        assert_eq!(known(None, &dirs).unwrap(), [made]);
+        assert_eq!(known(Some("mine"), &dirs).unwrap(), ["mine"]);
+        assert_eq!(known(None, &dirs[..1]).unwrap(), [] as [String; 0], "none is invented");
         fs::write(dir.path().join(FILE), "Not a name").unwrap();
         assert!(matches!(name(None, Some(dir.path()), false), Err(InstallationError::NoName { .. })));
         assert!(matches!(name(None, None, false), Err(InstallationError::NoPlace)));

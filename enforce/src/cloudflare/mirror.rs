@@ -22,7 +22,7 @@ use proto::time::Timestamp;
 
 use self::book::{Book, View};
 pub(super) use self::cover::Form;
-pub(super) use self::mark::{ALL as MARK_OF_ALL, Mark};
+pub(super) use self::mark::Mark;
 use self::wishes::Wishes;
 use super::call::{Answer, Call, CallError};
 use crate::config::{CloudflareConfig, Mode, Scope};
@@ -217,6 +217,12 @@ impl Mirror {
     pub(super) fn pause(&self, now: Timestamp) -> Option<Duration> {
         let later = self.books.iter().map(|book| book.trouble.until()).filter(|until| *until > now);
         later.min().map(|until| until.since(now))
+    }
+
+    /// Whether the whole ban set is known, and nothing waits to be added anywhere.
+    pub(super) fn stands(&self) -> bool {
+        let is_done = |book: &Book| book.confirmed(0).is_some() && book.waiting().0 == 0;
+        self.wishes.desired().is_whole() && self.books.iter().all(is_done)
     }
 
     /// ID of the list, once it is known.

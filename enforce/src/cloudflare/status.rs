@@ -5,6 +5,7 @@ use proto::time::Timestamp;
 
 use super::NAME;
 use super::client::LoginError;
+use super::former::Former;
 use super::installation::InstallationError;
 use super::metrics::CloudflareMetrics;
 use super::mirror::{Mirror, Summary};
@@ -24,6 +25,7 @@ pub(super) struct Status<'a> {
     /// Where it cannot be seen whose work it is.
     pub(super) duty_problem: Option<Problem>,
     pub(super) usage: Option<Usage>,
+    pub(super) former: &'a Former,
     pub(super) dry_run: bool,
 }
 
@@ -63,6 +65,7 @@ impl Status<'_> {
         report.detail.extend(self.details(&summary));
         let mut problems = self.problems_of_host();
         problems.extend(self.problems(&summary));
+        problems.extend(self.former.problem());
         (report, problems)
     }
 
@@ -84,6 +87,7 @@ impl Status<'_> {
         } else if summary.additions + summary.removals > 0 {
             details.push(format!("waiting: {waiting}"));
         }
+        details.extend(self.former.detail());
         let counts = [
             (summary.left_out, "left out, as entries_max is reached"),
             (summary.holed, "left out, as they hold guarded addresses"),

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::mirror::sim::record;
-use super::{Runner, Tempo};
+use super::{Runner, Tempo, left_behind, remove_all};
 use crate::action::Surroundings;
 use crate::board::Board;
 use crate::config::{CloudflareConfig, CloudflareLogin, FirewallConfig, Mode, Scope, SecretSource};
@@ -115,6 +115,7 @@ fn list() -> Scope {
 struct Host {
     bus: Bus,
     dir: tempfile::TempDir,
+    pause: watch::Sender<Option<String>>,
     metrics: EnforceMetrics,
     board: Board,
     shutdown: Shutdown,
@@ -127,6 +128,7 @@ impl Host {
         Self {
             bus: Bus::new(),
             dir: tempfile::tempdir().unwrap(),
+            pause: watch::Sender::new(None),
             metrics: EnforceMetrics::register(&mut Registry::default()),
             board: Board::default(),
             shutdown: Shutdown::new(),
@@ -142,7 +144,7 @@ impl Host {
             lists: self.bus.lists.subscribe(),
             trusted_proxies: NetSet::default(),
             bus_servers: watch::channel(Vec::new()).1,
-            host_pause: watch::channel(None).1,
+            host_pause: self.pause.subscribe(),
             duties: Duties::alone(),
             events: EventSource::local(&self.bus.events, 0),
             state_dir: Some(self.dir.path().to_owned()),
@@ -306,6 +308,27 @@ async fn random_run(scope: Scope, places: &[(String, &[&str])], seed: u64) {
 }
 
 #[tokio::test]
+async fn rules_of_the_account_that_a_zone_lists_are_not_taken_for_the_zones_own() {
+    let rule = |n: usize, notes: &str| {
+        let whose = if n == 3 { zone(0) } else { format!("accounts/{ACCOUNT}") };
+        json!({"whose": whose, "target": "ip", "value": format!("203.0.113.{}", n.min(2)), "notes": notes})
+    };
+    // Of the second, an inherited rule of somebody else is listed before our own.
+    let rules = json!([rule(1, "portcullis:me:r"), rule(2, ""), rule(3, "portcullis:me:r")]);
+    let fake = Fake::start(json!({"rules": rules})).await;
+    let mut host = Host::new();
+    host.ban(&["203.0.113.1", "203.0.113.2", "203.0.113.3"]);
+    host.start(&config(&fake, Scope::Zones(vec![ZONES[0].to_owned()])));
+    let all = ["203.0.113.1", "203.0.113.2", "203.0.113.3"];
+    until(&fake, "the zone has all", |state| has(state, &zone(0), &all)).await;
+    until(&fake, "all is well", |_| host.said().1.is_empty() && host.said().0.waiting == 0).await;
+    host.free(&all);
+    let state = until(&fake, "the zone has none", |state| has(state, &zone(0), &[])).await;
+    assert_eq!(state["rules"][format!("accounts/{ACCOUNT}")].as_array().unwrap().len(), 2);
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn rules_of_zones_end_as_desired_whatever_fails() {
     let split: &[&str] = &["198.51.100.0/24", "198.51.101.0/24"];
     random_run(zones(), &[(zone(0), split), (zone(1), split)], 7).await;
@@ -414,6 +437,108 @@ async fn a_full_quota_is_said_and_a_bad_item_takes_no_batch_along() {
         host.has_problem("entries_max is reached") && host.has_problem("Cloudflare refuses some entries")
     })
     .await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn what_cloudflare_says_of_a_failed_operation_is_cut_and_shows_no_secret() {
+    let why = format!("token \u{1b}[2J{}", "x".repeat(5000));
+    let fake = Fake::start(json!({"settings": {"chaos": {"operation": 1}, "why": why}})).await;
+    let mut host = Host::new();
+    let targets: Vec<String> = (0..8).map(|n| format!("203.0.113.{n}")).collect();
+    host.ban(&targets.iter().map(String::as_str).collect::<Vec<_>>());
+    host.start(&config(&fake, list()));
+    until(&fake, "it is said", |_| host.has_problem("could not change the list: [hidden]")).await;
+    let problems = host.said().1;
+    assert!(problems.iter().all(|p| p.text.len() < 300 && !p.text.contains(char::is_control)), "{problems:?}");
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_place_that_is_not_configured_any_more_is_emptied_once_the_new_one_stands() {
+    let fake = Fake::start(strangers()).await;
+    let mut host = Host::new();
+    host.ban(&["203.0.113.9", "203.0.113.10"]);
+    let all = ["203.0.113.9", "203.0.113.10"];
+    let account = Scope::Account(ACCOUNT.to_owned());
+    let places = [zone(0), zone(1), format!("accounts/{ACCOUNT}"), LIST.to_owned()];
+    let one_zone = Scope::Zones(vec![ZONES[0].to_owned()]);
+    let before = foreign(&fake.state().await);
+    for (scope, full) in
+        [(zones(), &places[..2]), (one_zone, &places[..1]), (account, &places[2..3]), (list(), &places[3..])]
+    {
+        host.start(&config(&fake, scope));
+        for place in &places {
+            let expected: &[&str] = if full.contains(place) { &all } else { &[] };
+            until(&fake, place, |state| has(state, place, expected)).await;
+        }
+        until(&fake, "nothing more is to be emptied", |_| {
+            host.said().0.waiting == 0 && !host.said().0.detail.iter().any(|detail| detail.starts_with("emptied"))
+        })
+        .await;
+        host.kill().await;
+    }
+    // Another name: what carries the old one is in the way of the new.
+    host.start(&CloudflareConfig { installation: Some("you2".to_owned()), ..config(&fake, list()) });
+    let is_renamed = |state: &Value| {
+        let items = state["items"][LIST].as_array().unwrap();
+        items.iter().filter(|item| item["comment"] == "portcullis:you2:r").count() == 2 && has(state, LIST, &[])
+    };
+    let state = until(&fake, "the new name", is_renamed).await;
+    let after: Vec<String> = foreign(&state).into_iter().filter(|entry| !entry.contains("you2")).collect();
+    assert_eq!(after, before);
+    host.kill().await;
+
+    // Without the section nothing is forgotten; a teardown removes it.
+    let dirs = [host.dir.path().to_owned()];
+    let told = left_behind(&dirs).unwrap();
+    assert!(told.contains("list bad (installation you2)") && told.contains("--teardown"), "{told}");
+    let config = config(&fake, Scope::Account(ACCOUNT.to_owned()));
+    assert_eq!(remove_all(&config, &dirs, true).await.unwrap(), 2);
+    assert_eq!(remove_all(&config, &dirs, false).await.unwrap(), 2);
+    assert_eq!(foreign(&fake.state().await), before);
+    assert_eq!(left_behind(&dirs), None);
+}
+
+#[tokio::test]
+async fn a_former_place_that_refuses_is_said_and_its_entries_are_not_forgotten() {
+    let fake = Fake::start(json!({})).await;
+    let mut host = Host::new();
+    host.ban(&["203.0.113.9"]);
+    host.start(&config(&fake, list()));
+    until(&fake, "the list", |state| has(state, LIST, &["203.0.113.9"])).await;
+    host.kill().await;
+    fake.control(json!({"settings": {"sealed": [LIST]}})).await;
+    host.start(&config(&fake, Scope::User));
+    until(&fake, "it is said", |_| host.has_problem("list bad (installation me)")).await;
+    assert!(has(&fake.state().await, "user", &["203.0.113.9"]));
+    host.kill().await;
+    fake.control(json!({"settings": {"sealed": []}})).await;
+    host.start(&config(&fake, Scope::User));
+    until(&fake, "the list is empty", |state| has(state, LIST, &[])).await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_name_nothing_is_said_to_be_removed() {
+    let fake = Fake::start(json!({})).await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = CloudflareConfig { installation: None, ..config(&fake, Scope::User) };
+    let error = remove_all(&config, &[dir.path().to_owned()], false).await.unwrap_err();
+    assert!(error.to_string().contains("set `installation`"), "{error}");
+}
+
+#[tokio::test]
+async fn on_one_host_alone_its_own_pause_lifts_everything() {
+    let fake = Fake::start(json!({})).await;
+    let mut host = Host::new();
+    host.ban(&["203.0.113.9"]);
+    host.start(&config(&fake, Scope::User));
+    until(&fake, "the ban", |state| has(state, "user", &["203.0.113.9"])).await;
+    host.pause.send_replace(Some("by a file".to_owned()));
+    until(&fake, "the pause", |state| has(state, "user", &[])).await;
+    host.pause.send_replace(None);
+    until(&fake, "the ban again", |state| has(state, "user", &["203.0.113.9"])).await;
     host.stop().await;
 }
 

@@ -57,6 +57,17 @@ pub(super) struct Rule {
     configuration: Configuration,
     #[serde(default)]
     notes: Option<String>,
+    #[serde(default)]
+    scope: Option<RuleScope>,
+}
+
+/// Whose an access rule is.
+#[derive(Debug, Deserialize)]
+struct RuleScope {
+    #[serde(default)]
+    id: String,
+    #[serde(default, rename = "type")]
+    kind: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -67,15 +78,22 @@ struct Configuration {
     value: String,
 }
 
-impl From<Rule> for Seen {
-    fn from(rule: Rule) -> Self {
-        let Configuration { target, value } = rule.configuration;
+impl Rule {
+    /// As it is seen by the zone or account `whose`; `None` by the user. Zones also list the rules of their account and
+    /// user, which only those can change.
+    pub(super) fn seen_by(self, whose: Option<&str>) -> Seen {
+        let Configuration { target, value } = self.configuration;
         let is_address = matches!(target.as_str(), "ip" | "ip6" | "ip_range");
-        Self {
-            id: rule.id,
+        let is_elsewhere = self.scope.is_some_and(|scope| match whose {
+            Some(whose) => !scope.id.is_empty() && scope.id != whose,
+            None => !scope.kind.is_empty() && scope.kind != "user",
+        });
+        Seen {
+            id: self.id,
             target: value.parse().ok().filter(|_| is_address),
-            mode: Mode::parse(&rule.mode),
-            note: rule.notes.unwrap_or_default(),
+            mode: Mode::parse(&self.mode),
+            note: self.notes.unwrap_or_default(),
+            is_elsewhere,
         }
     }
 }
@@ -102,7 +120,7 @@ pub(super) struct Item {
 impl From<Item> for Seen {
     fn from(item: Item) -> Self {
         let target = item.ip.and_then(|text| text.parse().ok());
-        Self { id: item.id, target, mode: None, note: item.comment.unwrap_or_default() }
+        Self { id: item.id, target, mode: None, note: item.comment.unwrap_or_default(), is_elsewhere: false }
     }
 }
 
@@ -200,10 +218,34 @@ mod tests {
     fn an_entry_is_read_however_cloudflare_writes_its_address() {
         let rule = r#"{"id":"1","mode":"whitelist","configuration":{"target":"ip6",
             "value":"2001:0DB8:0000:0000:0000:0000:0000:0001"},"notes":null,"paused":false}"#;
-        let seen = Seen::from(serde_json::from_str::<Rule>(rule).unwrap());
+        let seen = serde_json::from_str::<Rule>(rule).unwrap().seen_by(None);
         assert_eq!(seen.target, Some("2001:db8::1".parse().unwrap()));
         assert_eq!((seen.mode, seen.note.as_str()), (None, ""));
         let rule = r#"{"id":"1","mode":"block","configuration":{"target":"country","value":"XX"}}"#;
-        assert_eq!(Seen::from(serde_json::from_str::<Rule>(rule).unwrap()).target, None);
+        assert_eq!(serde_json::from_str::<Rule>(rule).unwrap().seen_by(None).target, None);
+    }
+
+    #[test]
+    fn a_rule_is_of_the_place_that_its_scope_names() {
+        let is_elsewhere = |scope: &str, whose: Option<&str>| {
+            let rule = format!(r#"{{"id":"1","configuration":{{}}{scope}}}"#);
+            serde_json::from_str::<Rule>(&rule).unwrap().seen_by(whose).is_elsewhere
+        };
+        let zone = r#","scope":{"type":"zone","id":"z"}"#;
+        let account = r#","scope":{"type":"organization","id":"a","email":null}"#;
+        let user = r#","scope":{"type":"user","id":"u"}"#;
+        for (scope, whose, expected) in [
+            (zone, Some("z"), false),
+            (account, Some("z"), true),
+            (user, Some("z"), true),
+            (account, Some("a"), false),
+            (zone, Some("a"), true),
+            (user, None, false),
+            (account, None, true),
+            ("", Some("z"), false),
+            ("", None, false),
+        ] {
+            assert_eq!(is_elsewhere(scope, whose), expected, "{scope} seen by {whose:?}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Duties: actions that one host at a time carries out for the whole cluster, such as telling Cloudflare.
 //!
-//! They are at least once: a host that is cut off may carry on beside its successor until it hears of it.
+//! They are at least once. A host that is cut off from the bus leaves them before another takes them; only what it has under
+//! way then may still end.
 
 use crate::bus::nats::Connection;
 use crate::bus::nats::lease::{Holder, Keeper, Lease};
@@ -24,11 +25,16 @@ impl Duties {
         Self(Some((connection.clone(), me)))
     }
 
+    /// Whether there is no cluster.
+    pub fn are_alone(&self) -> bool {
+        self.0.is_none()
+    }
+
     /// From now on the duty `action` (`[a-z0-9-]{1,63}`) is wanted, until what is returned is dropped. Needs a runtime.
     pub fn take(&self, action: &str) -> Duty {
         let keeper = self.0.as_ref().map(|(connection, me)| {
             let (bucket, key) = (connection.subjects().duty_bucket(), format!("{LEASE_PREFIX}{action}"));
-            let keeper = Keeper::spawn(Lease::new(connection, bucket, &key, me.clone()));
+            let keeper = Keeper::spawn_unfenced(Lease::new(connection, bucket, &key, me.clone()));
             keeper.want(true);
             keeper
         });

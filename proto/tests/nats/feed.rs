@@ -270,6 +270,24 @@ fn holder(node: &str) -> Holder {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_no_server_answers_leaves_its_duty_and_takes_it_again() {
+    let mut server = Server::start();
+    let connection = server.bus().await;
+    let mut duty = Duties::shared(&connection, holder("edge-1")).take("cloudflare");
+    wait_for(&mut duty, true).await;
+    // It takes connections and answers nothing.
+    server.freeze(true);
+    wait_for(&mut duty, false).await;
+    assert_eq!(duty.holder(), None, "it may be anybody's");
+    server.freeze(false);
+    wait_for(&mut duty, true).await;
+    server.kill();
+    wait_for(&mut duty, false).await;
+    server.kill_and_restart();
+    wait_for(&mut duty, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_host_cut_from_the_lease_gives_the_duty_to_another() {
     let server = Server::start();
     let connection = server.bus().await;

@@ -45,10 +45,21 @@ impl Server {
         panic!("nats-server did not start");
     }
 
-    /// Killed where it stands, and started again with what is on its disk.
-    pub(crate) fn kill_and_restart(&mut self) {
+    /// Stopped where it stands, with its connections, or running on from there.
+    pub(crate) fn freeze(&self, frozen: bool) {
+        let signal = if frozen { "-STOP" } else { "-CONT" };
+        assert!(Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    /// Killed where it stands.
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Killed where it stands, and started again with what is on its disk.
+    pub(crate) fn kill_and_restart(&mut self) {
+        self.kill();
         self.child = spawn(self.dir.path(), self.config.as_deref(), i32::from(self.port));
     }
 

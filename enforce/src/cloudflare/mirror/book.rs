@@ -5,6 +5,7 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proto::net::Target;
 use proto::time::Timestamp;
@@ -15,7 +16,7 @@ use super::trouble::Trouble;
 use super::wishes::Wishes;
 use crate::cloudflare::call::{Answer, Ask, CallError, Cursor, Progress, Seen};
 use crate::cloudflare::mirror::Tempo;
-use crate::cloudflare::mirror::mark::Mark;
+use crate::cloudflare::mirror::mark::{self, Mark};
 use crate::config::Mode;
 
 /// Items that one call adds or removes at most.
@@ -24,6 +25,13 @@ const BATCH_MAX: usize = 500;
 const FIND_MAX: usize = 20;
 /// Entries refused in a row, beyond which it is not about them.
 const REFUSALS_MAX: u32 = 5;
+/// New items that are asked for one by one before they are added; for more, the whole list is read.
+const ASK_MAX: usize = 10;
+/// How old a look at a list may be when items are added, for each `LOOK_AGE_ITEMS` items: reading them takes 20 calls.
+const LOOK_AGE_MAX: Duration = Duration::from_secs(60);
+const LOOK_AGE_ITEMS: usize = 10_000;
+/// More entries than any place has.
+const ENTRIES_MAX: usize = 2_000_000;
 /// Other installations that are named.
 const OTHERS_MAX: usize = 8;
 
@@ -58,8 +66,25 @@ enum Step {
 #[derive(Debug)]
 enum Look {
     Needed,
-    Under { cursor: Cursor, seen: Vec<Seen> },
+    Under(Reading),
     Done,
+}
+
+/// A look under way.
+#[derive(Debug)]
+struct Reading {
+    began: Timestamp,
+    cursor: Cursor,
+    /// Also entries of other installations.
+    is_wide: bool,
+    /// By ID.
+    seen: BTreeMap<String, Seen>,
+    /// Entries read, repeated ones each time.
+    read: usize,
+    /// How many there are, as the last page said.
+    total: Option<usize>,
+    /// An entry came twice, or their number changed: another may have been missed.
+    is_shifted: bool,
 }
 
 /// A change of many items that Cloudflare works on.
@@ -86,9 +111,15 @@ pub(super) struct Book {
     /// Targets that Cloudflare does not take.
     refused: BTreeSet<Target>,
     others: BTreeMap<String, usize>,
+    /// The next look is at the entries of other installations too.
+    is_wide_next: bool,
     queue: Queue,
     /// A target to ask for before anything else, and whether Cloudflare called its entry a duplicate.
     find: Option<(Target, bool)>,
+    /// When the last whole look began.
+    looked_at: Timestamp,
+    /// Targets that were asked for since, and are not there.
+    absent: BTreeSet<Target>,
     /// ID of the list.
     list: Option<String>,
     operation: Option<Operation>,
@@ -113,8 +144,11 @@ impl Book {
             taken: BTreeSet::new(),
             refused: BTreeSet::new(),
             others: BTreeMap::new(),
+            is_wide_next: true,
             queue: Queue::default(),
             find: None,
+            looked_at: Timestamp::EPOCH,
+            absent: BTreeSet::new(),
             list: None,
             operation: None,
             second_look: None,
@@ -132,6 +166,7 @@ impl Book {
         self.refused.clear();
         self.refusals = 0;
         self.taken.clear();
+        self.is_wide_next = true;
         self.doubt();
     }
 
@@ -171,10 +206,9 @@ impl Book {
             self.doubt();
         }
         if matches!(self.look, Look::Needed) {
-            let cursor = if self.form == Form::List { Cursor::After(None) } else { Cursor::Page(1) };
-            self.look = Look::Under { cursor, seen: Vec::new() };
+            self.look = Look::Under(self.begin_reading(view));
         }
-        if let Look::Under { cursor, .. } = &self.look {
+        if let Look::Under(Reading { cursor, .. }) = &self.look {
             return Some(Ask::Look(cursor.clone()));
         }
         if read_only {
@@ -241,8 +275,7 @@ impl Book {
             return Some(Ask::Remove(ids));
         }
         if nameless.len() > FIND_MAX {
-            self.look = Look::Under { cursor: Cursor::After(None), seen: Vec::new() };
-            return Some(Ask::Look(Cursor::After(None)));
+            return Some(self.look_again(view));
         }
         if let Some(target) = nameless.first() {
             return Some(Ask::Find(*target));
@@ -253,7 +286,22 @@ impl Book {
             Some(Step::SetMode | Step::Delete) | None => None,
         });
         let batch: Vec<(Target, String)> = additions.take(room).collect();
-        (!batch.is_empty()).then_some(Ask::Append(batch))
+        (!batch.is_empty()).then(|| self.append(batch, view))
+    }
+
+    /// Cloudflare puts an item in the place of one that is there, and does not tell. So first it is asked for each, or for
+    /// all, unless that was done just now.
+    fn append(&mut self, batch: Vec<(Target, String)>, view: &View<'_>) -> Ask {
+        let known = self.held.len() + self.taken.len();
+        let age_max = LOOK_AGE_MAX.saturating_mul(1 + u32::try_from(known / LOOK_AGE_ITEMS).unwrap_or(u32::MAX));
+        if view.now.since(self.looked_at) <= age_max {
+            return Ask::Append(batch);
+        }
+        if batch.len() > ASK_MAX {
+            return self.look_again(view);
+        }
+        let unknown = batch.iter().find(|(target, _)| !self.absent.contains(target));
+        unknown.map(|(target, _)| Ask::Find(*target)).unwrap_or(Ask::Append(batch))
     }
 
     fn handle_answer(&mut self, ask: Ask, answer: Answer, view: &View<'_>) {
@@ -279,6 +327,7 @@ impl Book {
                 self.remove(&id, &target, view);
             }
             (ask @ (Ask::Append(_) | Ask::Remove(_)), Answer::Begun(id)) => {
+                self.absent.clear();
                 self.operation = Some(Operation { id, ask, began: view.now, polls: 0 });
                 self.trouble.rest(view.now, view.tempo.poll_min);
             }
@@ -287,32 +336,59 @@ impl Book {
         }
     }
 
+    /// Only the first look is at what others write, too: their changes shift the pages, and there is no end of them.
+    fn begin_reading(&self, view: &View<'_>) -> Reading {
+        let is_wide = self.is_wide_next;
+        let notes = if is_wide { mark::ALL } else { view.mark.as_str() }.to_owned();
+        let cursor = if self.form == Form::List { Cursor::After(None) } else { Cursor::Page { notes, page: 1 } };
+        Reading { began: view.now, cursor, is_wide, seen: BTreeMap::new(), read: 0, total: None, is_shifted: false }
+    }
+
+    fn look_again(&mut self, view: &View<'_>) -> Ask {
+        let reading = self.begin_reading(view);
+        let ask = Ask::Look(reading.cursor.clone());
+        self.look = Look::Under(reading);
+        ask
+    }
+
     fn take_page(&mut self, entries: Vec<Seen>, next: Option<Cursor>, total: Option<usize>, view: &View<'_>) {
-        let Look::Under { cursor, seen } = &mut self.look else { return };
-        seen.extend(entries);
+        let Look::Under(reading) = &mut self.look else { return };
+        reading.read += entries.len();
+        reading.is_shifted |= reading.total.is_some() && reading.total != total;
+        reading.total = total;
+        for entry in entries {
+            reading.is_shifted |= reading.seen.insert(entry.id.clone(), entry).is_some();
+        }
         // Pages cannot go on for ever: nobody has more entries than that.
-        let is_endless = seen.len() > 2_000_000;
-        if let Some(next) = next.filter(|next| next != cursor && !is_endless) {
-            *cursor = next;
+        let is_endless = reading.read > ENTRIES_MAX;
+        if let Some(next) = next.filter(|next| *next != reading.cursor && !is_endless) {
+            reading.cursor = next;
             return;
         }
-        let seen = std::mem::take(seen);
-        self.look = Look::Needed;
-        if is_endless || total.is_some_and(|total| total != seen.len()) {
-            self.trouble.fail("what Cloudflare lists changes while it is read", view);
+        let Look::Under(reading) = std::mem::replace(&mut self.look, Look::Needed) else { return };
+        self.is_wide_next = false;
+        if is_endless || reading.is_shifted || total.is_some_and(|total| total != reading.read) {
+            if reading.is_wide && self.form == Form::Rules {
+                self.trouble.rest(view.now, view.tempo.backoff_min);
+            } else {
+                self.trouble.fail("what Cloudflare lists changes while it is read", view);
+            }
             return;
         }
         self.trouble.clear_unless_operation();
-        self.install(seen, view);
+        self.install(reading, view);
     }
 
     /// From now on this is what is there.
-    fn install(&mut self, seen: Vec<Seen>, view: &View<'_>) {
+    fn install(&mut self, reading: Reading, view: &View<'_>) {
         let expected = std::mem::take(&mut self.held);
         let drifts = self.known && self.operation.is_none();
         self.strays.clear();
-        self.others.clear();
-        for entry in seen {
+        if reading.is_wide || self.form == Form::List {
+            self.others.clear();
+        }
+        self.looked_at = reading.began;
+        for entry in reading.seen.into_values() {
             self.note(entry, view);
         }
         self.refused.retain(|target| view.wishes.wanted(target).is_some());
@@ -334,14 +410,18 @@ impl Book {
 
     /// Takes an entry that is there.
     fn note(&mut self, entry: Seen, view: &View<'_>) {
-        let Seen { id, target, mode, note } = entry;
+        let Seen { id, target, mode, note, is_elsewhere } = entry;
+        if is_elsewhere {
+            // Ours may stand beside it, and it cannot be changed from here.
+            return;
+        }
         if !view.mark.is_on(&note) {
             if let Some(other) = Mark::of_other(&note)
                 && (self.others.len() < OTHERS_MAX || self.others.contains_key(other))
             {
                 *self.others.entry(other.to_owned()).or_default() += 1;
             }
-            self.taken.extend(target);
+            self.taken.extend(target.filter(|target| !self.held.contains_key(target)));
             return;
         }
         // With our mark on what is no address, somebody else has made it.
@@ -368,19 +448,25 @@ impl Book {
 
     fn take_found(&mut self, target: Target, seen: Vec<Seen>, view: &View<'_>) {
         let was_duplicate = self.find.take().is_some_and(|(_, was_duplicate)| was_duplicate);
-        let same: Vec<Seen> = seen.into_iter().filter(|entry| entry.target == Some(target)).collect();
-        match same.into_iter().next() {
-            None if self.form == Form::List => self.doubt(),
-            None => {
-                self.held.remove(&target);
-                if was_duplicate {
+        let is_wider = seen.iter().any(|entry| entry.target == Some(target) && entry.is_elsewhere);
+        let mut here = seen.into_iter().filter(|entry| entry.target == Some(target) && !entry.is_elsewhere).peekable();
+        if here.peek().is_none() && self.form == Form::List {
+            if self.held.contains_key(&target) {
+                self.doubt();
+            } else {
+                self.absent.insert(target);
+            }
+        } else {
+            self.held.remove(&target);
+            self.strays.retain(|_, of| *of != target);
+            if here.peek().is_none() && was_duplicate {
+                self.taken.insert(target);
+                if !is_wider {
                     // Perhaps it is written otherwise. If it is ours, a look at all of ours finds it.
-                    self.taken.insert(target);
                     self.doubt();
                 }
             }
-            Some(entry) => {
-                self.held.remove(&target);
+            for entry in here {
                 self.note(entry, view);
             }
         }
@@ -431,6 +517,7 @@ impl Book {
     }
 
     fn handle_error(&mut self, ask: &Ask, error: &CallError, view: &View<'_>) {
+        self.absent.clear();
         match ask {
             Ask::Create(target, _) if error.is_duplicate() => {
                 self.find = Some((*target, true));

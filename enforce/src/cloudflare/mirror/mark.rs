@@ -18,6 +18,11 @@ impl Mark {
         format!("{}{rule}", self.0)
     }
 
+    /// What our notes begin with.
+    pub(in crate::cloudflare) fn as_str(&self) -> &str {
+        &self.0
+    }
+
     /// Whether the entry with this note is ours.
     pub(in crate::cloudflare) fn is_on(&self, note: &str) -> bool {
         note.starts_with(&self.0)

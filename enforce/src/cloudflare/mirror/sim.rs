@@ -78,6 +78,8 @@ struct Model {
     operation: Option<(u64, Ask)>,
     results: BTreeMap<String, Progress>,
     fails: bool,
+    /// Another installation writes while we read.
+    churns: bool,
     dice: Dice,
     ours_max: usize,
 }
@@ -90,7 +92,13 @@ impl Model {
     fn add(&mut self, place: usize, target: Target, note: &str) -> u64 {
         self.next_id += 1;
         let mode = (self.form == Form::Rules).then_some(Mode::Block);
-        let seen = Seen { id: self.next_id.to_string(), target: Some(target), mode, note: note.to_owned() };
+        let seen = Seen {
+            id: self.next_id.to_string(),
+            target: Some(target),
+            mode,
+            note: note.to_owned(),
+            is_elsewhere: false,
+        };
         self.places[place].insert(self.next_id, seen);
         self.next_id
     }
@@ -106,7 +114,8 @@ impl Model {
 
     fn foreign(&self) -> Vec<(usize, Seen)> {
         let all = self.places.iter().enumerate().flat_map(|(place, seen)| seen.values().map(move |seen| (place, seen)));
-        all.filter(|(_, seen)| !seen.note.starts_with("portcullis:me:")).map(|(n, seen)| (n, seen.clone())).collect()
+        let is_lasting = |note: &str| !note.starts_with("portcullis:me:") && note != "portcullis:churn:r";
+        all.filter(|(_, seen)| is_lasting(&seen.note)).map(|(n, seen)| (n, seen.clone())).collect()
     }
 
     fn carry_out(&mut self, call: &Call) -> Result<Answer, CallError> {
@@ -127,17 +136,23 @@ impl Model {
         let place = call.place;
         match &call.ask {
             Ask::Look(cursor) => {
-                let start = match cursor {
-                    Cursor::Page(page) => (*page as usize - 1) * PAGE,
-                    Cursor::After(after) => after.as_ref().map_or(0, |after| after.parse().unwrap()),
+                self.churn(place);
+                // A page is where it is, whatever is added before it; a cursor is after what was read.
+                let (start, notes, before) = match cursor {
+                    Cursor::Page { notes, page } => ((*page as usize - 1) * PAGE, notes.as_str(), u64::MAX),
+                    Cursor::After(after) => (0, "", after.as_ref().map_or(u64::MAX, |after| after.parse().unwrap())),
                 };
-                let seen: Vec<Seen> = self.places[place].values().cloned().collect();
+                // The newest first, so that what is added moves all others.
+                let all = self.places[place].range(..before).map(|(_, seen)| seen).rev();
+                let seen: Vec<Seen> = all.filter(|seen| seen.note.to_lowercase().contains(notes)).cloned().collect();
                 let entries: Vec<Seen> = seen.iter().skip(start).take(PAGE).cloned().collect();
                 let end = start + PAGE;
                 let more = end < seen.len();
                 let (next, total) = match cursor {
-                    Cursor::Page(page) => (Cursor::Page(page + 1), Some(seen.len())),
-                    Cursor::After(_) => (Cursor::After(Some(end.to_string())), None),
+                    Cursor::Page { notes, page } => {
+                        (Cursor::Page { notes: notes.clone(), page: page + 1 }, Some(seen.len()))
+                    }
+                    Cursor::After(_) => (Cursor::After(entries.last().map(|last| last.id.clone())), None),
                 };
                 Ok(Answer::Page { entries, next: more.then_some(next), total })
             }
@@ -172,6 +187,18 @@ impl Model {
                 let progress = self.results.get(id).cloned().or_else(|| is_running.then_some(Progress::Running));
                 progress.map_or_else(|| refused(404, 1), |progress| Ok(Answer::Operation(progress)))
             }
+        }
+    }
+
+    fn churn(&mut self, place: usize) {
+        if !self.churns || self.form == Form::List || self.dice.roll(2) == 0 {
+            return;
+        }
+        let n = self.dice.roll(8);
+        let target: Target = format!("203.0.113.{}", 100 + n).parse().unwrap();
+        match self.find(place, &target) {
+            Some(id) => drop(self.places[place].remove(&id)),
+            None => drop(self.add(place, target, "portcullis:churn:r")),
         }
     }
 
@@ -231,6 +258,7 @@ impl Run {
             operation: None,
             results: BTreeMap::new(),
             fails: true,
+            churns: true,
             dice: Dice(seed),
             ours_max,
         };
@@ -356,6 +384,94 @@ proptest! {
 }
 
 #[test]
+fn an_entry_asked_for_is_ours_if_ours_is_among_those_of_its_target() {
+    let mut run = Run::new(Form::Rules, 1);
+    run.publish(true, vec![BanChange::Put(record("192.0.2.20", None, 1))]);
+    run.finish();
+    let entries = run.mirror.summary().entries;
+    run.publish(false, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert!(matches!(call.ask, Ask::Create(..)), "{call:?}");
+    run.mirror.handle(call.clone(), Err(CallError::Timeout), run.now);
+    run.now = run.now.saturating_add(Duration::from_secs(600));
+    let other = run.mirror.next(run.now).unwrap();
+    let answer = run.model.carry_out(&other);
+    run.mirror.handle(other, answer, run.now);
+    let find = run.mirror.next(run.now).unwrap();
+    assert_eq!((find.place, &find.ask), (call.place, &Ask::Find("192.0.2.9".parse().unwrap())));
+    let entry = |id: &str, note: &str, is_elsewhere| Seen {
+        id: id.to_owned(),
+        target: Some("192.0.2.9".parse().unwrap()),
+        mode: Some(Mode::Block),
+        note: note.to_owned(),
+        is_elsewhere,
+    };
+    let found = vec![entry("a", "portcullis:me:r", true), entry("b", "", false), entry("c", "portcullis:me:r", false)];
+    run.mirror.handle(find, Ok(Answer::Found(found)), run.now);
+    assert_eq!(run.mirror.summary().entries, entries + 2, "one in each zone");
+    run.publish(false, vec![BanChange::Delete("192.0.2.9".parse().unwrap())]);
+    let deleted: Vec<Ask> = std::iter::from_fn(|| {
+        let call = run.mirror.next(run.now)?;
+        run.mirror.handle(call.clone(), Ok(Answer::Done), run.now);
+        Some(call.ask)
+    })
+    .collect();
+    assert!(deleted.contains(&Ask::Delete("c".to_owned(), "192.0.2.9".parse().unwrap())), "{deleted:?}");
+}
+
+#[test]
+fn an_entry_that_is_listed_twice_is_no_second_one_and_stays() {
+    let mut run = Run::new(Form::Rules, 1);
+    run.model.fails = false;
+    run.publish(true, vec![BanChange::Put(record("192.0.2.20", None, 1))]);
+    let id = run.model.find(0, &"192.0.2.20".parse().unwrap()).unwrap();
+    // Each look at ours, the wide one and the next, misses one entry and finds another on both pages.
+    let mut shifts = 2;
+    while shifts > 0 {
+        run.now = run.now.saturating_add(Duration::from_secs(1));
+        let call = run.mirror.next(run.now).unwrap();
+        let answer = match &call.ask {
+            Ask::Look(Cursor::Page { notes, page }) if call.place == 0 => {
+                shifts -= page - 1;
+                let next = (*page == 1).then(|| Cursor::Page { notes: notes.clone(), page: 2 });
+                Ok(Answer::Page { entries: vec![run.model.places[0][&id].clone()], next, total: Some(2) })
+            }
+            _ => run.model.carry_out(&call),
+        };
+        run.mirror.handle(call, answer, run.now);
+    }
+    run.finish();
+    assert_eq!(run.model.find(0, &"192.0.2.20".parse().unwrap()), Some(id), "it was never removed");
+    assert_eq!(run.model.ours(0).len(), 1, "what was missed is gone, as nobody wants it");
+}
+
+#[test]
+fn an_item_that_somebody_adds_between_two_looks_is_left_alone() {
+    for count in [1, 30] {
+        let mut run = Run::new(Form::List, 1);
+        run.publish(true, Vec::new());
+        run.finish();
+        run.now = run.now.saturating_add(Duration::from_secs(600));
+        // The last ones are kept when there are too many.
+        let theirs: Target = format!("192.0.2.{}", 99 + count).parse().unwrap();
+        run.model.add(0, theirs, "of a person");
+        let targets: Vec<String> = (100..100 + count).map(|n| format!("192.0.2.{n}")).collect();
+        run.publish(false, targets.iter().map(|target| BanChange::Put(record(target, None, 1))).collect());
+        run.model.fails = false;
+        for _ in 0..1000 {
+            if !run.call() {
+                run.now = run.now.saturating_add(Duration::from_secs(1));
+                run.mirror.handle_time(run.now);
+            }
+        }
+        assert!(run.mirror.is_settled());
+        assert!(run.model.ours(0).len() >= count.min(12) - 1, "all the others are there");
+        let kept = run.model.find(0, &theirs).unwrap();
+        assert_eq!(run.model.places[0][&kept].note, "of a person");
+    }
+}
+
+#[test]
 fn before_the_ban_set_is_whole_entries_are_added_and_none_removed() {
     let mut run = Run::new(Form::Rules, 1);
     run.publish(false, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
@@ -373,7 +489,7 @@ fn before_the_ban_set_is_whole_entries_are_added_and_none_removed() {
 #[test]
 fn a_mirror_that_only_looks_changes_nothing_and_knows_what_it_would_do() {
     let mut run = Run::new(Form::Rules, 1);
-    run.model.fails = false;
+    (run.model.fails, run.model.churns) = (false, false);
     run.mirror.set_read_only();
     run.publish(true, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
     let before = run.model.places.clone();

@@ -19,6 +19,11 @@ use crate::guard::Guard;
 /// One part in so many of the quota is kept free, so that new bans need not wait for those that make room.
 const RESERVE_SHARE: usize = 50;
 
+/// Entries that are kept in memory, for each one wanted: when enough of those that are wanted end, the rest is split anew.
+const KEPT_SHARE: usize = 2;
+/// Changes from which on all bans are split anew, the best first.
+const ANEW_MIN: usize = 1000;
+
 /// What decides who stays when the quota is full: when it ends, then how often its client was banned.
 type Rank = (Timestamp, u32);
 
@@ -35,6 +40,8 @@ pub(in crate::cloudflare) struct Wishes {
     ranks: BTreeSet<(Rank, Target)>,
     /// Up to here entries are left out.
     cut: Option<(Rank, Target)>,
+    /// Up to here entries are not even kept.
+    floor: Option<Rank>,
     /// Entries that would take in a guarded address.
     holed: BTreeSet<Target>,
     /// Bans that would take too many entries.
@@ -54,6 +61,7 @@ impl Wishes {
             entries: BTreeMap::new(),
             ranks: BTreeSet::new(),
             cut: None,
+            floor: None,
             holed: BTreeSet::new(),
             unsayable: BTreeSet::new(),
         }
@@ -75,7 +83,7 @@ impl Wishes {
             }
         }
         let bans = self.desired.handle_update(update, &self.guard, now);
-        self.recount(&bans)
+        if update.snapshot { self.recount_all() } else { self.recount(&bans) }
     }
 
     /// Judges every ban anew.
@@ -126,7 +134,7 @@ impl Wishes {
         &self.desired
     }
 
-    /// Entries left out because of the quota.
+    /// Entries left out because of the quota. Of a ban set that takes many times the quota, not all are counted.
     pub(in crate::cloudflare) fn left_out(&self) -> usize {
         self.ranks.len().saturating_sub(self.wanted_max)
     }
@@ -141,41 +149,84 @@ impl Wishes {
         self.unsayable.len()
     }
 
+    /// Splits all bans anew, the best first, until there are enough entries.
     fn recount_all(&mut self) -> BTreeSet<Target> {
-        let bans: BTreeSet<Target> = self.desired.all().map(|(target, _)| *target).collect();
-        self.recount(&bans)
+        let mut touched: BTreeSet<Target> = std::mem::take(&mut self.entries).into_keys().collect();
+        touched.append(&mut self.holed);
+        self.ranks.clear();
+        self.unsayable.clear();
+        (self.cut, self.floor) = (None, None);
+        let wanted = self.desired.all().filter_map(|(ban, _)| Some((self.rank(ban)?, *ban)));
+        let mut bans: Vec<(Rank, Target)> = wanted.collect();
+        bans.sort_unstable_by(|one, other| other.cmp(one));
+        for (rank, ban) in bans {
+            if self.form.piece_prefix(&ban).is_none() {
+                self.unsayable.insert(ban);
+            } else if self.ranks.len() >= self.kept_max() {
+                self.floor = self.floor.max(Some(rank));
+            } else {
+                for piece in self.form.pieces(&ban) {
+                    self.recount_piece(piece);
+                    touched.insert(piece);
+                }
+            }
+        }
+        self.recut();
+        touched
     }
 
     fn recount(&mut self, bans: &BTreeSet<Target>) -> BTreeSet<Target> {
+        if bans.len() >= ANEW_MIN {
+            return self.recount_all();
+        }
         let mut touched = BTreeSet::new();
         for ban in bans {
-            let pieces = self.form.pieces(ban);
-            if pieces.is_empty() && self.desired.wanted(ban).is_some() {
+            if self.form.piece_prefix(ban).is_none() && self.desired.wanted(ban).is_some() {
                 self.unsayable.insert(*ban);
             } else {
                 self.unsayable.remove(ban);
             }
-            for piece in pieces {
+            for piece in self.form.pieces(ban) {
                 self.recount_piece(piece);
                 touched.insert(piece);
             }
+        }
+        while self.ranks.len() > self.kept_max() {
+            let Some((rank, piece)) = self.ranks.pop_first() else { break };
+            self.entries.remove(&piece);
+            self.floor = Some(rank);
+            touched.insert(piece);
+        }
+        if self.floor.is_some() && self.ranks.len() < self.wanted_max {
+            touched.append(&mut self.recount_all());
         }
         touched.extend(self.recut());
         touched
     }
 
+    fn kept_max(&self) -> usize {
+        KEPT_SHARE * self.wanted_max.max(1)
+    }
+
+    /// Of a ban; `None` where it is not wanted.
+    fn rank(&self, ban: &Target) -> Option<Rank> {
+        let ends = self.desired.wanted(ban)?.ends.unwrap_or(Timestamp::MAX);
+        Some((ends, self.counts.get(ban).copied().unwrap_or_default()))
+    }
+
     fn recount_piece(&mut self, piece: Target) {
         let owners = self.form.owners(&piece).filter_map(|owner| {
-            let entry = self.desired.wanted(&owner)?;
-            let count = self.counts.get(&owner).copied().unwrap_or_default();
-            Some(((entry.ends.unwrap_or(Timestamp::MAX), count), entry.rule.clone()))
+            let rule = self.desired.wanted(&owner)?.rule.clone();
+            Some((self.rank(&owner)?, rule))
         });
         let longest = owners.max_by_key(|(rank, _)| *rank);
         if let Some((rank, _)) = self.entries.remove(&piece) {
             self.ranks.remove(&(rank, piece));
         }
         self.holed.remove(&piece);
-        let Some((rank, rule)) = longest else { return };
+        let Some((rank, rule)) = longest.filter(|(rank, _)| self.floor.is_none_or(|floor| *rank > floor)) else {
+            return;
+        };
         if self.guard.refuse(&piece).is_some() || self.guard_nets.iter().any(|net| piece.contains(net)) {
             self.holed.insert(piece);
             return;
@@ -199,6 +250,8 @@ impl Wishes {
 
 #[cfg(test)]
 mod tests {
+    use proto::ban::BanRecord;
+
     use super::*;
     use crate::cloudflare::mirror::sim::{guard, record, update};
 
@@ -218,6 +271,43 @@ mod tests {
         let touched = wishes.handle_guard(guard(&[]));
         assert!(touched.contains(&"198.51.100.0/24".parse().unwrap()));
         assert_eq!((wanted(&wishes).len(), wishes.holed()), (9, 0));
+    }
+
+    #[test]
+    fn bans_that_take_many_entries_are_kept_only_as_far_as_the_quota_needs() {
+        let now = Timestamp::from_secs(100);
+        let mut wishes = Wishes::new(Form::Rules, 400, guard(&[]));
+        let ban = |n: i64| record(&format!("2001:db8:{n:x}::/56"), Some(1000 + n), 1);
+        let bans: Vec<BanRecord> = (0..60).map(ban).collect();
+        wishes.handle_update(&update(1, true, &bans), now);
+        let bound = 2 * 400 + 256;
+        assert!(wishes.entries.len() <= bound, "{}", wishes.entries.len());
+        assert_eq!(wanted(&wishes).len(), 392);
+        assert!(wishes.left_out() > 0);
+        // One by one, too; and when the best end, those that were not kept come up.
+        for n in 60..80 {
+            let touched = wishes.handle_update(&update(n as u64, false, &[ban(n)]), now);
+            assert!(touched.len() <= bound && wishes.entries.len() <= bound);
+        }
+        assert!(wanted(&wishes).contains(&"2001:db8:4f::/64".to_owned()), "the best one is there");
+        for n in (1..80).rev() {
+            let target: Target = format!("2001:db8:{n:x}::/56").parse().unwrap();
+            let change = BanUpdate {
+                revision: 2000 - n as u64,
+                snapshot: false,
+                changes: vec![BanChange::Delete(target)],
+                cause: None,
+            };
+            let before: BTreeSet<Target> = wishes.all_wanted().copied().collect();
+            let touched = wishes.handle_update(&change, now);
+            let after: BTreeSet<Target> = wishes.all_wanted().copied().collect();
+            assert!(before.symmetric_difference(&after).all(|piece| touched.contains(piece)), "what changed is told");
+            assert!(
+                wishes.entries.len() <= bound && after.len() == (256 * n as usize).min(392),
+                "{n}: {}",
+                after.len()
+            );
+        }
     }
 
     #[test]

@@ -4,13 +4,14 @@
 //! has not been renewed for as long as it lasts, by the waiter's own clock. Each renewal carries the time to live: an
 //! update without it would make the lease last for ever, and so would taking over a key that has once ended.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, sleep};
 
 use super::trouble::{Trouble, problem};
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
@@ -24,6 +25,8 @@ pub const LEASE_INTERVAL: Duration = Duration::from_millis(250);
 /// Looks without a renewal after which a lease is taken: only answered looks count, so that a time in which nobody could
 /// renew does not cost the holder its lease.
 const STALE_LOOKS: u32 = 10;
+/// How long what has no fence is done after the last renewal that was answered was sent: no longer than others wait.
+const UNFENCED_MAX: Duration = LEASE_INTERVAL.saturating_mul(STALE_LOOKS - 2);
 
 /// Who holds a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,11 +161,21 @@ impl LeaseState {
 }
 
 impl Keeper {
-    /// Keeps `lease` from the moment that it is wanted.
+    /// Keeps `lease` from the moment that it is wanted. While no server answers it stays held: what its holder does must
+    /// have a fence.
     pub fn spawn(lease: Lease) -> Self {
+        Self::start(lease, true)
+    }
+
+    /// The same for what has no fence: it is held no more before another can take it, whether or not a server answers.
+    pub fn spawn_unfenced(lease: Lease) -> Self {
+        Self::start(lease, false)
+    }
+
+    fn start(lease: Lease, is_fenced: bool) -> Self {
         let (wanted, wanted_in) = watch::channel(false);
         let (state_out, state) = watch::channel(LeaseState::default());
-        let task = tokio::spawn(keep(lease, wanted_in, state_out));
+        let task = tokio::spawn(keep(lease, is_fenced, wanted_in, state_out));
         Self { wanted, state, task }
     }
 
@@ -198,10 +211,12 @@ impl Drop for Keeper {
     }
 }
 
-async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
+async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
     let mut ticks = tokio::time::interval(LEASE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trouble = Trouble::default();
+    // When another may hold what we held.
+    let mut lapse = Box::pin(sleep(UNFENCED_MAX));
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -209,20 +224,35 @@ async fn keep(mut lease: Lease, mut wanted: watch::Receiver<bool>, state: watch:
         }
         let is_wanted = *wanted.borrow_and_update();
         let held = if is_wanted {
-            let kept = lease.keep().await;
+            let next_lapse = Box::pin(sleep(UNFENCED_MAX));
+            let kept = {
+                let mut keeping = pin!(lease.keep());
+                loop {
+                    tokio::select! {
+                        biased;
+                        kept = &mut keeping => break kept,
+                        () = &mut lapse, if !is_fenced && state.borrow().held => {
+                            state.send_modify(|state| (state.held, state.holder) = (false, None));
+                        }
+                    }
+                }
+            };
             trouble.note(&lease.connection, kept.as_ref().map(drop));
             match kept {
-                Ok(held) => held,
-                // Nobody answers, so nobody can take it either, or we shall hear of it. What must not happen twice has a
-                // fence.
-                Err(_) => lease.is_held(),
+                Ok(held) => {
+                    lapse = next_lapse;
+                    held
+                }
+                // Nobody answers us. Others may be answered, so what has no fence ends in time.
+                Err(_) => lease.is_held() && (is_fenced || !lapse.is_elapsed()),
             }
         } else {
             // If the server does not hear of it, the lease ends by itself.
             let _unheard = lease.give_back().await;
             false
         };
-        let known = LeaseState { held, holder: lease.holder().cloned(), failure: trouble.lasting().cloned() };
+        let holder = lease.holder().filter(|holder| held || **holder != lease.me).cloned();
+        let known = LeaseState { held, holder, failure: trouble.lasting().cloned() };
         state.send_if_modified(|former| std::mem::replace(former, known.clone()) != known);
     }
 }

@@ -1,0 +1,135 @@
+//! Places that the configuration named before: emptied once all stands where it should stand now.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proto::report::Problem;
+use proto::time::{Clock, Timestamp};
+use tokio::time::sleep;
+
+use super::RemovalError;
+use super::client::Client;
+use super::mirror::{Mark, Mirror, Tempo};
+use super::places::{self, Place};
+use super::status::chain;
+use crate::config::CloudflareConfig;
+use crate::guard::{Guard, GuardFacts};
+
+/// How long after a failure it is tried again.
+const PAUSE: Duration = Duration::from_secs(300);
+
+/// Those that may still hold entries of ours.
+#[derive(Debug, Default)]
+pub(super) struct Former {
+    state_dir: PathBuf,
+    current: BTreeSet<Place>,
+    left: BTreeSet<Place>,
+    /// Why the last try failed.
+    problem: Option<Problem>,
+    due: Timestamp,
+}
+
+impl Former {
+    /// Keeps in `state_dir` that entries may stand at `current` from now on. What else is kept there is former.
+    pub(super) fn begin(state_dir: &Path, current: BTreeSet<Place>) -> Self {
+        let kept = places::read(state_dir).unwrap_or_else(|error| {
+            let path = places::file(state_dir);
+            tracing::warn!(path = %path.display(), %error, "Not known where entries stood at Cloudflare");
+            BTreeSet::new()
+        });
+        let left = kept.difference(&current).cloned().collect();
+        let former = Self { state_dir: state_dir.to_owned(), current, left, ..Self::default() };
+        former.keep();
+        former
+    }
+
+    fn keep(&self) {
+        let places = self.current.union(&self.left).cloned().collect();
+        if let Err(error) = places::write(&self.state_dir, &places) {
+            let path = places::file(&self.state_dir);
+            tracing::warn!(path = %path.display(), %error, "A later change of the scope may leave entries at Cloudflare");
+        }
+    }
+
+    /// The place to empty now.
+    pub(super) fn due(&self, now: Timestamp) -> Option<&Place> {
+        self.left.first().filter(|_| now >= self.due)
+    }
+
+    /// Takes what came of it.
+    pub(super) fn take(&mut self, place: &Place, cleared: Result<usize, RemovalError>, now: Timestamp) {
+        match cleared {
+            Ok(removed) => {
+                tracing::info!(%place, removed, "Emptied a former place at Cloudflare");
+                self.left.remove(place);
+                self.problem = None;
+                self.keep();
+            }
+            Err(error) => {
+                let (error, file) = (chain(&error), places::file(&self.state_dir));
+                let text = format!(
+                    "bans of a former configuration have no end of their own and cannot be removed: {error}; if it is \
+                     gone there, stop, remove {} and start",
+                    file.display()
+                );
+                tracing::warn!(reason = text, "Former place at Cloudflare not emptied");
+                self.problem = Some(Problem::degraded(text));
+                self.due = now.saturating_add(PAUSE);
+            }
+        }
+    }
+
+    /// What is left to do, for people.
+    pub(super) fn detail(&self) -> Option<String> {
+        let left: Vec<String> = self.left.iter().map(ToString::to_string).collect();
+        (!left.is_empty()).then(|| format!("emptied when all stands here: {}", left.join(", ")))
+    }
+
+    /// What is wrong.
+    pub(super) fn problem(&self) -> Option<Problem> {
+        self.problem.clone()
+    }
+}
+
+/// How a place is emptied.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way<'a> {
+    /// Of all but the place.
+    pub(super) config: &'a CloudflareConfig,
+    pub(super) tempo: &'a Tempo,
+    pub(super) clock: &'a Clock,
+    /// Only count.
+    pub(super) dry_run: bool,
+}
+
+/// Removes all that is ours at `place`. Returns how many entries that is.
+///
+/// # Errors
+/// When it could not be done. What was removed until then is gone.
+pub(super) async fn clear(client: &Client, place: &Place, way: Way<'_>) -> Result<usize, RemovalError> {
+    let Way { config, tempo, clock, dry_run } = way;
+    let client = client.at(place.scope());
+    let config = CloudflareConfig { scope: place.scope(), ..config.clone() };
+    let guard = Guard::new(&GuardFacts::default());
+    let mut mirror = Mirror::new(&config, Mark::new(&place.installation), guard, tempo.clone(), 1);
+    if dry_run {
+        mirror.set_read_only();
+    }
+    mirror.handle_pause(true, clock.now());
+    loop {
+        let Some(call) = mirror.next(clock.raw()) else {
+            let summary = mirror.summary();
+            if let Some((_, text)) = summary.troubles.first() {
+                return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
+            }
+            match mirror.pause(clock.raw()) {
+                None => return Ok(if dry_run { summary.entries } else { summary.removed }),
+                Some(pause) => sleep(pause).await,
+            }
+            continue;
+        };
+        let answer = client.carry_out(&call).await;
+        mirror.handle(call, answer, clock.raw());
+    }
+}
