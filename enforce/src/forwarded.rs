@@ -266,8 +266,8 @@ impl Forwarded {
         if host::may_change_firewall() {
             let known = self.known || self.paused;
             let outcome = self.chains.put(&searches, (known, retry), &families).await;
-            self.take_outcome(outcome, &families);
-            if self.outcome.problems.is_empty() && !self.around.dry_run {
+            self.take_outcome(outcome);
+            if self.outcome.is_in_force() && !self.around.dry_run {
                 self.in_force = self.claims.revision();
             }
         } else if !self.around.dry_run {
@@ -278,9 +278,9 @@ impl Forwarded {
         self.report();
     }
 
-    fn take_outcome(&mut self, mut outcome: Outcome, families: &[Family]) {
+    fn take_outcome(&mut self, mut outcome: Outcome) {
         let forwards = self.config.chains.iter().any(|chain| chain != "INPUT" && chain != "OUTPUT");
-        for &family in families.iter().filter(|_| forwards) {
+        for &family in outcome.seen.iter().filter(|_| forwards) {
             let bridges = sight::unseen_bridges(family);
             if !bridges.is_empty() {
                 let text = format!(

@@ -195,6 +195,18 @@ pub(crate) fn has_limits_that_are_known(host: &Host) {
     }
     assert_eq!(bridged.send("10.88.0.3:8443", &[&request(head)]), "reset", "without ports all are meant");
     assert_eq!(bridged.send("10.88.0.3:8443", &["GET /echo HTTP/1.1\r\n\r\n"]), "answered", "an answer is let through");
+    drop(enforcer);
+
+    // Docker without IPv6.
+    for line in ["-F FORWARD", "-F DOCKER-USER", "-X DOCKER-USER"] {
+        host.iptables("6", line);
+    }
+    let enforcer = host.enforcer(ON);
+    enforcer.ask("ban-forwarded 192.0.2.1 600");
+    wait_for(&enforcer, 1);
+    until("that is in force", || backend(&enforcer)["revision"].as_u64() > Some(0));
+    assert!(problems(&enforcer).contains("ipv6: chain DOCKER-USER does not exist"), "{}", problems(&enforcer));
+    assert!(!problems(&enforcer).contains("degraded"), "{}", problems(&enforcer));
 }
 
 pub(crate) fn keeps_rules(host: &Host) {
