@@ -22,7 +22,7 @@ use proto::event::{ABSENT, AccessBatch, Event, Headers, Interest, Text};
 use proto::net::parse_peer;
 use proto::time::Timestamp;
 
-pub use clf_guard::Suspicion;
+pub use clf_guard::{Suspicion, WaitingRoom};
 
 use clf_guard::{Guard, Mark, Verdict};
 use envelope::{DOCKER_START, Envelope, LEVELS_MAX, Stream};
@@ -208,6 +208,17 @@ impl Parser {
     /// There was a line that was too long to be read.
     pub fn note_oversized(&mut self) {
         self.guard.note_oversized();
+    }
+
+    /// Accesses of the common log format that wait to be believed do so in `room`, which others may share.
+    pub fn set_room(&mut self, room: WaitingRoom) {
+        self.guard.set_room(room);
+    }
+
+    /// No further line will come. Returns how many accesses were [held](Outcome::Held) in vain and not counted yet.
+    pub fn give_up_held(&mut self) -> u64 {
+        self.guard.give_up();
+        self.guard.take_condemned()
     }
 
     /// How many accesses that were [held](Outcome::Held) turned out to be suspects, and were not counted yet.

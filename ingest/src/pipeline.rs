@@ -19,6 +19,7 @@ use tokio::task::{Id, JoinError, JoinSet};
 use crate::config::{FileConfig, IngestConfig, Lines, SourceConfig, SourceKind};
 use crate::error::IngestError;
 use crate::metrics::Metrics;
+use crate::parse::WaitingRoom;
 use crate::source::batch::{Batcher, Stopped};
 use crate::source::file::{FileSource, Rules};
 use crate::source::intake::Intake;
@@ -81,6 +82,8 @@ pub(crate) struct Shared {
     /// One permit for each file that may still be opened, over all sources.
     pub(crate) open_files: Arc<Semaphore>,
     pub(crate) banned: Banned,
+    /// Where lines wait to be believed.
+    pub(crate) waiting: WaitingRoom,
     silent_after: Duration,
     status: Mutex<SourceStatus>,
 }
@@ -277,6 +280,7 @@ impl Shared {
             shutdown: inputs.shutdown.clone(),
             open_files,
             banned: inputs.banned.clone(),
+            waiting: WaitingRoom::default(),
             silent_after: source.lines.silent_after,
             status: Mutex::new(SourceStatus { report, skew: Skew::default(), problems: Vec::new() }),
         })

@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -171,10 +171,8 @@ impl Clock {
 
     /// The machine's wall clock until [`Clock::steer`] tells another: the time of a whole cluster. From then on nobody who
     /// sets the machine's clock moves it.
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
     pub fn steered() -> Self {
-        let steered = Steered { start: system_now(), since: Instant::now(), offset: AtomicI64::new(UNKNOWN) };
-        Self(Source::Steered(Arc::new(steered)))
+        Self(Source::Steered(Arc::new(Steered::new())))
     }
 
     /// Takes the time of another clock, which showed `other` when [`Clock::raw`] was `raw`. Other clocks stay as they are.
@@ -199,11 +197,12 @@ impl Clock {
         }
     }
 
-    /// A moment that is only good for the time between two of them: steering does not move it.
+    /// A moment that is only good for the time between two of them: neither steering nor setting the clock moves it.
     pub fn raw(&self) -> Timestamp {
         match &self.0 {
             Source::Steered(steered) => steered.raw(),
-            Source::System | Source::Manual(_) => self.now(),
+            Source::System => since_first_look(),
+            Source::Manual(_) => self.now(),
         }
     }
 
@@ -228,9 +227,20 @@ impl Clock {
 }
 
 impl Steered {
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
+    fn new() -> Self {
+        Self { start: system_now(), since: Instant::now(), offset: AtomicI64::new(UNKNOWN) }
+    }
+
     fn raw(&self) -> Timestamp {
         self.start.saturating_add(self.since.elapsed())
     }
+}
+
+/// The machine's time when it was first asked for, and what has passed since.
+fn since_first_look() -> Timestamp {
+    static FIRST: OnceLock<Steered> = OnceLock::new();
+    FIRST.get_or_init(Steered::new).raw()
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]

@@ -32,6 +32,8 @@
 //! ones: the first of them takes it back. The generic format has no counts and cannot be guarded.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proto::net::{parse_addr, parse_peer};
@@ -56,6 +58,8 @@ const JUMP_SLOTS_MAX: i64 = 360;
 const RIVAL_TIME: Duration = Duration::from_secs(2);
 /// As much of them serves as well: more than a request may have headers (1 MiB, Go's limit).
 const RIVAL_BYTES: u64 = 1 << 20;
+/// Bytes in which all lines of one source may wait.
+const WAITING_BYTES_MAX: usize = 16 << 20;
 /// Counts for each line of a restarted Traefik, beyond [`JUMP_BASE`]: the others are under way or not logged.
 const RESTART_GAP_MAX: u64 = 4;
 /// Lines after which a new writer that has fallen silent is forgotten for another.
@@ -108,18 +112,44 @@ pub(crate) enum Verdict {
     Believed,
 }
 
-/// Lines that wait, in their order.
+/// Room in which lines of one source wait; clones are the same room.
 #[derive(Clone, Debug, Default)]
+pub struct WaitingRoom(Arc<AtomicUsize>);
+
+impl WaitingRoom {
+    /// Takes so many bytes, if there are as many.
+    fn take(&self, bytes: usize) -> bool {
+        let grown = |taken: usize| taken.checked_add(bytes).filter(|taken| *taken <= WAITING_BYTES_MAX);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grown).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.0.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Lines that wait, in their order.
+#[derive(Debug, Default)]
 pub(crate) struct Held {
+    room: WaitingRoom,
     bytes: Vec<u8>,
     /// Where each ends, and whether it is worth a report.
     lines: Vec<(usize, bool)>,
 }
 
 impl Held {
-    fn push(&mut self, line: &[u8], suspicion: Suspicion) {
-        self.bytes.extend_from_slice(line);
-        self.lines.push((self.bytes.len(), suspicion != Suspicion::TooOld));
+    fn new(room: &WaitingRoom) -> Self {
+        Self { room: room.clone(), bytes: Vec::new(), lines: Vec::new() }
+    }
+
+    /// Whether there was room for the line.
+    fn push(&mut self, line: &[u8], suspicion: Suspicion) -> bool {
+        let has_room = self.room.take(line.len());
+        if has_room {
+            self.bytes.extend_from_slice(line);
+            self.lines.push((self.bytes.len(), suspicion != Suspicion::TooOld));
+        }
+        has_room
     }
 
     /// How many are worth a report.
@@ -130,6 +160,12 @@ impl Held {
     pub(crate) fn iter(&self) -> impl Iterator<Item = &[u8]> {
         let starts = std::iter::once(0).chain(self.lines.iter().map(|(end, _)| *end));
         starts.zip(&self.lines).map(|(start, (end, _))| &self.bytes[start..*end])
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.room.give_back(self.bytes.len());
     }
 }
 
@@ -147,9 +183,15 @@ pub(crate) struct Guard {
     released: Held,
     /// Lines that have waited in vain, since the last call that asked.
     condemned: u64,
+    room: WaitingRoom,
 }
 
 impl Guard {
+    /// Lines wait in `room` from now on.
+    pub(crate) fn set_room(&mut self, room: WaitingRoom) {
+        self.room = room;
+    }
+
     /// Judges an access that came at `now`.
     pub(crate) fn judge(&mut self, mark: Mark, line: &[u8], now: Timestamp) -> Verdict {
         let slot_now = slot_of(now);
@@ -203,7 +245,8 @@ impl Guard {
             }
         }
         self.forget_rival();
-        self.rival = Some(Rival { writer: Writer::new(mark), since: now, silent_lines: 0, held: Held::default() });
+        self.rival =
+            Some(Rival { writer: Writer::new(mark), since: now, silent_lines: 0, held: Held::new(&self.room) });
         self.hold(line, suspicion, now)
     }
 
@@ -216,8 +259,8 @@ impl Guard {
         };
         let bytes = (rival.held.bytes.len() + line.len()) as u64;
         if now.since(rival.since) < RIVAL_TIME && bytes < RIVAL_BYTES {
-            rival.held.push(line, suspicion);
-            return Verdict::Held(suspicion);
+            let has_room = rival.held.push(line, suspicion);
+            return if has_room { Verdict::Held(suspicion) } else { Verdict::Suspect(suspicion) };
         }
         if let Some(Rival { writer, held, .. }) = self.rival.take() {
             (self.writer, self.released) = (Some(writer), held);
@@ -237,6 +280,11 @@ impl Guard {
         std::mem::take(&mut self.released)
     }
 
+    /// Nothing more will come that lines could wait for.
+    pub(crate) fn give_up(&mut self) {
+        self.forget_rival();
+    }
+
     /// How many lines have waited in vain, and were not counted yet.
     pub(crate) fn take_condemned(&mut self) -> u64 {
         std::mem::take(&mut self.condemned)
@@ -244,7 +292,8 @@ impl Guard {
 
     /// Goes on where `other` is, whose lines go on here. That one keeps what it knows, and nothing waits there any more.
     pub(crate) fn take_over(&mut self, other: &mut Self) {
-        let kept = Self { writer: other.writer.clone(), before_leap: other.before_leap.clone(), ..Self::default() };
+        let (writer, before_leap) = (other.writer.clone(), other.before_leap.clone());
+        let kept = Self { writer, before_leap, room: other.room.clone(), ..Self::default() };
         *self = std::mem::replace(other, kept);
     }
 

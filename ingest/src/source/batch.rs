@@ -84,7 +84,9 @@ impl Batcher {
     /// A lane for the file of its first line. What its predecessor knows and was left with goes over. The pieces that were
     /// read there count as sent once that one is flushed, which is after what becomes of them here.
     fn begin(&mut self, piece: &Piece<'_>) {
-        let mut lane = Lane::new(Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default()));
+        let mut parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
+        parser.set_room(self.shared.waiting.clone());
+        let mut lane = Lane::new(parser);
         // What is there already may be old.
         lane.is_live = false;
         let mut joining_since = None;
@@ -151,7 +153,9 @@ impl Batcher {
     /// Sends what there is of a file and forgets it.
     pub(crate) fn close(&mut self, file: FileKey) -> Result<(), Stopped> {
         let sent = self.cut(file);
-        self.lanes.remove(&file);
+        if let Some(FileLane { mut lane, .. }) = self.lanes.remove(&file) {
+            lane.give_up_held((&self.shared, &self.metrics));
+        }
         self.predecessors.remove(&file);
         sent
     }

@@ -42,7 +42,8 @@ impl Intake {
 
     /// For one sender, whose lines are shown under `origin` where that [is another node](Self::origin).
     pub(crate) fn open(&self, origin: Option<Arc<str>>) -> Inlet {
-        let parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
+        let mut parser = Parser::new(self.format, self.line_bytes_max, Arc::default(), Arc::default());
+        parser.set_room(self.shared.waiting.clone());
         Inlet { intake: self.clone(), lane: Lane::new(parser), rules: Arc::default(), is_new: true, origin }
     }
 
@@ -172,6 +173,12 @@ impl Inlet {
             }
             Err(TrySendError::Closed(_)) => Err(Stopped::ReceiverGone),
         }
+    }
+}
+
+impl Drop for Inlet {
+    fn drop(&mut self) {
+        self.lane.give_up_held((&self.intake.shared, &self.intake.metrics));
     }
 }
 

@@ -162,6 +162,17 @@ impl Lane {
     }
 }
 
+impl Lane {
+    /// Its writer has ended: what waited to be believed is not.
+    pub(crate) fn give_up_held(&mut self, (shared, metrics): (&Shared, &SourceMetrics)) {
+        let suspect = self.parser.give_up_held();
+        if suspect > 0 {
+            metrics.suspect.inc_by(suspect);
+            shared.status().report.suspect += suspect;
+        }
+    }
+}
+
 impl Tally {
     /// Returns whether the line is no access entry.
     fn note(&mut self, outcome: Outcome<Origin>, line: &[u8]) -> bool {

@@ -8,7 +8,7 @@ use hyper::client::conn::http2::{self, SendRequest};
 use hyper::{HeaderMap, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -336,5 +336,35 @@ async fn a_shutdown_finishes_calls_under_way_and_takes_nothing_new() {
     assert_eq!((reading.code(), waiting.code()), (14, 0), "{reading:?} {waiting:?}");
     assert!(caller.ends().await);
     assert!(TcpStream::connect(role.addr).await.is_err());
+    role.stop().await;
+}
+
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+#[tokio::test]
+async fn a_sender_that_hears_no_farewell_is_let_go_too() {
+    let role = start(json!({ "type": "otlp" })).await;
+    let mut stream = TcpStream::connect(role.addr).await.unwrap();
+    let text = |prefix: u8, text: &str| [&[prefix, text.len() as u8], text.as_bytes()].concat();
+    // POST, http, and the others by their places in HPACK's static table.
+    let head = [&[0x83, 0x86][..], &text(0x44, EXPORT), &text(0x41, "x"), &text(0x5f, "application/grpc")].concat();
+    let (settings, headers, reset) = (4, 1, 3);
+    stream.write_all(&[&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(settings, 0, 0, &[])].concat()).await.unwrap();
+    let calls = async {
+        for stream_id in (1..).step_by(2) {
+            let call = [frame(headers, 4, stream_id, &head), frame(reset, 0, stream_id, &8_u32.to_be_bytes())].concat();
+            if stream.write_all(&call).await.is_err() {
+                return;
+            }
+            // So that each is seen before it is given up.
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, calls).await.expect("an end in time");
+    role.report(|report| report.refused > 0).await;
     role.stop().await;
 }

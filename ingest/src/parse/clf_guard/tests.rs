@@ -304,3 +304,26 @@ fn restarts_one_after_the_other_make_no_suspects() {
         assert!(too_old * 100 <= written, "seed {seed}: {too_old} of {written}");
     }
 }
+
+#[test]
+fn lines_of_all_senders_wait_in_one_room() {
+    let room = WaitingRoom::default();
+    let line = vec![b'x'; 512 << 10];
+    let waits = |guard: &mut Guard| {
+        guard.set_room(room.clone());
+        assert_eq!(guard.judge(mark(1_000_000, 0), &line, at(0)), Verdict::Fits);
+        guard.judge(mark(1, 60_000), &line, at(60_000))
+    };
+    let mut guards: Vec<Guard> = (0..40).map(|_| Guard::default()).collect();
+    let verdicts: Vec<Verdict> = guards.iter_mut().map(waits).collect();
+    let fit = WAITING_BYTES_MAX / line.len();
+    assert!(verdicts[..fit].iter().all(|verdict| matches!(verdict, Verdict::Held(_))), "{verdicts:?}");
+    assert!(verdicts[fit..].iter().all(|verdict| matches!(verdict, Verdict::Suspect(_))), "{verdicts:?}");
+    let condemned = guards.iter_mut().map(|guard| {
+        guard.give_up();
+        guard.take_condemned()
+    });
+    assert_eq!(condemned.sum::<u64>(), fit as u64, "each that waited is told");
+    assert!(matches!(waits(&mut Guard::default()), Verdict::Held(_)), "there is room again");
+    assert_eq!(room.0.load(Ordering::Relaxed), 0);
+}

@@ -33,8 +33,9 @@ const HEAD_TIME_MAX: Duration = Duration::from_secs(10);
 const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Bytes that are read ahead of a body.
 const BUFFER_BYTES_MAX: usize = 64 << 10;
-/// Requests of one connection at once: exporters have one or a few under way.
-const STREAMS_MAX: u32 = 32;
+/// Requests of one connection of HTTP/2 at once, exporters have one to ten under way, and the longest head of each.
+const STREAMS_MAX: u32 = 16;
+const STREAM_HEAD_BYTES_MAX: u32 = 4 << 10;
 /// Bytes that may come of a body before they are asked for, and of all bodies of a connection.
 const STREAM_WINDOW_BYTES: u32 = 128 << 10;
 const WINDOW_BYTES: u32 = 256 << 10;
@@ -43,8 +44,9 @@ const GIVEN_UP_MAX: u32 = 100;
 /// After so long a silence HTTP/2 asks whether anybody is there, and waits so long for a word.
 const PING_INTERVAL: Duration = Duration::from_secs(60);
 const PING_TIME_MAX: Duration = Duration::from_secs(20);
-/// How long a connection that was asked to end may take.
-const ENDING_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a connection that was asked to end may be silent, and how long it may take in all: more than a body.
+const ENDING_SILENCE_MAX: Duration = Duration::from_secs(5);
+const ENDING_TIME_MAX: Duration = Duration::from_secs(40);
 /// What HTTP/2 begins with (RFC 9113, section 3.4), and no request of HTTP/1.1 does.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -67,7 +69,7 @@ impl State {
     fn patience(self, idle_max: Duration) -> Duration {
         match self {
             Self { open: 1.., .. } => Duration::MAX,
-            Self { is_ending: true, .. } => ENDING_TIME_MAX,
+            Self { is_ending: true, .. } => ENDING_SILENCE_MAX,
             Self { is_in_head: true, .. } => HEAD_TIME_MAX,
             _ => idle_max,
         }
@@ -84,8 +86,18 @@ pub(super) async fn serve(server: Arc<Server>, connection: Connection) -> Result
     let (executor, mut spawned) = mpsc::unbounded_channel();
     let mut http = pin!(speak(pipe, (server.clone(), caller.clone(), state.clone()), Streams(executor)));
     let mut streams = JoinSet::new();
+    let mut ended = pin!(tokio::time::sleep(Duration::MAX));
+    let mut is_ending = false;
     loop {
         let now = *states.borrow_and_update();
+        // Who goes on giving up requests need not be asked.
+        if now.given_up > GIVEN_UP_MAX {
+            server.intake().note_refused();
+            break;
+        }
+        if now.is_ending && !std::mem::replace(&mut is_ending, true) {
+            ended.set(tokio::time::sleep(ENDING_TIME_MAX));
+        }
         tokio::select! {
             () = http.as_mut() => break,
             Some(stream) = spawned.recv() => {
@@ -96,6 +108,7 @@ pub(super) async fn serve(server: Arc<Server>, connection: Connection) -> Result
                 std::panic::resume_unwind(error.into_panic());
             },
             _changed = states.changed() => {}
+            () = ended.as_mut(), if is_ending => break,
             () = tokio::time::sleep(now.patience(idle_max)) => {
                 if now.is_in_head {
                     server.intake().note_refused();
@@ -108,9 +121,6 @@ pub(super) async fn serve(server: Arc<Server>, connection: Connection) -> Result
             }
             () = shutdown.draining(), if !now.is_ending => state.send_modify(|state| state.is_ending = true),
         }
-    }
-    if states.borrow().given_up > GIVEN_UP_MAX {
-        server.intake().note_refused();
     }
     caller.stopped.get().map_or(Ok(()), |stopped| Err(*stopped))
 }
@@ -164,7 +174,7 @@ fn h2(streams: Streams) -> http2::Builder<Streams> {
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .max_header_list_size(HEAD_BYTES_MAX as u32)
+        .max_header_list_size(STREAM_HEAD_BYTES_MAX)
         .max_send_buf_size(BUFFER_BYTES_MAX)
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIME_MAX);
@@ -219,7 +229,6 @@ impl Drop for UnderWay {
         self.state.send_modify(|state| {
             state.open -= 1;
             state.given_up += u32::from(!self.is_answered);
-            state.is_ending |= state.given_up > GIVEN_UP_MAX;
         });
     }
 }
