@@ -159,8 +159,8 @@ impl Decider {
     }
 
     /// Tells of a leak, unless the host that should have kept the client out lets it pass on purpose.
-    pub(crate) fn handle_answer(&mut self, (leak, holds): Answered) {
-        let (is_spared, answers) = weigh(&leak, &holds);
+    pub(crate) fn handle_answer(&mut self, (mut leak, holds): Answered) {
+        let (is_spared, answers) = weigh(&mut leak, &holds);
         self.engine.judge_leak(leak.client, is_spared);
         if is_spared {
             tracing::info!(client = %leak.client, node = leak.node, why = answers.join("; "), "Banned client is let pass");

@@ -65,14 +65,17 @@ impl Inquiries {
     }
 }
 
-/// Whether a host lets the client of `leak` pass on purpose, and what those say who should have kept it out.
-pub(crate) fn weigh(leak: &Leak, holds: &[BackendHold]) -> (bool, Vec<String>) {
+/// Whether a host lets the client of `leak` pass on purpose, and what those say who should have kept it out; that the
+/// firewall does not hold it is noted in `leak`.
+pub(crate) fn weigh(leak: &mut Leak, holds: &[BackendHold]) -> (bool, Vec<String>) {
     let is_asked = |hold: &&BackendHold| match leak.keeper {
         Keeper::Firewall | Keeper::Forwarded => hold.node == leak.node,
         Keeper::Cloudflare => hold.backend.starts_with(CLOUDFLARE),
-        Keeper::NoEnforcer | Keeper::NoFirewall | Keeper::BehindProxy => false,
+        Keeper::NoEnforcer | Keeper::NoFirewall | Keeper::BehindProxy | Keeper::NoEvidence => false,
     };
     let asked: Vec<&BackendHold> = holds.iter().filter(is_asked).collect();
+    let denies = |hold: &&BackendHold| hold.backend != BackendHold::UNKNOWN && hold.entry.is_none();
+    leak.denied = leak.keeper == Keeper::Firewall && asked.iter().any(denies);
     let said = |hold: &&BackendHold| format!("{}: {}", hold.backend, hold.detail);
     (asked.iter().any(|hold| hold.spared), asked.iter().take(QUOTED_MAX).map(said).collect())
 }
@@ -131,6 +134,45 @@ mod tests {
     use proto::time::Timestamp;
 
     use super::*;
+
+    #[test]
+    fn a_ban_that_does_not_fit_is_told_as_what_the_firewall_does_not_hold() {
+        let mut leak = Leak {
+            client: "192.0.2.1".parse().unwrap(),
+            target: "192.0.2.1".parse().unwrap(),
+            rule: "r".to_owned(),
+            node: "a".to_owned(),
+            host: "shop.example.net".to_owned(),
+            path: "/".to_owned(),
+            peer: None,
+            began_at: Timestamp::EPOCH,
+            keeper: Keeper::Firewall,
+            confirmed: true,
+            denied: false,
+            late: Duration::from_secs(9),
+            untold: 0,
+        };
+        let hold = |backend: &str, entry: Option<&str>, detail: &str| BackendHold {
+            node: "a".to_owned(),
+            backend: backend.to_owned(),
+            entry: entry.map(|entry| entry.parse().unwrap()),
+            detail: detail.to_owned(),
+            spared: false,
+        };
+        for held in [hold("iptables", Some("192.0.2.1"), "in set"), hold(BackendHold::UNKNOWN, None, "no answer")] {
+            let (_, answers) = weigh(&mut leak, &[held]);
+            assert!(
+                leak.text(&answers).contains("after a had confirmed the ban. The firewall of a could have seen it")
+            );
+        }
+        let (is_spared, answers) = weigh(&mut leak, &[hold("iptables", None, "bans_max is reached")]);
+        let text = leak.text(&answers);
+        assert!(
+            text.ends_with("the firewall of a does not hold it. It says: iptables: bans_max is reached."),
+            "{text}"
+        );
+        assert!(!is_spared && !text.contains("confirmed"), "{text}");
+    }
 
     #[test]
     fn reports_tell_which_back_ends_a_host_has_and_what_they_have_in_force() {

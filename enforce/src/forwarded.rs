@@ -4,12 +4,15 @@
 //! For plain HTTP between Traefik and the services alone. A request is found when the header stands in one packet, as it
 //! does unless somebody takes pains; TLS to a service and a header that is split over two packets pass, as does HTTP/2,
 //! which compresses headers. A refused request is answered by a reset, so that Traefik answers 502 at once; the service
-//! hears nothing, and its end of the connection stays open until its own keep-alive ends it. A packet whose body holds
-//! the same text is refused too.
+//! hears nothing, and its end of the connection stays open until its own keep-alive ends it.
 //!
-//! Nobody can aim this at others: a client chooses headers of its own requests only. Who may add to `X-Forwarded-For` on
-//! the way is behind a proxy that appends to it, and not in first place any more; such are found by `Cf-Connecting-Ip`,
-//! which Cloudflare always sets itself, or with `whole_list`.
+//! A client chooses headers of its own requests only, and none of them can hold the line end that a pattern begins with.
+//! The body of a request can, and what is decoded from a URL: a packet with such a line in its body is refused too, the
+//! client's own and, where a service sends that on as it is by TCP that passes the same chains, the service's. So `ports`
+//! or `out_interface` should name the services that Traefik calls.
+//!
+//! Who may add to `X-Forwarded-For` on the way is behind a proxy that appends to it, and not in first place any more; such
+//! are found by `Cf-Connecting-Ip`, which Cloudflare always sets itself, or with `whole_list`.
 
 mod chains;
 mod claims;
@@ -261,8 +264,8 @@ impl Forwarded {
         if host::may_change_firewall() {
             let known = self.known || self.paused;
             let outcome = self.chains.put(&searches, (known, retry), &families).await;
-            self.take_outcome(outcome, &families);
-            if self.outcome.problems.is_empty() && !self.around.dry_run {
+            self.take_outcome(outcome);
+            if self.outcome.is_in_force() && !self.around.dry_run {
                 self.in_force = self.claims.revision();
             }
         } else if !self.around.dry_run {
@@ -273,9 +276,9 @@ impl Forwarded {
         self.report();
     }
 
-    fn take_outcome(&mut self, mut outcome: Outcome, families: &[Family]) {
+    fn take_outcome(&mut self, mut outcome: Outcome) {
         let forwards = self.config.chains.iter().any(|chain| chain != "INPUT" && chain != "OUTPUT");
-        for &family in families.iter().filter(|_| forwards) {
+        for &family in outcome.seen.iter().filter(|_| forwards) {
             let bridges = sight::unseen_bridges(family);
             if !bridges.is_empty() {
                 let text = format!(

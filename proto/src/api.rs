@@ -183,6 +183,11 @@ pub struct BackendHold {
     pub spared: bool,
 }
 
+impl BackendHold {
+    /// Name of the back end where a host does not answer.
+    pub const UNKNOWN: &str = "unknown";
+}
+
 /// Why an address is banned, or why not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExplainReply {

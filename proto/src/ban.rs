@@ -105,6 +105,11 @@ impl BanRecord {
             .try_fold(Timestamp::EPOCH, |latest, end| end.map(|end| end.max(latest)))
     }
 
+    /// Whether a ban in force at `now` says that a proxy delivered the client.
+    pub fn is_behind_proxy(&self, now: Timestamp) -> bool {
+        self.bans.iter().any(|ban| ban.is_in_force(now) && ban.evidence.via_proxy)
+    }
+
     /// The ban that lasts longest, which names the whole record in firewalls and tables.
     pub fn longest(&self) -> Option<&Ban> {
         self.bans.iter().max_by_key(|ban| ban.expires_at.unwrap_or(Timestamp::MAX))

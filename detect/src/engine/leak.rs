@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use proto::ban::BanRecord;
 use proto::event::{ABSENT, Event};
 use proto::head::Mark;
 use proto::net::{NamedSet, NetSet, Target};
@@ -40,6 +41,8 @@ const SPARED_MAX: usize = 1000;
 const MOMENTS_MAX: usize = 1024;
 /// So shortly before its end, a ban may have ended elsewhere.
 const END_MARGIN: Duration = Duration::from_secs(1);
+/// What Traefik answers where the service's connection was reset.
+const REFUSED_STATUS: u16 = 502;
 /// Characters of a host or path that are told.
 const TEXT_CHARS_MAX: usize = 200;
 
@@ -102,6 +105,8 @@ pub enum Keeper {
     NoFirewall,
     /// Nobody: the client comes through a proxy, and nothing that sees behind it is configured.
     BehindProxy,
+    /// Nobody: the client comes through a proxy, and the node's rules for forwarded clients hold only those whose ban says so.
+    NoEvidence,
 }
 
 impl Keeper {
@@ -111,7 +116,7 @@ impl Keeper {
             Self::Firewall => "firewall",
             Self::Forwarded => "forwarded_for",
             Self::Cloudflare => "cloudflare",
-            Self::NoEnforcer | Self::NoFirewall | Self::BehindProxy => "none",
+            Self::NoEnforcer | Self::NoFirewall | Self::BehindProxy | Self::NoEvidence => "none",
         }
     }
 
@@ -144,6 +149,8 @@ pub struct Leak {
     pub keeper: Keeper,
     /// Whether the keeper has confirmed the ban.
     pub confirmed: bool,
+    /// Whether the keeper, asked, says that it does not hold the client all the same.
+    pub denied: bool,
     /// How long before the request that was; without a confirmation, how long the ban was published.
     pub late: Duration,
     /// Leaks that were counted and not told since the last one.
@@ -250,6 +257,16 @@ struct Passing<'a> {
     time: Timestamp,
     via_proxy: bool,
     peer: Option<IpAddr>,
+    /// What the service answered, as far as the line says: Traefik's own 502 where the connection to it was reset.
+    answered: u16,
+}
+
+impl<'a> Passing<'a> {
+    fn new(node: &'a str, time: Timestamp, via_proxy: bool, event: &Event<'_>) -> Self {
+        // Fields of the log can be dropped.
+        let answered = if event.origin_status == 0 { event.status } else { event.origin_status };
+        Self { node, time, via_proxy, peer: event.peer, answered }
+    }
 }
 
 /// Who should have kept a request out, whether that had confirmed the ban, and how long before.
@@ -282,8 +299,8 @@ impl Leaks {
         (self.told, self.blind_told, self.spared) = Default::default();
     }
 
-    fn judge(&self, target: &Target, passing: Passing<'_>, grace: Grace) -> Option<Finding> {
-        let turn = self.turns.get(target).copied().unwrap_or(0).max(self.base);
+    fn judge(&self, record: &BanRecord, passing: Passing<'_>, grace: Grace) -> Option<Finding> {
+        let turn = self.turns.get(&record.target).copied().unwrap_or(0).max(self.base);
         let (_, mark, published_at) =
             self.published.get(self.published.partition_point(|(known, ..)| *known < turn))?;
         let host = self.hosts.get(passing.node).filter(|host| host.enforces);
@@ -307,12 +324,21 @@ impl Leaks {
                 Some(_) => nobody(Keeper::NoFirewall),
             };
         }
+        // So look requests that the rules for forwarded clients refuse, and they have reached nobody.
+        if passing.answered == REFUSED_STATUS && host.is_some_and(|host| host.forwarded.is != BackEnd::Absent) {
+            return None;
+        }
         let through_cloudflare = passing.peer.is_none_or(|peer| self.cloudflare_nets.contains(peer));
         if through_cloudflare && in_force(&self.cloudflare) {
             return by(Keeper::Cloudflare, &self.cloudflare, grace.cloudflare);
         }
+        let has_evidence = record.is_behind_proxy(passing.time.saturating_add(END_MARGIN));
         match host {
-            Some(host) if in_force(&host.forwarded) => by(Keeper::Forwarded, &host.forwarded, grace.firewall),
+            Some(host) if in_force(&host.forwarded) && has_evidence => {
+                by(Keeper::Forwarded, &host.forwarded, grace.firewall)
+            }
+            Some(host) if in_force(&host.forwarded) => nobody(Keeper::NoEvidence),
+            Some(host) if host.forwarded.is == BackEnd::Idle => None,
             _ if through_cloudflare && self.cloudflare.is == BackEnd::Idle => None,
             _ => nobody(Keeper::BehindProxy),
         }
@@ -431,13 +457,14 @@ impl Engine {
         if client.via_proxy && event.origin_status == 0 && event.text.service == ABSENT {
             return;
         }
-        let passing = Passing { node: name(source.node), time, via_proxy: client.via_proxy, peer: event.peer };
-        let mut covering =
-            self.bans.covering(client.addr).filter(|record| record.end() > time.saturating_add(END_MARGIN));
-        let found = covering.find_map(|record| {
+        let passing = Passing::new(name(source.node), time, client.via_proxy, event);
+        let covering = self.bans.covering(client.addr).filter(|record| record.end() > time.saturating_add(END_MARGIN));
+        let found = covering.filter_map(|record| {
             let rule = record.longest().map(|ban| ban.rule.clone()).unwrap_or_default();
-            Some((record.target, rule, self.leaks.judge(&record.target, passing, self.config.grace)?))
+            Some((record.target, rule, self.leaks.judge(record, passing, self.config.grace)?))
         });
+        // One that somebody should have held says more than one that nobody can.
+        let found = found.min_by_key(|(.., (keeper, ..))| keeper.is_nobody());
         let Some((target, rule, (keeper, confirmed, late))) = found else { return };
         if self.allows.exempts(client.addr, time) || self.config.trusted_proxies.contains(client.addr) {
             return;
@@ -451,9 +478,23 @@ impl Engine {
         if self.leaks.note(counted, &node, keeper, now) {
             let cut = |text: &str| text.chars().take(TEXT_CHARS_MAX).collect::<String>();
             let (host, path) = (cut(event.text.host), cut(event.text.path));
-            let untold = std::mem::take(&mut self.leaks.untold);
+            let (untold, denied) = (std::mem::take(&mut self.leaks.untold), false);
             let (client, peer, began_at) = (client.addr, event.peer, time);
-            let leak = Leak { client, target, rule, node, host, path, peer, began_at, keeper, confirmed, late, untold };
+            let leak = Leak {
+                client,
+                target,
+                rule,
+                node,
+                host,
+                path,
+                peer,
+                began_at,
+                keeper,
+                confirmed,
+                late,
+                untold,
+                denied,
+            };
             self.outputs.push_back(Output::Leak(Box::new(leak)));
         }
     }
@@ -477,13 +518,14 @@ impl Leak {
         let late = render_duration(Duration::from_secs(late.as_secs()));
         let peer = self.peer.map_or_else(String::new, |peer| format!(", delivered by {peer}"));
         let since = match (self.confirmed, self.keeper) {
-            (true, Keeper::Cloudflare) => format!("{late} after Cloudflare had confirmed the ban"),
-            (true, _) => format!("{late} after {node} had confirmed the ban"),
-            (false, _) => format!("{late} after the ban was published"),
+            _ if self.denied => String::new(),
+            (true, Keeper::Cloudflare) => format!(", {late} after Cloudflare had confirmed the ban"),
+            (true, _) => format!(", {late} after {node} had confirmed the ban"),
+            (false, _) => format!(", {late} after the ban was published"),
         };
         let whom = if target.is_host() { rule.clone() } else { format!("{rule}, as {target}") };
         let mut text = format!(
-            "{client} is banned ({whom}) and still reached {node}: {host}{path} at {began_at}{peer}, {since}. {}",
+            "{client} is banned ({whom}) and still reached {node}: {host}{path} at {began_at}{peer}{since}. {}.",
             self.advice()
         );
         if !answers.is_empty() {
@@ -498,6 +540,7 @@ impl Leak {
     fn advice(&self) -> String {
         let node = &self.node;
         match (self.keeper, self.confirmed) {
+            (Keeper::Firewall, _) if self.denied => format!("Asked now, the firewall of {node} does not hold it"),
             (Keeper::Firewall, true) => format!(
                 "The firewall of {node} could have seen it: look for a way around enforce.firewall.chains and ports, or \
                  rules that somebody removed"
@@ -527,6 +570,11 @@ impl Leak {
                  enforce.forwarded_for on the node"
                     .to_owned()
             }
+            (Keeper::NoEvidence, _) => format!(
+                "No back end can see it, as it comes through a proxy: enforce.forwarded_for on {node} refuses only \
+                 clients whose ban says that a proxy delivered them, which this one does not. Configure \
+                 enforce.cloudflare, or let the proxy ban it"
+            ),
         }
     }
 }

@@ -13,7 +13,7 @@ pub const FORWARDED_FOR: &str = "X-Forwarded-For";
 const PORTS_MAX: usize = 15;
 /// Headers at most: each is looked for in every packet.
 const HEADERS_MAX: usize = 4;
-/// Longest name of a header, in bytes: with an address it must fit into the 128 bytes of a string rule.
+/// Longest name of a header, in bytes: with line ends and an address it must fit into the 128 bytes of a string rule.
 const HEADER_BYTES_MAX: usize = 64;
 /// Rules that refuse, unless configured: 200 clients in the two headers, whose measured cost stands in the README.
 const RULES_MAX_DEFAULT: u32 = 600;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 
-use proto::report::Problem;
+use proto::report::{Problem, Severity};
 use proto::time::{Clock, Timestamp};
 
 use crate::backend::iptables::Iptables;
@@ -26,12 +26,30 @@ pub(crate) struct Outcome {
     pub(crate) problems: Vec<Problem>,
     /// Where the rules stand, a line a family.
     pub(crate) detail: Vec<String>,
+    /// Families in which a configured chain exists.
+    pub(crate) seen: BTreeSet<Family>,
     /// Families in which something had drifted.
     pub(crate) repairs: u64,
     /// Families whose chains were rewritten.
     pub(crate) rewrites: u64,
     /// Packets and bytes refused since our chains were first made.
     pub(crate) refused: (u64, u64),
+}
+
+impl Outcome {
+    /// Whether the rules stand wherever there is a place for them.
+    pub(crate) fn is_in_force(&self) -> bool {
+        let is_degraded = |problem: &Problem| problem.severity == Severity::Degraded;
+        !self.seen.is_empty() && !self.problems.iter().any(is_degraded)
+    }
+
+    /// Says where no family has a place for rules.
+    fn judge_places(&mut self) {
+        if self.seen.is_empty() && !self.detail.is_empty() {
+            let text = "none of the configured chains exists; no forwarded client is refused";
+            self.problems.push(Problem::degraded(text));
+        }
+    }
 }
 
 /// What a family's rules counted: packets and bytes.
@@ -76,22 +94,16 @@ impl Chains {
     }
 
     /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
-    /// somebody stay as they are. A family that failed is left alone until it is told to `retry`.
+    /// somebody stay as they are. A family that failed is left alone until there are others, or it is told to `retry`.
     pub(crate) async fn put(
         &mut self,
         searches: &Searches,
         (known, retry): (bool, bool),
         families: &[Family],
     ) -> Outcome {
-        if *searches != self.searches {
-            self.searches = searches.clone();
-            self.placed.clear();
-        }
+        self.take(searches, retry);
         let mut outcome = Outcome::default();
         for &family in families {
-            if retry {
-                self.failed.remove(&family);
-            }
             if !self.failed.contains_key(&family)
                 && let Err(error) = self.put_family(family, known, &mut outcome).await
             {
@@ -104,10 +116,23 @@ impl Chains {
                 outcome.problems.push(Problem::degraded(format!("{}: {why}", family.as_str())));
             }
         }
+        outcome.judge_places();
         for Counted { former, last } in self.counted.values() {
             outcome.refused = (outcome.refused.0 + former.0 + last.0, outcome.refused.1 + former.1 + last.1);
         }
         outcome
+    }
+
+    fn take(&mut self, searches: &Searches, retry: bool) {
+        let differ = *searches != self.searches;
+        if differ {
+            self.searches = searches.clone();
+            self.placed.clear();
+        }
+        // Whoever is freed, by a pause too, does not wait for the next look at everything.
+        if differ || retry {
+            self.failed.clear();
+        }
     }
 
     async fn put_family(&mut self, family: Family, known: bool, outcome: &mut Outcome) -> Result<(), CommandError> {
@@ -191,18 +216,18 @@ impl Chains {
 }
 
 fn report(family: Family, reading: &Reading, layout: &Layout, outcome: &mut Outcome) {
+    if !layout.places.is_empty() {
+        outcome.seen.insert(family);
+    }
     let family = family.as_str();
     let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
+    let places = if places.is_empty() { "nowhere".to_owned() } else { places.join(", ") };
     let (variant, why) = (reading.variant.as_str(), reading.why);
-    outcome.detail.push(format!("{family}: {variant} ({why}), {}, {} rules", places.join(", "), layout.rules()));
+    outcome.detail.push(format!("{family}: {variant} ({why}), {places}, {} rules", layout.rules()));
     for missing in &layout.missing {
         let text =
             format!("{family}: chain {missing} does not exist; forwarded clients are refused there once it does");
         outcome.problems.push(Problem::warning(text));
-    }
-    if layout.places.is_empty() {
-        let text = format!("{family}: none of the configured chains exists; no forwarded client is refused");
-        outcome.problems.push(Problem::degraded(text));
     }
 }
 
@@ -221,4 +246,43 @@ pub(crate) async fn remove(iptables: &mut Iptables, family: Family, dry_run: boo
         }
     }
     (removed, failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_family_that_failed_is_tried_again_when_others_are_to_be_refused_or_nobody() {
+        let (config, firewall) = (ForwardedForConfig::default(), FirewallConfig::default());
+        let mut chains = Chains::new(config, firewall, false, Clock::system());
+        let mut somebody = Searches::new();
+        somebody.grow([("\r\nX-Forwarded-For: 192.0.2.1,".to_owned(), None)].into(), 2);
+        chains.take(&somebody, false);
+        let fail = |chains: &mut Chains| drop(chains.failed.insert(Family::V4, "broken".to_owned()));
+        for (searches, retry, tried) in
+            [(&somebody, false, false), (&somebody, true, true), (&Searches::new(), false, true)]
+        {
+            fail(&mut chains);
+            chains.take(searches, retry);
+            assert_eq!(chains.failed.is_empty(), tried, "{searches:?} {retry}");
+        }
+    }
+
+    #[test]
+    fn a_family_without_a_place_for_rules_keeps_nothing_from_being_in_force() {
+        let looked = |seen: &[Family]| Outcome {
+            detail: vec!["ipv6: nft, nowhere, 0 rules".to_owned()],
+            problems: vec![Problem::warning("ipv6: chain DOCKER-USER does not exist")],
+            seen: seen.iter().copied().collect(),
+            ..Outcome::default()
+        };
+        let (mut nowhere, mut somewhere) = (looked(&[]), looked(&[Family::V4]));
+        nowhere.judge_places();
+        somewhere.judge_places();
+        assert!(!nowhere.is_in_force() && somewhere.is_in_force());
+        assert_eq!((nowhere.problems.len(), somewhere.problems.len()), (2, 1), "degraded where nobody is refused");
+        somewhere.problems.push(Problem::degraded("ipv4: iptables-restore failed"));
+        assert!(!somewhere.is_in_force());
+    }
 }

@@ -29,8 +29,7 @@ impl Claim {
 
     fn of(record: &BanRecord, now: Timestamp) -> Option<Self> {
         let in_force = || record.bans.iter().filter(|ban| ban.is_in_force(now));
-        let is_behind_proxy = in_force().any(|ban| ban.evidence.via_proxy);
-        let since = in_force().map(|ban| ban.banned_at).max().filter(|_| is_behind_proxy)?;
+        let since = in_force().map(|ban| ban.banned_at).max().filter(|_| record.is_behind_proxy(now))?;
         Some(Self { ends: record.expires_at(), since })
     }
 }

@@ -9,8 +9,9 @@ use std::fmt::Write as _;
 
 use proto::time::Timestamp;
 
-use crate::config::{ChainRef, FORWARDED_CHAIN, FORWARDED_FOR, ForwardedForConfig, Table};
+use crate::config::{ChainRef, FORWARDED_CHAIN, ForwardedForConfig, Table};
 use crate::forwarded::claims::Choice;
+use crate::forwarded::spelling::{SHARED_BYTES, list_gate};
 use crate::forwarded::tree::{Found, Tree};
 use crate::plan::rules::{Lifts, View, could_accept, leads_to_forwarded};
 use crate::plan::{Family, shift};
@@ -56,8 +57,8 @@ pub(crate) fn tree(choice: &Choice, skew_ms: i64) -> Tree<Option<Timestamp>> {
         ends.into_iter().map(|(pattern, end)| (pattern, Some(end).filter(|end| *end <= LAST_END))).collect()
     };
     let mut tree = Tree::new();
-    tree.grow(written(anywhere));
-    tree.grow_behind(&format!("{FORWARDED_FOR}:"), written(beside_list));
+    tree.grow(written(anywhere), SHARED_BYTES);
+    tree.grow_behind(&list_gate(), written(beside_list));
     tree
 }
 
@@ -303,11 +304,11 @@ mod tests {
         let lines = plan_of(&layout(&config, &["192.0.2.1", "198.51.100.0/24"], &view), &view, true).lines;
         let expected = [
             ":PORTCULLIS-FWD - [0:0]",
-            "-A PORTCULLIS-FWD -m length --length 0:66 -j RETURN",
-            "-A PORTCULLIS-FWD -p tcp -m string --hex-string \"|43662d436f6e6e656374696e672d49703a203139322e302e322e310d0a|\" \
+            "-A PORTCULLIS-FWD -m length --length 0:68 -j RETURN",
+            "-A PORTCULLIS-FWD -p tcp -m string --hex-string \"|0d0a43662d436f6e6e656374696e672d49703a203139322e302e322e310d0a|\" \
              --algo bm --icase -m time --datestop 2026-12-01T10:11:12 -j REJECT --reject-with tcp-reset",
-            "-A PORTCULLIS-FWD -p tcp -m string --string \"Cf-Connecting-Ip: 198.51.100.\" --algo bm --icase -m time \
-             --datestop 2026-12-01T10:11:12 -j REJECT --reject-with tcp-reset",
+            "-A PORTCULLIS-FWD -p tcp -m string --hex-string \"|0d0a43662d436f6e6e656374696e672d49703a203139382e35312e3130302e|\" \
+             --algo bm --icase -m time --datestop 2026-12-01T10:11:12 -j REJECT --reject-with tcp-reset",
         ];
         assert_eq!(lines[..4], expected);
         assert_eq!(lines.last().unwrap(), "-I DOCKER-USER 1 -p tcp -m conntrack --ctdir ORIGINAL -j PORTCULLIS-FWD");

@@ -1,9 +1,10 @@
 //! How a banned client is written in the head of a request, as patterns that no other client's head contains. Pure.
 //!
 //! Addresses are taken to be written as RFC 5952 says (IPv6) and without leading zeros (IPv4): so do Go, and with it
-//! Traefik, and Cloudflare. A pattern begins with the name of the header, or with what separates members of a list, and
+//! Traefik, and Cloudflare. A pattern begins with the line of the header, or with what separates members of a list, and
 //! ends where the address ends, or, of a network, at the end of a group of digits. So 192.0.2.1 is not found in
-//! 192.0.2.10, nor 192.0.2.0/24 in 192.0.20.1.
+//! 192.0.2.10, nor 192.0.2.0/24 in 192.0.20.1. That the line begins with it keeps what a client says in another header,
+//! which may travel on in a log or a query, from being taken for the header: no header has a line end in it.
 
 use std::net::IpAddr;
 
@@ -11,12 +12,22 @@ use proto::net::Target;
 
 use crate::config::{FORWARDED_FOR, ForwardedForConfig};
 
+/// What stands before each header of a request.
+const LINE_START: &str = "\r\n";
+/// Bytes that all patterns which are looked for anywhere begin with.
+pub(crate) const SHARED_BYTES: usize = LINE_START.len();
+
+/// What every packet has in it that is looked at for other members of the list than the first.
+pub(crate) fn list_gate() -> String {
+    format!("{LINE_START}{FORWARDED_FOR}:")
+}
+
 /// Patterns of one client.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Patterns {
     /// To be found anywhere in a packet.
     pub(crate) anywhere: Vec<String>,
-    /// To be found in a packet that has `X-Forwarded-For` in it.
+    /// To be found in a packet that has [`list_gate`] in it.
     pub(crate) beside_list: Vec<String>,
 }
 
@@ -36,7 +47,7 @@ impl Patterns {
                 let (into, befores) = match is_list && config.whole_list {
                     // The first member follows a space as well. Cloudflare puts none between members.
                     true => (&mut patterns.beside_list, vec![" ".to_owned(), ",".to_owned()]),
-                    false => (&mut patterns.anywhere, vec![format!("{header}: ")]),
+                    false => (&mut patterns.anywhere, vec![format!("{LINE_START}{header}: ")]),
                 };
                 let afters: &[&str] = match (target.is_host(), is_list) {
                     (false, _) => &[""],
@@ -105,20 +116,32 @@ mod tests {
     #[test]
     fn an_address_ends_where_its_pattern_ends() {
         let anywhere = |target: &str| patterns(target, false).unwrap().anywhere;
-        let host = ["X-Forwarded-For: 192.0.2.1,", "X-Forwarded-For: 192.0.2.1\r\n", "Cf-Connecting-Ip: 192.0.2.1\r\n"];
+        let host = [
+            "\r\nX-Forwarded-For: 192.0.2.1,",
+            "\r\nX-Forwarded-For: 192.0.2.1\r\n",
+            "\r\nCf-Connecting-Ip: 192.0.2.1\r\n",
+        ];
         assert_eq!(anywhere("192.0.2.1"), host);
-        assert_eq!(anywhere("192.0.2.0/24"), ["X-Forwarded-For: 192.0.2.", "Cf-Connecting-Ip: 192.0.2."]);
-        assert_eq!(anywhere("2001:db8:0:7::/64")[0], "X-Forwarded-For: 2001:db8:0:7:");
-        let zeros = ["X-Forwarded-For: 2001:db8:0:0:", "X-Forwarded-For: 2001:db8::"];
+        assert_eq!(anywhere("192.0.2.0/24"), ["\r\nX-Forwarded-For: 192.0.2.", "\r\nCf-Connecting-Ip: 192.0.2."]);
+        assert_eq!(anywhere("2001:db8:0:7::/64")[0], "\r\nX-Forwarded-For: 2001:db8:0:7:");
+        let zeros = ["\r\nX-Forwarded-For: 2001:db8:0:0:", "\r\nX-Forwarded-For: 2001:db8::"];
         assert_eq!([&anywhere("2001:db8::/64")[0], &anywhere("2001:db8::/64")[2]], zeros);
     }
 
     #[test]
     fn every_place_of_a_list_is_looked_at_when_that_is_wanted() {
         let found = patterns("192.0.2.1", true).unwrap();
-        assert_eq!(found.anywhere, ["Cf-Connecting-Ip: 192.0.2.1\r\n"]);
+        assert_eq!(found.anywhere, ["\r\nCf-Connecting-Ip: 192.0.2.1\r\n"]);
         assert_eq!(found.beside_list, [" 192.0.2.1,", " 192.0.2.1\r\n", ",192.0.2.1,", ",192.0.2.1\r\n"]);
         assert_eq!(found.count(), 5);
+    }
+
+    #[test]
+    fn the_longest_pattern_fits_into_a_rule() {
+        let config = ForwardedForConfig { headers: vec!["H".repeat(64)], ..ForwardedForConfig::default() };
+        let target = "2001:db8:1111:2222:3333:4444:5555:6666".parse().unwrap();
+        let patterns = Patterns::of(&target, &config).unwrap();
+        assert!(patterns.anywhere.iter().all(|pattern| pattern.len() <= 128 && pattern.starts_with(LINE_START)));
     }
 
     #[test]

@@ -140,6 +140,8 @@ pub(crate) fn refuses_exactly(host: &Host) {
         "X-Forwarded-For: 192.0.2.77, 172.18.0.1\r\n",
         "X-Forwarded-For: 9.9.9.9, 192.0.2.1, 172.18.0.1\r\n",
         "X-Real-Ip: 192.0.2.1\r\nCookie: seen=192.0.2.1, 192.0.2.1\r\n",
+        "User-Agent: X-Forwarded-For: 192.0.2.1, Cf-Connecting-Ip: 192.0.2.1\r\n",
+        "X-X-Forwarded-For: 192.0.2.1\r\n",
     ] {
         assert!(!bridged.refuses(other), "refused: {other:?}");
     }
@@ -187,9 +189,24 @@ pub(crate) fn has_limits_that_are_known(host: &Host) {
     {
         assert!(!bridged.refuses(&format!("X-Forwarded-For: {other}\r\n")), "refused: {other:?}");
     }
-    assert!(!bridged.refuses("Cookie: seen=1, 192.0.2.1,\r\n"), "no packet without the header is looked at");
+    // A line of a log, or a query to a database, that holds what a stranger said.
+    for other in ["Cookie: seen=1, 192.0.2.1,\r\n", "User-Agent: X-Forwarded-For: 192.0.2.1, 192.0.2.1,\r\n"] {
+        assert!(!bridged.refuses(other), "no packet without the header is looked at: {other:?}");
+    }
     assert_eq!(bridged.send("10.88.0.3:8443", &[&request(head)]), "reset", "without ports all are meant");
     assert_eq!(bridged.send("10.88.0.3:8443", &["GET /echo HTTP/1.1\r\n\r\n"]), "answered", "an answer is let through");
+    drop(enforcer);
+
+    // Docker without IPv6.
+    for line in ["-F FORWARD", "-F DOCKER-USER", "-X DOCKER-USER"] {
+        host.iptables("6", line);
+    }
+    let enforcer = host.enforcer(ON);
+    enforcer.ask("ban-forwarded 192.0.2.1 600");
+    wait_for(&enforcer, 1);
+    until("that is in force", || backend(&enforcer)["revision"].as_u64() > Some(0));
+    assert!(problems(&enforcer).contains("ipv6: chain DOCKER-USER does not exist"), "{}", problems(&enforcer));
+    assert!(!problems(&enforcer).contains("degraded"), "{}", problems(&enforcer));
 }
 
 pub(crate) fn keeps_rules(host: &Host) {

@@ -701,3 +701,15 @@ proptest! {
 fn is_blank_or_special(text: &str) -> bool {
     matches!(text, "-" | "REDACTED") || text.trim().is_empty()
 }
+
+#[test]
+fn a_request_whose_service_was_reset_shows_the_service_and_502() {
+    // Traefik 3.7.15, less what is not read.
+    let json = r#"{"ClientAddr":"192.0.2.1:59510","ClientHost":"192.0.2.1","DownstreamStatus":502,"OriginStatus":502,"RequestHost":"a","RequestMethod":"GET","RequestPath":"/x","RequestProtocol":"HTTP/1.1","RouterName":"a@file","ServiceName":"s@file","StartUTC":"2026-11-25T19:10:32Z","entryPointName":"web"}"#;
+    let common = r#"192.0.2.1 - - [25/Nov/2026:19:10:35 +0000] "GET /x HTTP/1.1" 502 11 "-" "-" 1 "a@file" "http://127.0.0.1:18081" 3ms"#;
+    let mut parser = parser(&[]);
+    let expected = "2026-11-25T19:10:32.000Z 192.0.2.1 502/502 GET a /x? HTTP/1.1 [-] [a@file] s@file web -";
+    assert_eq!(show(&mut parser, json), event(expected));
+    let expected = "2026-11-25T19:10:35.000Z 192.0.2.1 502/0 GET - /x? HTTP/1.1 [-] [a@file] - - -";
+    assert_eq!(show(&mut parser, common), event(expected));
+}

@@ -69,6 +69,27 @@ impl Bench {
         self.leak(&direct(client, at(seconds)), at(seconds))
     }
 
+    /// A ban of [`CLIENT`] for what it did through a proxy, published and confirmed in the same second.
+    fn caught_behind_proxy(&mut self, seconds: i64) {
+        for _ in 0..3 {
+            let client = Ok(Client { addr: CLIENT.parse().unwrap(), via_proxy: true });
+            self.engine.handle_event(
+                self.source,
+                &Event { client, status: 404, ..direct(CLIENT, at(seconds)) },
+                at(seconds),
+            );
+        }
+        self.publish(seconds);
+        self.confirm(seconds);
+    }
+
+    /// Tells how rules for forwarded clients and Cloudflare are, beside a firewall that has all in force.
+    fn observe(&mut self, forwarded: BackEnd, cloudflare: BackEnd, seconds: i64) {
+        let firewall = BackEnd::InForce(Some(self.mark()));
+        let view = HostView { firewall, forwarded, cloudflare, ..host("edge-1") };
+        self.engine.observe_back_ends(vec![view], at(seconds));
+    }
+
     fn counted(&self) -> u64 {
         self.engine.leaks().values().sum()
     }
@@ -83,6 +104,16 @@ fn direct(client: &str, began: Timestamp) -> Event<'static> {
     let text = Text { host: "shop.example.net", path: "/cart", ..Text::default() };
     Event { time: Some(began), client, status: 200, text, ..Event::default() }
 }
+
+/// A request through a proxy that a service answered.
+fn behind(began: i64, peer: &str) -> Event<'static> {
+    let client = Ok(Client { addr: CLIENT.parse().unwrap(), via_proxy: true });
+    let text = Text { service: "shop@docker", ..Text::default() };
+    Event { client, peer: Some(peer.parse().unwrap()), origin_status: 200, text, ..direct(CLIENT, at(began)) }
+}
+
+/// Proxies: Cloudflare's, and one's own.
+const PEERS: (&str, &str) = ("104.16.0.1", "10.0.0.5");
 
 fn ban(target: &str) -> Command {
     Command::Ban { target: target.parse().unwrap(), length: None, reason: String::new() }
@@ -209,14 +240,9 @@ fn a_host_that_does_not_confirm_is_named_and_one_where_nothing_enforces() {
 #[test]
 fn behind_a_proxy_only_what_reached_a_service_counts_and_who_could_see_it_is_named() {
     let mut bench = Bench::new();
-    bench.confirmed(ban(CLIENT), 0);
-    let behind = |began: i64, peer: &str| {
-        let client = Ok(Client { addr: CLIENT.parse().unwrap(), via_proxy: true });
-        let text = Text { service: "shop@docker", ..Text::default() };
-        Event { client, peer: Some(peer.parse().unwrap()), text, ..direct(CLIENT, at(began)) }
-    };
-    let (cloudflare, own) = ("104.16.0.1", "10.0.0.5");
-    let refused = Event { text: Text::default(), ..behind(61, cloudflare) };
+    bench.caught_behind_proxy(0);
+    let (cloudflare, own) = PEERS;
+    let refused = Event { text: Text::default(), origin_status: 0, ..behind(61, cloudflare) };
     assert_eq!(bench.leak(&refused, at(61)), None, "Traefik answered it itself");
     assert_eq!(bench.leak(&behind(60, cloudflare), at(60)), None, "within the grace time");
     let leak = bench.leak(&behind(61, cloudflare), at(61)).unwrap();
@@ -224,15 +250,62 @@ fn behind_a_proxy_only_what_reached_a_service_counts_and_who_could_see_it_is_nam
     assert!(leak.text(&[]).contains("configure enforce.cloudflare"));
 
     let mark = BackEnd::InForce(Some(bench.mark()));
-    let views = |cloudflare| vec![HostView { firewall: mark, forwarded: mark, cloudflare, ..host("edge-1") }];
-    bench.engine.observe_back_ends(views(BackEnd::InForce(None)), at(100));
+    bench.observe(mark, BackEnd::InForce(None), 100);
     assert_eq!(bench.leak(&behind(122, own), at(122)).unwrap().keeper, Keeper::Forwarded);
     let leak = bench.leak(&behind(200, cloudflare), at(200)).unwrap();
     assert_eq!((leak.keeper, leak.confirmed), (Keeper::Cloudflare, false), "Cloudflare sees it first");
-    bench.engine.observe_back_ends(views(mark), at(300));
+    bench.observe(mark, mark, 300);
     assert_eq!(bench.leak(&behind(360, cloudflare), at(360)), None);
     let leak = bench.leak(&behind(361, cloudflare), at(361)).unwrap();
     assert_eq!((leak.keeper, leak.confirmed), (Keeper::Cloudflare, true));
+}
+
+#[test]
+fn a_request_that_was_reset_on_its_way_to_the_service_has_reached_nobody() {
+    let mut bench = Bench::new();
+    bench.caught_behind_proxy(0);
+    let mark = BackEnd::InForce(Some(bench.mark()));
+    let (cloudflare, own) = PEERS;
+    // As Traefik 3.7 logs it, and where that field is dropped.
+    let whole = |began, peer| Event { status: 502, origin_status: 502, ..behind(began, peer) };
+    let dropped = |began, peer| Event { status: 502, origin_status: 0, ..behind(began, peer) };
+    bench.observe(mark, mark, 1);
+    for (began, peer) in [(100, cloudflare), (200, own)] {
+        assert_eq!(bench.leak(&whole(began, peer), at(began)), None);
+        assert_eq!(bench.leak(&dropped(began, peer), at(began)), None);
+    }
+    let other_page = Event { status: 200, origin_status: 502, ..behind(201, own) };
+    assert_eq!(bench.leak(&other_page, at(201)), None, "Traefik's middleware made a page of it");
+    assert_eq!(bench.leak(&behind(202, own), at(202)).unwrap().keeper, Keeper::Forwarded);
+    bench.observe(BackEnd::Absent, BackEnd::Absent, 300);
+    assert_eq!(bench.leak(&whole(400, own), at(400)).unwrap().keeper, Keeper::BehindProxy, "nobody resets here");
+}
+
+#[test]
+fn where_forwarded_clients_are_let_pass_on_purpose_nobody_advises_to_refuse_them() {
+    let mut bench = Bench::new();
+    bench.caught_behind_proxy(0);
+    bench.observe(BackEnd::Idle, BackEnd::Absent, 1);
+    assert_eq!(bench.leak(&behind(100, PEERS.1), at(100)), None);
+    bench.observe(BackEnd::Absent, BackEnd::Absent, 101);
+    assert!(bench.leak(&behind(200, PEERS.1), at(200)).is_some());
+}
+
+#[test]
+fn rules_for_forwarded_clients_answer_only_for_bans_that_came_through_a_proxy() {
+    let mut bench = Bench::new();
+    bench.confirmed(ban("192.0.2.0/24"), 0);
+    let mark = BackEnd::InForce(Some(bench.mark()));
+    bench.observe(mark, BackEnd::Absent, 1);
+    let leak = bench.leak(&behind(100, PEERS.1), at(100)).unwrap();
+    assert_eq!((leak.keeper, leak.confirmed), (Keeper::NoEvidence, false));
+    assert!(leak.text(&[]).contains("refuses only clients whose ban says that a proxy delivered them"));
+    // Within that network a client has a ban of its own.
+    bench.caught_behind_proxy(200);
+    let mark = BackEnd::InForce(Some(bench.mark()));
+    bench.observe(mark, BackEnd::Absent, 201);
+    let leak = bench.leak(&behind(300, PEERS.1), at(300)).unwrap();
+    assert_eq!((leak.keeper, leak.confirmed, leak.rule.as_str()), (Keeper::Forwarded, true, "r"));
 }
 
 #[test]

@@ -94,7 +94,7 @@ async fn ask_enforcer(connection: &Connection, node: String, address: IpAddr, al
     let holds = answer.and_then(|message| serde_json::from_slice(&message.payload).ok());
     let detail = "this host does not answer: what it holds is not known".to_owned();
     holds.unwrap_or_else(|| {
-        vec![BackendHold { node, backend: "unknown".to_owned(), entry: None, detail, spared: false }]
+        vec![BackendHold { node, backend: BackendHold::UNKNOWN.to_owned(), entry: None, detail, spared: false }]
     })
 }
 
