@@ -11,6 +11,8 @@ mod choice;
 mod faults;
 #[path = "netns/forwarded.rs"]
 mod forwarded;
+#[path = "netns/host.rs"]
+mod host;
 #[path = "netns/inside.rs"]
 mod inside;
 #[path = "netns/nftables.rs"]
@@ -18,21 +20,15 @@ mod nftables;
 
 use std::env;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::{self, sleep};
-use std::time::Duration;
+use std::thread;
 
 use serde_json::Value;
-use tempfile::TempDir;
 
-/// Polls of a state that has to come, 50 ms apart.
-const POLLS_MAX: usize = 200;
+pub(crate) use host::{Host, Namespace, Part, hide, run, until};
 
 /// Scenarios that run at the same time.
 const AT_ONCE: usize = 3;
@@ -133,256 +129,6 @@ fn obstacle() -> Option<String> {
     let works = Command::new("ip").args(args).status().unwrap().success();
     Command::new("ip").args(["netns", "del", &probe]).status().unwrap();
     (!works).then(|| "the kernel has no ipset".to_owned())
-}
-
-/// A host with a client's namespace at its other end.
-struct Host {
-    name: String,
-    variant: &'static str,
-    state: TempDir,
-}
-
-impl Host {
-    fn new(variant: &'static str) -> Self {
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("pc-host-{}-{number}", std::process::id());
-        let host = Self { name, variant, state: tempfile::tempdir().unwrap() };
-        let peer = host.peer();
-        for ns in [&host.name, &peer] {
-            run("ip", &["netns", "add", ns]);
-            run("ip", &["-n", ns, "link", "set", "lo", "up"]);
-        }
-        run("ip", &["-n", &host.name, "link", "add", "pc0", "type", "veth", "peer", "name", "pc1", "netns", &peer]);
-        for (ns, link, addresses) in [
-            (&host.name, "pc0", &["10.77.0.1/24", "fd77::1/64"][..]),
-            (&peer, "pc1", &["10.77.0.2/24", "10.77.0.3/24", "fd77::2/64", "fd77::3/64"][..]),
-        ] {
-            for address in addresses {
-                let v6: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
-                run("ip", &[&["-n", ns, "addr", "add", address, "dev", link][..], v6].concat());
-            }
-            run("ip", &["-n", ns, "link", "set", link, "up"]);
-        }
-        // A rule of someone else decides which variant is in use.
-        host.iptables("4", "-A INPUT -s 198.18.0.1 -j DROP");
-        host.iptables("6", "-A INPUT -s 2001:db8::bad -j DROP");
-        host
-    }
-
-    fn peer(&self) -> String {
-        self.name.replace("host", "peer")
-    }
-
-    /// Runs a command in the host's namespace; its output, if it succeeded.
-    fn try_run(&self, line: &str) -> Option<String> {
-        let output = Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')).output().unwrap();
-        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
-    }
-
-    fn run(&self, line: &str) -> String {
-        self.try_run(line).unwrap_or_else(|| panic!("`{line}` failed"))
-    }
-
-    /// The variant of iptables: that of others where bans are in nftables.
-    fn iptables_variant(&self) -> &str {
-        if self.variant == "nftables" { "nft" } else { self.variant }
-    }
-
-    /// A configuration that looks at rules every second.
-    fn quick(&self) -> String {
-        self.config("{}")
-    }
-
-    /// The same with further keys of `[enforce.firewall]`.
-    fn config(&self, keys: &str) -> String {
-        let mut firewall: Value = serde_json::from_str(keys).unwrap();
-        firewall["resync_interval"] = "1s".into();
-        if self.variant == "nftables" {
-            firewall["backend"] = "nftables".into();
-        }
-        serde_json::json!({ "firewall": firewall }).to_string()
-    }
-
-    fn iptables(&self, family: &str, rest: &str) -> String {
-        let name = if family == "4" { "iptables" } else { "ip6tables" };
-        self.run(&format!("{name}-{} -w 5 {rest}", self.iptables_variant()))
-    }
-
-    /// Rules of both families, without comments and counters.
-    fn rules(&self) -> Vec<String> {
-        let saved = ["iptables", "ip6tables"].map(|name| self.run(&format!("{name}-{}-save", self.iptables_variant())));
-        saved.iter().flat_map(|saved| saved.lines()).filter(|line| line.starts_with("-A")).map(str::to_owned).collect()
-    }
-
-    fn foreign(&self) -> Vec<String> {
-        self.rules().into_iter().filter(|rule| !rule.contains("PORTCULLIS")).collect()
-    }
-
-    fn enforcer(&self, config: &str) -> Part {
-        self.enforcer_after("", config)
-    }
-
-    /// Finds a stand-in in `dir` for a program of this variant: it notes each call in `calls`, runs `shell`, then becomes
-    /// the program. Returns what to run before the enforcer.
-    fn stand_in(&self, dir: &Path, suffix: &str, shell: &str) -> String {
-        for family in ["iptables", "ip6tables"] {
-            let name = format!("{family}-{}-{suffix}", self.variant);
-            let path = dir.join(&name);
-            let dir = dir.display();
-            let script =
-                format!("#!/bin/sh\ncd {dir}\necho >> calls\n{shell}\nPATH=${{PATH#*:}}\nexec {name} \"$@\"\n");
-            fs::write(&path, script).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        }
-        format!("export PATH={}:$PATH", dir.display())
-    }
-
-    fn enforcer_after(&self, shell: &str, config: &str) -> Part {
-        let args = ["enforcer", config, self.state.path().to_str().unwrap(), "for-real"];
-        let part = Part::after(shell, &self.name, &args);
-        part.ask("publish");
-        part.wait_for_report();
-        part
-    }
-
-    fn client(&self, from: &str) -> Part {
-        let to = if from.contains(':') { "fd77::1" } else { "10.77.0.1" };
-        Part::new(&self.peer(), &["client", from, to])
-    }
-
-    fn server(&self) -> Part {
-        let server = Part::new(&self.name, &["server"]);
-        server.read();
-        server
-    }
-
-    fn holds(&self, address: &str) -> bool {
-        if self.variant == "nftables" {
-            return nftables::holds(self, address);
-        }
-        let set = if address.contains(':') { "portcullis-v6" } else { "portcullis-v4" };
-        self.try_run(&format!("ipset -q test {set} {address}")).is_some()
-    }
-
-    fn timeout(&self, address: &str) -> Option<u64> {
-        let saved = self.run("ipset save portcullis-v4");
-        let line = saved.lines().find(|line| line.starts_with(&format!("add portcullis-v4 {address} ")))?;
-        line.split(' ').skip_while(|word| *word != "timeout").nth(1)?.parse().ok()
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        for ns in [&self.name, &self.peer()] {
-            drop(Namespace(ns.clone()));
-        }
-    }
-}
-
-/// Is removed in the end.
-struct Namespace(String);
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
-}
-
-fn run(program: &str, args: &[&str]) {
-    assert!(Command::new(program).args(args).status().unwrap().success(), "{program} {args:?}");
-}
-
-/// A part of the test that runs in a namespace.
-struct Part {
-    child: std::cell::RefCell<Child>,
-    pipes: std::cell::RefCell<Option<(ChildStdin, BufReader<ChildStdout>)>>,
-}
-
-impl Part {
-    fn new(ns: &str, args: &[&str]) -> Self {
-        Self::after("", ns, args)
-    }
-
-    /// Runs a line of shell first. It has the mounts to itself, as `ip netns exec` makes a mount namespace.
-    fn after(shell: &str, ns: &str, args: &[&str]) -> Self {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", ns, "sh", "-ec", &format!("{shell}\nexec \"$0\" \"$@\"")]);
-        command.arg(env::current_exe().unwrap()).arg("--inside").args(args);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let pipes = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { child: child.into(), pipes: Some(pipes).into() }
-    }
-
-    fn read(&self) -> String {
-        let mut line = String::new();
-        self.pipes.borrow_mut().as_mut().unwrap().1.read_line(&mut line).unwrap();
-        assert!(!line.is_empty(), "a part ended early");
-        line.trim_end().to_owned()
-    }
-
-    fn ask(&self, command: &str) -> String {
-        writeln!(self.pipes.borrow_mut().as_mut().unwrap().0, "{command}").unwrap();
-        self.read()
-    }
-
-    fn through(&self, command: &str) -> bool {
-        self.ask(command) == "true"
-    }
-
-    fn report(&self) -> Value {
-        serde_json::from_str(&self.ask("report")).unwrap()
-    }
-
-    fn metric(&self, name: &str) -> Option<f64> {
-        let text: String = serde_json::from_str(&self.ask("metrics")).unwrap();
-        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-    }
-
-    /// The role is up, its rules are in place and it knows the ban set.
-    fn wait_for_report(&self) {
-        until("the enforcer is up", || {
-            let backend = &self.report()["backends"][0];
-            backend["revision"].as_u64() > Some(0)
-                && backend["detail"].as_array().is_some_and(|lines| !lines.is_empty())
-        });
-    }
-
-    /// Ends it in good order.
-    fn stop(self) {
-        drop(self.pipes.borrow_mut().take());
-        assert!(self.child.borrow_mut().wait().unwrap().success());
-    }
-}
-
-impl Part {
-    /// SIGKILL: nothing is tidied up.
-    fn kill(self) {
-        let mut child = self.child.borrow_mut();
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        drop(self.pipes.borrow_mut().take());
-        let mut child = self.child.borrow_mut();
-        if thread::panicking() {
-            let _ = child.kill();
-        }
-        let _ = child.wait();
-    }
-}
-
-fn until(what: &str, mut state: impl FnMut() -> bool) {
-    for _ in 0..POLLS_MAX {
-        if state() {
-            return;
-        }
-        sleep(Duration::from_millis(50));
-    }
-    panic!("it never came true that {what}");
 }
 
 fn cuts_connections(host: &Host) {
@@ -698,11 +444,6 @@ fn ends_a_move(host: &Host) {
     assert!(rules().contains("-A PREROUTING -j PORTCULLIS"), "there is a gap: {}", rules());
     enforcer.stop();
     assert_eq!(rules().lines().nth(1), Some("-A PREROUTING -j PORTCULLIS"), "the move was not ended: {}", rules());
-}
-
-/// Shell that puts nothing in the place of programs.
-fn hide(pattern: &str) -> String {
-    format!("for f in {pattern}; do mount --bind /dev/null \"$f\"; done")
 }
 
 fn goes_on_without(host: &Host) {
