@@ -215,8 +215,9 @@ async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<boo
     let mut ticks = tokio::time::interval(LEASE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trouble = Trouble::default();
+    let clock = lease.connection.clock().clone();
     // When another may hold what we held.
-    let mut lapse = Box::pin(sleep(UNFENCED_MAX));
+    let mut lapses_at = clock.raw();
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -224,14 +225,14 @@ async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<boo
         }
         let is_wanted = *wanted.borrow_and_update();
         let held = if is_wanted {
-            let next_lapse = Box::pin(sleep(UNFENCED_MAX));
+            let asked_at = clock.raw();
             let kept = {
-                let mut keeping = pin!(lease.keep());
+                let (mut keeping, mut lapse) = (pin!(lease.keep()), pin!(sleep(lapses_at.since(asked_at))));
                 loop {
                     tokio::select! {
                         biased;
                         kept = &mut keeping => break kept,
-                        () = &mut lapse, if !is_fenced && state.borrow().held => {
+                        () = lapse.as_mut(), if !is_fenced && state.borrow().held => {
                             state.send_modify(|state| (state.held, state.holder) = (false, None));
                         }
                     }
@@ -240,11 +241,11 @@ async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<boo
             trouble.note(&lease.connection, kept.as_ref().map(drop));
             match kept {
                 Ok(held) => {
-                    lapse = next_lapse;
+                    lapses_at = asked_at.saturating_add(UNFENCED_MAX);
                     held
                 }
                 // Nobody answers us. Others may be answered, so what has no fence ends in time.
-                Err(_) => lease.is_held() && (is_fenced || !lapse.is_elapsed()),
+                Err(_) => lease.is_held() && (is_fenced || clock.raw() < lapses_at),
             }
         } else {
             // If the server does not hear of it, the lease ends by itself.
