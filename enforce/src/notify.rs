@@ -24,7 +24,7 @@ use crate::notify::webhook::Webhook;
 /// Those that are configured, ready to run.
 pub(crate) fn configured(config: &EnforceConfig, around: &Surroundings) -> Vec<Notifier> {
     let telegram = config.telegram.iter().map(|config| {
-        let channel = Channel::Telegram(Box::new(Telegram::new(config.clone(), around.clock.clone())));
+        let channel = Channel::Telegram(Box::new(Telegram::new(config.clone(), &around.clock)));
         Notifier::new("telegram".to_owned(), config.events.clone(), channel, around)
     });
     let webhooks = config.webhooks.iter().map(|config| {

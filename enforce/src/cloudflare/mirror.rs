@@ -85,14 +85,27 @@ pub(super) struct Summary {
     pub(super) troubles: Vec<(String, String)>,
 }
 
-/// Keeps all places.
+/// What all places are kept by.
 #[derive(Debug)]
-pub(super) struct Mirror {
+struct Terms {
     wishes: Wishes,
     mark: Mark,
     mode: Option<Mode>,
     entries_max: usize,
     tempo: Tempo,
+}
+
+impl Terms {
+    fn at(&self, now: Timestamp) -> View<'_> {
+        let Self { wishes, mark, mode, entries_max, tempo } = self;
+        View { wishes, mark, mode: *mode, entries_max: *entries_max, tempo, now }
+    }
+}
+
+/// Keeps all places.
+#[derive(Debug)]
+pub(super) struct Mirror {
+    terms: Terms,
     form: Form,
     books: Vec<Book>,
     names: Vec<String>,
@@ -113,11 +126,13 @@ impl Mirror {
         };
         let entries_max = config.entries_max as usize;
         let mut this = Self {
-            wishes: Wishes::new(form, entries_max, guard),
-            mark,
-            mode: (form == Form::Rules).then_some(config.mode),
-            entries_max,
-            tempo,
+            terms: Terms {
+                wishes: Wishes::new(form, entries_max, guard),
+                mark,
+                mode: (form == Form::Rules).then_some(config.mode),
+                entries_max,
+                tempo,
+            },
             form,
             books: Vec::new(),
             names,
@@ -149,7 +164,7 @@ impl Mirror {
 
     /// Takes changes of the ban set, or a whole one.
     pub(super) fn handle_update(&mut self, update: &BanUpdate, now: Timestamp) {
-        let touched = self.wishes.handle_update(update, now);
+        let touched = self.terms.wishes.handle_update(update, now);
         self.touch(&touched, now);
         if update.snapshot {
             self.reconsider(now);
@@ -158,13 +173,13 @@ impl Mirror {
 
     /// Judges every ban anew.
     pub(super) fn handle_guard(&mut self, guard: Guard, now: Timestamp) {
-        let touched = self.wishes.handle_guard(guard);
+        let touched = self.terms.wishes.handle_guard(guard);
         self.touch(&touched, now);
     }
 
     /// While paused nobody is banned.
     pub(super) fn handle_pause(&mut self, paused: bool, now: Timestamp) {
-        let touched = self.wishes.handle_pause(paused);
+        let touched = self.terms.wishes.handle_pause(paused);
         self.touch(&touched, now);
         if paused && !touched.is_empty() {
             self.reconsider(now);
@@ -173,7 +188,7 @@ impl Mirror {
 
     /// Forgets what is over.
     pub(super) fn handle_time(&mut self, now: Timestamp) {
-        let touched = self.wishes.handle_time(now);
+        let touched = self.terms.wishes.handle_time(now);
         self.touch(&touched, now);
     }
 
@@ -184,15 +199,7 @@ impl Mirror {
         let freeing: Vec<usize> = turns().filter(|place| self.books[*place].has_removals()).collect();
         let order: Vec<usize> = freeing.into_iter().chain(turns()).collect();
         for place in order {
-            let view = View {
-                wishes: &self.wishes,
-                mark: &self.mark,
-                mode: self.mode,
-                entries_max: self.entries_max,
-                tempo: &self.tempo,
-                now,
-            };
-            if let Some(ask) = self.books[place].next(&view, self.read_only) {
+            if let Some(ask) = self.books[place].next(&self.terms.at(now), self.read_only) {
                 self.turn = (place + 1) % count;
                 return Some(Call { place, list: self.books[place].list().map(str::to_owned), ask });
             }
@@ -202,15 +209,7 @@ impl Mirror {
 
     /// Takes what came of a call.
     pub(super) fn handle(&mut self, call: Call, answer: Result<Answer, CallError>, now: Timestamp) {
-        let view = View {
-            wishes: &self.wishes,
-            mark: &self.mark,
-            mode: self.mode,
-            entries_max: self.entries_max,
-            tempo: &self.tempo,
-            now,
-        };
-        self.books[call.place].handle(call.ask, answer, &view);
+        self.books[call.place].handle(call.ask, answer, &self.terms.at(now));
     }
 
     /// How long nothing is to be tried; `None` when nothing waits for time to pass.
@@ -222,7 +221,7 @@ impl Mirror {
     /// Whether the whole ban set is known, and nothing waits to be added anywhere.
     pub(super) fn stands(&self) -> bool {
         let is_done = |book: &Book| book.confirmed(0).is_some() && book.waiting().0 == 0;
-        self.wishes.desired().is_whole() && self.books.iter().all(is_done)
+        self.terms.wishes.desired().is_whole() && self.books.iter().all(is_done)
     }
 
     /// ID of the list, once it is known.
@@ -232,7 +231,7 @@ impl Mirror {
 
     /// The ban set and what is made of it.
     pub(super) fn wishes(&self) -> &Wishes {
-        &self.wishes
+        &self.terms.wishes
     }
 
     /// Whether all places are known and nothing is left to do.
@@ -243,13 +242,13 @@ impl Mirror {
 
     /// How things stand.
     pub(super) fn summary(&self) -> Summary {
-        let revision = self.wishes.desired().revision();
+        let revision = self.terms.wishes.desired().revision();
         let confirmed = self.books.iter().map(|book| book.confirmed(revision)).min().flatten();
         let mut summary = Summary {
             confirmed: confirmed.unwrap_or_default(),
-            left_out: self.wishes.left_out(),
-            holed: self.wishes.holed(),
-            unsayable: self.wishes.unsayable(),
+            left_out: self.terms.wishes.left_out(),
+            holed: self.terms.wishes.holed(),
+            unsayable: self.terms.wishes.unsayable(),
             oldest: self.books.iter().filter_map(Book::oldest).min(),
             repairs: self.former_repairs,
             ..Summary::default()
@@ -259,7 +258,7 @@ impl Mirror {
             summary.entries += book.entries();
             summary.additions += additions;
             summary.removals += removals;
-            summary.taken += book.taken(&self.wishes);
+            summary.taken += book.taken(&self.terms.wishes);
             summary.refused += book.refused();
             summary.repairs += book.repairs;
             summary.removed += book.removed;
@@ -280,15 +279,8 @@ impl Mirror {
     }
 
     fn touch(&mut self, touched: &BTreeSet<Target>, now: Timestamp) {
-        let view = View {
-            wishes: &self.wishes,
-            mark: &self.mark,
-            mode: self.mode,
-            entries_max: self.entries_max,
-            tempo: &self.tempo,
-            now,
-        };
-        let revision = self.wishes.desired().revision();
+        let view = self.terms.at(now);
+        let revision = self.terms.wishes.desired().revision();
         for book in &mut self.books {
             for target in touched {
                 book.touch(*target, revision, &view);

@@ -6,11 +6,7 @@ use std::num::NonZeroU32;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use governor::clock::{self, Clock as _};
-use governor::middleware::NoOpMiddleware;
-use governor::nanos::Nanos;
-use governor::state::{InMemoryState, NotKeyed};
-use governor::{Quota, RateLimiter};
+use proto::limit::{Limit, Quota};
 use proto::time::{Clock, Timestamp};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
@@ -23,20 +19,7 @@ const RESERVE_SHARE: u32 = 5;
 const LEFT_MIN: u64 = 20;
 /// Longer than that nothing is waited for, whatever an answer says.
 const HOLD_MAX: Duration = Duration::from_secs(900);
-
-/// Our clock, as governor asks for it. It does not jump.
-#[derive(Clone, Debug)]
-struct PaceClock(Clock);
-
-impl clock::Clock for PaceClock {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        u64::try_from(self.0.raw().as_nanos()).unwrap_or(0).into()
-    }
-}
-
-type Limit = RateLimiter<NotKeyed, InMemoryState, PaceClock, NoOpMiddleware<Nanos>>;
+const ONE: NonZeroU32 = NonZeroU32::MIN;
 
 /// Until when Cloudflare wants no calls.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +32,7 @@ struct Holds {
 /// Shared by all calls with one login.
 #[derive(Debug)]
 pub(super) struct Pace {
-    clock: PaceClock,
+    clock: Clock,
     all: Limit,
     others: Limit,
     holds: Mutex<Holds>,
@@ -58,14 +41,13 @@ pub(super) struct Pace {
 impl Pace {
     /// At most `calls_max` calls in any `window`.
     pub(super) fn new(calls_max: u32, window: Duration, clock: Clock) -> Self {
-        let clock = PaceClock(clock);
         let limit = |calls: u32| {
             let burst = (calls / BURST_SHARE).max(1);
             // What a full burst does not use up flows in evenly.
             let period = window / (calls - burst).max(1);
-            let quota = Quota::with_period(period).unwrap_or_else(|| Quota::per_second(NonZeroU32::MIN));
-            let quota = quota.allow_burst(NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN));
-            RateLimiter::direct_with_clock(quota, clock.clone())
+            let quota = Quota::with_period(period).unwrap_or_else(|| Quota::per_second(ONE));
+            let quota = quota.allow_burst(NonZeroU32::new(burst).unwrap_or(ONE));
+            Limit::new(quota, clock.clone())
         };
         let holds = Mutex::new(Holds { all: Timestamp::EPOCH, others: Timestamp::EPOCH });
         Self { all: limit(calls_max), others: limit(calls_max - calls_max / RESERVE_SHARE), holds, clock }
@@ -74,24 +56,24 @@ impl Pace {
     /// Returns when a call may be made. It is counted then.
     pub(super) async fn wait(&self, frees: bool) {
         loop {
-            let now = self.clock.0.raw();
+            let now = self.clock.raw();
             let holds = self.holds();
             let until = if frees { holds.all } else { holds.all.max(holds.others) };
             if until > now {
                 tokio::time::sleep(until.since(now)).await;
                 continue;
             }
-            let checked = if frees { Ok(()) } else { self.others.check() };
-            match checked.and_then(|()| self.all.check()) {
+            let checked = if frees { Ok(()) } else { self.others.check(ONE) };
+            match checked.and_then(|()| self.all.check(ONE)) {
                 Ok(()) => return,
-                Err(not_until) => tokio::time::sleep(not_until.wait_time_from(self.clock.now())).await,
+                Err(wait) => tokio::time::sleep(wait).await,
             }
         }
     }
 
     /// Takes what an answer says of the limit. Returns how long it asks for no calls at all.
     pub(super) fn learn(&self, status: StatusCode, headers: &HeaderMap) -> Option<Duration> {
-        let now = self.clock.0.raw();
+        let now = self.clock.raw();
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let asked = text(RETRY_AFTER.as_str()).and_then(|text| text.trim().parse().ok()).map(Duration::from_secs);
         let after = asked.filter(|_| status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error());
@@ -155,7 +137,7 @@ mod tests {
         for tick in 0..6000 {
             let now = Timestamp::from_millis(1_000_000 + tick * 100);
             clock.set(now);
-            while pace.others.check().is_ok() && pace.all.check().is_ok() {
+            while pace.others.check(ONE).is_ok() && pace.all.check(ONE).is_ok() {
                 made.push(now);
             }
         }
@@ -163,7 +145,7 @@ mod tests {
             let within = made[index..].iter().take_while(|call| call.since(*first) < window).count();
             assert!(within <= 800, "{within}");
         }
-        let freed = (0..).take_while(|_| pace.all.check().is_ok()).count();
+        let freed = (0..).take_while(|_| pace.all.check(ONE).is_ok()).count();
         assert!(freed >= 40, "{freed}");
     }
 

@@ -6,11 +6,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use governor::clock::{self, Clock as _};
-use governor::middleware::NoOpMiddleware;
-use governor::nanos::Nanos;
-use governor::state::{InMemoryState, NotKeyed};
-use governor::{Quota, RateLimiter};
+use proto::limit::{Limit, Quota};
 use proto::secret::Secret;
 use proto::time::Clock;
 use reqwest::{StatusCode, Url};
@@ -55,39 +51,21 @@ struct Parameters {
     migrate_to_chat_id: Option<i64>,
 }
 
-/// Our clock, as governor asks for it.
-#[derive(Clone, Debug)]
-struct PaceClock(Clock);
-
-impl clock::Clock for PaceClock {
-    type Instant = Nanos;
-
-    fn now(&self) -> Nanos {
-        u64::try_from(self.0.raw().as_nanos()).unwrap_or(0).into()
-    }
-}
-
-type Limit = RateLimiter<NotKeyed, InMemoryState, PaceClock, NoOpMiddleware<Nanos>>;
-
 /// How often a chat may be written to.
 #[derive(Debug)]
-struct Pace {
-    clock: PaceClock,
-    limits: Vec<Limit>,
-}
+struct Pace(Vec<Limit>);
 
 impl Pace {
-    fn new(is_group: bool, clock: Clock) -> Self {
-        let clock = PaceClock(clock);
+    fn new(is_group: bool, clock: &Clock) -> Self {
         let second = Quota::per_second(NonZeroU32::MIN);
         let minute = Quota::per_minute(GROUP_MESSAGES).allow_burst(GROUP_BURST);
         let quotas = if is_group { vec![minute, second] } else { vec![second] };
-        let limits = quotas.into_iter().map(|quota| RateLimiter::direct_with_clock(quota, clock.clone())).collect();
-        Self { clock, limits }
+        Self(quotas.into_iter().map(|quota| Limit::new(quota, clock.clone())).collect())
     }
 
+    /// Takes a message of what is allowed, or says how long that takes.
     fn check(&self) -> Result<(), Duration> {
-        self.limits.iter().try_for_each(|limit| limit.check().map_err(|until| until.wait_time_from(self.clock.now())))
+        self.0.iter().try_for_each(|limit| limit.check(NonZeroU32::MIN))
     }
 }
 
@@ -104,7 +82,7 @@ pub(crate) struct Telegram {
 }
 
 impl Telegram {
-    pub(crate) fn new(config: TelegramConfig, clock: Clock) -> Self {
+    pub(crate) fn new(config: TelegramConfig, clock: &Clock) -> Self {
         let chat_id = config.chat_id.clone();
         // Groups have negative numbers; a name is a channel's or a supergroup's.
         let pace = Pace::new(chat_id.starts_with(['-', '@']), clock);
