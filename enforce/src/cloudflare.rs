@@ -49,6 +49,7 @@ use crate::config::{CloudflareConfig, EnforceConfig, FirewallConfig, Scope};
 use crate::guard::{Guard, GuardFacts};
 use crate::host;
 use crate::reconcile::{is_paused, read_host};
+use crate::standoff;
 
 /// The name of the back end, and of its lease.
 const NAME: &str = "cloudflare";
@@ -134,7 +135,9 @@ pub(crate) async fn remove_all(
     if let Some(error) = first_error {
         return Err(error);
     }
-    for dir in state_dirs.iter().filter(|_| !dry_run) {
+    // Who is paused there, and not gone, adds them again one day, and must know of them then.
+    let is_left = |dir: &&PathBuf| !dir.join(standoff::FILE).exists();
+    for dir in state_dirs.iter().filter(is_left).filter(|_| !dry_run) {
         let forgotten = places::write(dir, &BTreeSet::new());
         forgotten.map_err(|source| RemovalError::Kept { path: places::file(dir), source })?;
     }

@@ -125,6 +125,8 @@ impl Former {
                 self.problem = None;
                 return;
             }
+            // As for removing: programs of a back end that is not in use need not work.
+            Err(EnforceError::Observe { .. }) => return,
             Ok(_) => "the one in use does not hold all bans yet".to_owned(),
             Err(error) => chain_of(&error),
         };

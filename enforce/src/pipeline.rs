@@ -294,10 +294,11 @@ impl Enforcer {
             // From now on the bus knows better than the last set.
             self.take_lists().await;
         }
+        let was_failing = self.reconciler.is_failing();
         self.reconciler.handle_bans(&update).await;
         self.unstored = true;
-        // What failed may have failed because somebody took our sets away.
-        if self.reconciler.is_failing() && self.observe_job.is_none() && !self.besides.gate.stands_off {
+        // What fails now may do so because somebody took our sets away. What lasts is looked at with each resync.
+        if !was_failing && self.reconciler.is_failing() && self.observe_job.is_none() && !self.besides.gate.stands_off {
             self.begin_observation(true);
         }
     }

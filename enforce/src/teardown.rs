@@ -113,6 +113,8 @@ async fn remove_except(
     if kept != Some(Method::Nftables) {
         remove_table(config, dry_run, &mut report, &mut errors).await;
     }
+    // Programs that cannot be asked matter less than what stays in force.
+    errors.sort_by_key(|error| matches!(error, EnforceError::Observe { .. }));
     (report, errors.into_iter().next())
 }
 

@@ -31,6 +31,8 @@ impl Enforcer {
             self.rules_lifted = false;
             self.reconciler.handle_host_pause(paused).await;
             self.begin_rules();
+            // Where there are no rules to lift first, nothing else would begin it soon.
+            self.begin_clearing();
         }
         let idle = self.observe_job.is_none() && self.rules_job.is_none();
         if self.is_paused() && !self.besides.gate.stands_off && idle {
@@ -154,7 +156,8 @@ impl Enforcer {
         }
         // Not at home: the last look still goes on.
         let Some(mut rules) = self.rules.take() else { return };
-        self.rules_families.clone_from(&families);
+        // Rules that are lifted are of no family.
+        self.rules_families = if lifts { Vec::new() } else { families.clone() };
         self.rules_job = Some(tokio::spawn(async move {
             let outcome = if lifts { rules.lift(&families).await } else { rules.resync(&families).await };
             (rules, outcome)
