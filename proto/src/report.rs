@@ -108,7 +108,7 @@ pub struct SourceReport {
     pub dropped: u64,
     /// Lines that were turned away because of a limit.
     pub limited: u64,
-    /// Connections, datagrams and requests of those who may not send.
+    /// Connections, datagrams and requests of those who may not send, or that cannot be taken.
     pub refused: u64,
 }
 

@@ -200,7 +200,10 @@ fn show_sources(sources: &[(&str, &SourceReport)], at: Timestamp, out: &mut Outp
             (source.connections, "connections"),
             (source.dropped, "lines dropped for want of room, of senders that cannot wait"),
             (source.limited, "lines turned away, as their sender exceeded a limit"),
-            (source.refused, "connections, datagrams or requests refused, of those who may not send"),
+            (
+                source.refused,
+                "connections, datagrams or requests refused, of those who may not send or that cannot be taken",
+            ),
         ];
         for (count, what) in figures.iter().filter(|(count, _)| *count > 0) {
             out.line(&format!("{}: {count} {what}", source.name))?;

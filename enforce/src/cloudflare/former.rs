@@ -25,8 +25,10 @@ pub(super) struct Former {
     state_dir: PathBuf,
     current: BTreeSet<Place>,
     left: BTreeSet<Place>,
-    /// Why the last try failed.
+    /// Why a try failed.
     problem: Option<Problem>,
+    /// The place that failed last: others come before it again.
+    failed: Option<Place>,
     due: Timestamp,
 }
 
@@ -54,7 +56,8 @@ impl Former {
 
     /// The place to empty now.
     pub(super) fn due(&self, now: Timestamp) -> Option<&Place> {
-        self.left.first().filter(|_| now >= self.due)
+        let after = self.failed.as_ref().and_then(|failed| self.left.iter().find(|place| *place > failed));
+        after.or(self.left.first()).filter(|_| now >= self.due)
     }
 
     /// Takes what came of it.
@@ -63,19 +66,22 @@ impl Former {
             Ok(removed) => {
                 tracing::info!(%place, removed, "Emptied a former place at Cloudflare");
                 self.left.remove(place);
-                self.problem = None;
+                self.problem = self.problem.take().filter(|_| !self.left.is_empty());
                 self.keep();
             }
             Err(error) => {
                 let (error, file) = (chain(&error), places::file(&self.state_dir));
                 let text = format!(
                     "bans of a former configuration have no end of their own and cannot be removed: {error}; if it is \
-                     gone there, stop, remove {} and start",
+                     gone there, stop, take it out of {} and start",
                     file.display()
                 );
                 tracing::warn!(reason = text, "Former place at Cloudflare not emptied");
                 self.problem = Some(Problem::degraded(text));
-                self.due = now.saturating_add(PAUSE);
+                if self.left.last() == Some(place) {
+                    self.due = now.saturating_add(PAUSE);
+                }
+                self.failed = Some(place.clone());
             }
         }
     }

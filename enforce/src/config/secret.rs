@@ -95,3 +95,12 @@ pub(super) fn check_secret(
         (None, None) => Some(None),
     }
 }
+
+/// Whether a secret may be sent there: by TLS, or to this host. It has no user, query or fragment.
+pub(super) fn is_safe_url(url: &str) -> bool {
+    let loopback = ["http://127.0.0.1", "http://[::1]", "http://localhost"];
+    let mut near = loopback.iter().filter_map(|prefix| url.strip_prefix(prefix));
+    let fine = near.any(|rest| rest.is_empty() || rest.starts_with([':', '/']))
+        || url.strip_prefix("https://").is_some_and(|rest| !rest.is_empty());
+    fine && !url.contains(['@', '?', '#', ' '])
+}

@@ -8,7 +8,7 @@ use reqwest::Url;
 use serde::Deserialize;
 
 use crate::config::notify::{check_events, check_look_up, check_template};
-use crate::config::secret::{RawSecret, SecretSource, check_secret};
+use crate::config::secret::{RawSecret, SecretSource, check_secret, is_safe_url};
 use crate::notify::message::EventKind;
 use crate::notify::template::{PLACEHOLDERS, Template};
 use crate::notify::text::{HTML, Texts, defaults};
@@ -93,15 +93,9 @@ fn check_chat(given: Field<String>, mistakes: &mut Mistakes) -> Option<String> {
 
 fn check_api_url(given: Field<String>, mistakes: &mut Mistakes) -> Option<Url> {
     let text = given.or("api_url", API_URL.to_owned(), mistakes);
-    let url = Url::parse(&text).ok().filter(|url| {
-        matches!(url.scheme(), "http" | "https")
-            && url.query().is_none()
-            && url.fragment().is_none()
-            && url.username().is_empty()
-            && url.host_str().is_some()
-    });
+    let url = Url::parse(&text).ok().filter(|url| is_safe_url(&text) && url.host_str().is_some());
     if url.is_none() {
-        mistakes.add("api_url", format!("expected an address such as \"{API_URL}\""));
+        mistakes.add("api_url", format!("expected an address such as \"{API_URL}\", or \"http://\" to this host"));
     }
     url
 }

@@ -7,6 +7,7 @@ use proto::time::Timestamp;
 
 use super::book::View;
 use crate::cloudflare::call::CallError;
+use crate::reconcile::chain_of;
 
 /// Failures in a row of which the first ones are nobody's business.
 const SAID_FROM: u32 = 3;
@@ -71,7 +72,7 @@ impl Trouble {
     /// A call failed.
     pub(super) fn fail_with(&mut self, error: &CallError, view: &View<'_>) {
         self.is_lasting = error.is_about_login() || error.is_gone();
-        self.note(error.to_string(), view);
+        self.note(chain_of(error), view);
     }
 
     fn note(&mut self, text: String, view: &View<'_>) {
