@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_nats::{Statistics, Subscriber};
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::interval;
 
@@ -145,7 +145,7 @@ struct Arrivals {
 }
 
 impl Arrivals {
-    /// How many more are known to be dropped. While messages come, those of the last interval are left for later.
+    /// How many more are known to be dropped. What came since the last call is left for the next, as it may still wait.
     fn count(&mut self) -> u64 {
         let missed = self.came.saturating_sub(self.taken).max(self.missed);
         let new = missed - self.missed;
@@ -158,17 +158,21 @@ impl Arrivals {
 async fn forward((mut subscriber, mut arrivals): (Subscriber, Arrivals), outlet: Outlet, shutdown: Shutdown) {
     let mut ticks = interval(COUNT_INTERVAL);
     loop {
-        let message = tokio::select! {
-            message = subscriber.next() => message,
-            _ = ticks.tick() => {
-                outlet.note_dropped(arrivals.count());
-                continue;
-            }
+        // Counted when none waits, or as many were taken as can have waited: what only waits is not lost.
+        let settled = tokio::select! {
+            biased;
             () = shutdown.draining() => break,
+            message = subscriber.next() => {
+                let Some(message) = message else { return };
+                arrivals.taken += 1;
+                outlet.put(message.payload);
+                arrivals.taken.is_multiple_of(MESSAGES_MAX as u64)
+            }
+            _ = ticks.tick() => true,
         };
-        let Some(message) = message else { return };
-        arrivals.taken += 1;
-        outlet.put(message.payload);
+        if settled {
+            outlet.note_dropped(arrivals.count());
+        }
     }
     let left = async {
         if subscriber.drain().await.is_ok() {
@@ -180,6 +184,10 @@ async fn forward((mut subscriber, mut arrivals): (Subscriber, Arrivals), outlet:
     };
     // Without a connection nothing more comes.
     let _late = tokio::time::timeout(LEAVE_TIMEOUT, left).await;
+    while let Some(Some(message)) = subscriber.next().now_or_never() {
+        arrivals.taken += 1;
+        outlet.put(message.payload);
+    }
     // The second time all that came is settled.
     outlet.note_dropped(arrivals.count() + arrivals.count());
 }
