@@ -35,6 +35,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::engine::command::{Command, Reply};
+use crate::leaks::stamp;
 use crate::worker::{CommandError, Request};
 
 /// Largest request body, in bytes.
@@ -215,12 +216,13 @@ async fn explain(
     query: Result<Query<ExplainQuery>, QueryRejection>,
 ) -> Answer<ExplainReply> {
     let Query(ExplainQuery { address }) = query?;
-    let mut reply = ask(&backing, |reply| Request::Explain(address, reply)).await?;
+    let (mut reply, confirmations) = ask(&backing, |reply| Request::Explain(address, reply)).await?;
     let (question, answer) = oneshot::channel();
     let asked = backing.questions.send_timeout(Question { address: reply.address, reply: question }, ANSWER_TIMEOUT);
     if asked.await.is_ok()
-        && let Ok(Ok(holds)) = tokio::time::timeout(ANSWER_TIMEOUT, answer).await
+        && let Ok(Ok(mut holds)) = tokio::time::timeout(ANSWER_TIMEOUT, answer).await
     {
+        stamp(&mut holds, &confirmations);
         reply.backends = holds;
     }
     Ok(Json(reply))

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use proto::api::ExplainReply;
 use proto::ban::BanChange;
 use proto::bus::memory::Question;
 use proto::envelope::{CloudEvent, EventType};
@@ -14,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::DetectConfig;
 use crate::engine::command::Command;
+use crate::engine::leak::Confirmations;
 use crate::engine::{Engine, Output, hidden_text};
 use crate::leaks::{Answered, Inquiries, views, weigh};
 use crate::metrics::Metrics;
@@ -169,6 +171,13 @@ impl Decider {
         let text = leak.text(&answers);
         self.last_leak = Some((self.clock.now(), text.clone()));
         self.raise_alarm("ban-leak", text);
+    }
+
+    /// What the engine knows of an address, and since when back ends have its bans in force.
+    pub(crate) fn explain(&self, address: IpAddr, now: Timestamp) -> (ExplainReply, Confirmations) {
+        let reply = self.engine.explain(address, now);
+        let known = self.engine.confirmations(reply.address);
+        (reply, known)
     }
 
     /// Tells of something that needs a person.

@@ -4,13 +4,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use proto::api::BackendHold;
+use proto::api::{BackendHold, HoldState};
 use proto::bus::memory::Question;
 use proto::report::{BackendReport, NodeReport, Role};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use crate::engine::leak::{BackEnd, HostView, Keeper, Leak};
+use crate::engine::leak::{BackEnd, Confirmations, HostView, Keeper, Leak};
 
 /// How long an enforcer may take to say what it holds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -65,24 +65,42 @@ impl Inquiries {
     }
 }
 
-/// Whether a host lets the client of `leak` pass on purpose, and what those say who should have kept it out; that the
-/// firewall does not hold it is noted in `leak`.
+/// Whether who should have kept the client of `leak` out lets it pass on purpose, and what all those say who could have
+/// seen it. That the keeper does not hold it is noted in `leak`.
 pub(crate) fn weigh(leak: &mut Leak, holds: &[BackendHold]) -> (bool, Vec<String>) {
-    let is_asked = |hold: &&BackendHold| match leak.keeper {
-        Keeper::Firewall | Keeper::Forwarded => hold.node == leak.node,
-        Keeper::Cloudflare => hold.backend.starts_with(CLOUDFLARE),
-        Keeper::NoEnforcer | Keeper::NoFirewall | Keeper::BehindProxy | Keeper::NoEvidence => false,
+    let node = leak.node.as_str();
+    let asked = |seer: Keeper| {
+        holds.iter().filter(move |hold| kind(&hold.backend) == seer).filter(move |hold| match seer {
+            Keeper::Cloudflare => hold.state != HoldState::Standby,
+            _ => hold.node == node,
+        })
     };
-    let asked: Vec<&BackendHold> = holds.iter().filter(is_asked).collect();
-    let denies = |hold: &&BackendHold| hold.backend != BackendHold::UNKNOWN && hold.entry.is_none();
-    leak.denied = leak.keeper == Keeper::Firewall && asked.iter().any(denies);
-    let said = |hold: &&BackendHold| format!("{}: {}", hold.backend, hold.detail);
-    (asked.iter().any(|hold| hold.spared), asked.iter().take(QUOTED_MAX).map(said).collect())
+    let is_spared = asked(leak.keeper).any(|hold| hold.spared);
+    let is_silent = |hold: &BackendHold| hold.state == HoldState::Silent || hold.backend == BackendHold::UNKNOWN;
+    let denied = asked(leak.keeper).any(|hold| !is_silent(hold) && !hold.is_held());
+    let said = |hold: &BackendHold| format!("{} on {}: {}", hold.backend, hold.node, hold.detail);
+    let answers = leak.seers.iter().flat_map(|seer| asked(*seer)).take(QUOTED_MAX).map(said).collect();
+    leak.denied = denied;
+    (is_spared, answers)
 }
 
-/// Names of back ends that are not the host's firewall begin so.
-const CLOUDFLARE: &str = "cloudflare";
-const FORWARDED: &str = "forwarded";
+/// Notes since when what is held is known to be in force.
+pub(crate) fn stamp(holds: &mut [BackendHold], known: &Confirmations) {
+    for hold in holds.iter_mut().filter(|hold| hold.is_held()) {
+        let keeper = kind(&hold.backend);
+        let node = if keeper == Keeper::Cloudflare { String::new() } else { hold.node.clone() };
+        hold.confirmed_at = known.get(&(node, keeper)).copied();
+    }
+}
+
+/// Which back end it is that is called so; notifiers aside.
+fn kind(backend: &str) -> Keeper {
+    match backend {
+        BackendHold::CLOUDFLARE => Keeper::Cloudflare,
+        BackendHold::FORWARDED_FOR => Keeper::Forwarded,
+        _ => Keeper::Firewall,
+    }
+}
 
 /// How the back ends of all hosts are, by the reports of their roles.
 pub(crate) fn views(reports: &[NodeReport]) -> Vec<HostView> {
@@ -100,9 +118,9 @@ pub(crate) fn views(reports: &[NodeReport]) -> Vec<HostView> {
         let lifted = report.paused.is_some();
         view.firewall = back_end(firewall, lifted);
         for other in others {
-            match &other.name {
-                name if name.starts_with(CLOUDFLARE) => view.cloudflare = back_end(other, false),
-                name if name.starts_with(FORWARDED) => view.forwarded = back_end(other, lifted),
+            match kind(&other.name) {
+                Keeper::Cloudflare => view.cloudflare = back_end(other, false),
+                Keeper::Forwarded => view.forwarded = back_end(other, lifted),
                 _ => {}
             }
         }
@@ -135,9 +153,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_ban_that_does_not_fit_is_told_as_what_the_firewall_does_not_hold() {
-        let mut leak = Leak {
+    fn leak(keeper: Keeper) -> Leak {
+        Leak {
             client: "192.0.2.1".parse().unwrap(),
             target: "192.0.2.1".parse().unwrap(),
             rule: "r".to_owned(),
@@ -146,32 +163,95 @@ mod tests {
             path: "/".to_owned(),
             peer: None,
             began_at: Timestamp::EPOCH,
-            keeper: Keeper::Firewall,
+            keeper,
+            seers: vec![keeper],
             confirmed: true,
             denied: false,
             late: Duration::from_secs(9),
             untold: 0,
-        };
+        }
+    }
+
+    #[test]
+    fn a_ban_that_does_not_fit_is_told_as_what_the_firewall_does_not_hold() {
+        let mut leak = leak(Keeper::Firewall);
         let hold = |backend: &str, entry: Option<&str>, detail: &str| BackendHold {
             node: "a".to_owned(),
             backend: backend.to_owned(),
             entry: entry.map(|entry| entry.parse().unwrap()),
             detail: detail.to_owned(),
-            spared: false,
+            ..BackendHold::default()
         };
         for held in [hold("iptables", Some("192.0.2.1"), "in set"), hold(BackendHold::UNKNOWN, None, "no answer")] {
             let (_, answers) = weigh(&mut leak, &[held]);
             assert!(
-                leak.text(&answers).contains("after a had confirmed the ban. The firewall of a could have seen it")
+                leak.text(&answers)
+                    .contains("after a had confirmed the ban. The firewall of a could have seen it: look")
             );
         }
         let (is_spared, answers) = weigh(&mut leak, &[hold("iptables", None, "bans_max is reached")]);
         let text = leak.text(&answers);
         assert!(
-            text.ends_with("the firewall of a does not hold it. It says: iptables: bans_max is reached."),
+            text.ends_with("the firewall of a does not hold it. Asked now: iptables on a: bans_max is reached."),
             "{text}"
         );
         assert!(!is_spared && !text.contains("confirmed"), "{text}");
+    }
+
+    #[test]
+    fn all_who_could_have_seen_a_client_are_asked_and_only_the_keeper_may_spare_it() {
+        let seers = vec![Keeper::Cloudflare, Keeper::Forwarded];
+        let mut leak = Leak { seers, ..leak(Keeper::Cloudflare) };
+        let hold = |node: &str, backend: &str, state, spared| BackendHold {
+            node: node.to_owned(),
+            backend: backend.to_owned(),
+            detail: format!("{state:?}"),
+            state,
+            spared,
+            ..BackendHold::default()
+        };
+        let mut holds = vec![
+            hold("a", "iptables", HoldState::Held, false),
+            hold("a", "cloudflare", HoldState::Standby, false),
+            hold("a", "forwarded-for", HoldState::Paused, true),
+            hold("b", "cloudflare", HoldState::Held, false),
+            hold("b", "forwarded-for", HoldState::Held, false),
+        ];
+        let (is_spared, answers) = weigh(&mut leak, &holds);
+        assert!(!is_spared && !leak.denied);
+        let text = leak.text(&answers);
+        assert!(text.contains("Cloudflare and the rules of a for forwarded clients could have seen it"), "{text}");
+        assert!(text.ends_with(" Asked now: cloudflare on b: Held; forwarded-for on a: Paused."), "{text}");
+        holds[3] = hold("b", "cloudflare", HoldState::LeftOut, false);
+        assert!(!weigh(&mut leak, &holds).0 && leak.denied);
+        assert!(leak.text(&[]).contains("Cloudflare does not hold it"));
+        holds[3] = hold("b", "cloudflare", HoldState::Silent, false);
+        assert!(!weigh(&mut leak, &holds).0 && !leak.denied, "who does not answer denies nothing");
+    }
+
+    #[test]
+    fn what_is_held_is_told_with_since_when_it_is_known_to_be_in_force() {
+        let at = Timestamp::from_secs;
+        let known: Confirmations = [
+            (("a".to_owned(), Keeper::Firewall), at(1)),
+            (("b".to_owned(), Keeper::Firewall), at(2)),
+            ((String::new(), Keeper::Cloudflare), at(3)),
+        ]
+        .into();
+        let hold = |node: &str, backend: &str, state| BackendHold {
+            node: node.to_owned(),
+            backend: backend.to_owned(),
+            state,
+            ..BackendHold::default()
+        };
+        let mut holds = [
+            hold("b", "nftables", HoldState::Held),
+            hold("a", "iptables", HoldState::Waiting),
+            hold("a", "cloudflare", HoldState::Held),
+            hold("a", "forwarded-for", HoldState::Held),
+        ];
+        stamp(&mut holds, &known);
+        assert_eq!(holds.map(|hold| hold.confirmed_at), [Some(at(2)), None, Some(at(3)), None]);
     }
 
     #[test]
@@ -188,7 +268,12 @@ mod tests {
         let mut ingest = NodeReport::new("c", Role::Ingest, Timestamp::EPOCH);
         ingest.skew_ms = Some(1500);
         ingest.sources = vec![proto::report::SourceReport { skew_ms: Some(500), ..Default::default() }];
-        let reports = [report("a", &["iptables", "telegram", "forwarded_for"]), paused, ingest, report("d", &["none"])];
+        let reports = [
+            report("a", &["iptables", "telegram", BackendHold::FORWARDED_FOR]),
+            paused,
+            ingest,
+            report("d", &["none"]),
+        ];
         let views = views(&reports);
         let is = |at: usize| (views[at].firewall, views[at].forwarded, views[at].cloudflare);
         assert_eq!(is(0), (BackEnd::InForce(mark), BackEnd::InForce(mark), BackEnd::Absent));

@@ -21,6 +21,7 @@ use crate::config::DetectConfig;
 use crate::decider::{Decider, Identity, log_event};
 use crate::engine::Engine;
 use crate::engine::command::{Command, Refusal, Reply};
+use crate::engine::leak::Confirmations;
 use crate::error::{DetectError, StoreError};
 use crate::metrics::Metrics;
 use crate::peers::Peers;
@@ -41,8 +42,8 @@ pub const REQUESTS_MAX: usize = 256;
 pub enum Request {
     /// Carry out a command; answered once its effect is durable.
     Command(Command, oneshot::Sender<Result<Reply, CommandError>>),
-    /// Explain an address.
-    Explain(IpAddr, oneshot::Sender<ExplainReply>),
+    /// Explain an address, and tell since when back ends have it in force.
+    Explain(IpAddr, oneshot::Sender<(ExplainReply, Confirmations)>),
     /// A name of `never_ban` was looked up.
     Resolved {
         /// The name.
@@ -251,7 +252,7 @@ impl Worker {
                 let _gone = reply.send(result);
             }
             Request::Explain(address, reply) => {
-                let _gone = reply.send(self.decider.engine.explain(address, now));
+                let _gone = reply.send(self.decider.explain(address, now));
             }
             Request::Resolved { name, addrs } => {
                 self.decider.handle_resolved(name, addrs, now);
@@ -542,7 +543,7 @@ mod tests {
 
             let question = bus.questions_in.recv().await.unwrap();
             let (node, backend, detail) = ("n".to_owned(), "iptables".to_owned(), "what it knows".to_owned());
-            question.reply.send(vec![BackendHold { node, backend, entry: None, detail, spared }]).unwrap();
+            question.reply.send(vec![BackendHold { node, backend, detail, spared, ..BackendHold::default() }]).unwrap();
             let answered = worker.decider.inquiries.next().await;
             worker.decider.handle_answer(answered);
             worker.settle(false);

@@ -1,13 +1,19 @@
-//! What back ends beside the firewall say of themselves, gathered for the node's report.
+//! What back ends beside the firewall say of themselves, gathered for the node's report, and where they are asked.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::report::{BackendReport, Problem};
 
+use crate::desk::Desk;
+
 /// One place for all of them; clones are the same place.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Board(Arc<Mutex<Entries>>);
+pub(crate) struct Board {
+    entries: Arc<Mutex<Entries>>,
+    /// Where they are asked.
+    pub(crate) desk: Desk,
+}
 
 /// By name of the back end.
 type Entries = BTreeMap<String, (BackendReport, Vec<Problem>)>;
@@ -16,12 +22,12 @@ impl Board {
     /// What the back end that `report` names says from now on.
     pub(crate) fn put(&self, report: BackendReport, problems: Vec<Problem>) {
         // Entries are replaced whole, so a panic elsewhere cannot leave one half-written.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(report.name.clone(), (report, problems));
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).insert(report.name.clone(), (report, problems));
     }
 
     /// Reports by name, and all problems, each after the name of its back end.
     pub(crate) fn all(&self) -> (Vec<BackendReport>, Vec<Problem>) {
-        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut reports, mut problems) = (Vec::new(), Vec::new());
         for (name, (report, theirs)) in entries.iter() {
             reports.push(report.clone());

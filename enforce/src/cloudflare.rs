@@ -6,6 +6,7 @@
 
 mod call;
 mod client;
+mod explain;
 mod former;
 mod installation;
 mod metrics;
@@ -28,6 +29,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::bus::duty::Duty;
 use proto::net::Target;
@@ -52,7 +54,7 @@ use crate::reconcile::{is_paused, read_host};
 use crate::standoff;
 
 /// The name of the back end, and of its lease.
-const NAME: &str = "cloudflare";
+const NAME: &str = BackendHold::CLOUDFLARE;
 /// How often ended bans are forgotten and the report is renewed.
 const TICK: Duration = Duration::from_secs(1);
 /// How often the host's addresses, the login's file and the use of the list are looked at.
@@ -228,6 +230,7 @@ impl Runner {
     async fn run(mut self) {
         let shutdown = self.around.shutdown.clone();
         let mut revision = self.around.bans.watch();
+        let mut inquiries = self.around.board.desk.open(NAME);
         let (mut lists_open, mut host_open) = (true, self.around.duties.are_alone());
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -265,6 +268,10 @@ impl Runner {
                     Ok(()) => self.take_lists(),
                     Err(_) => host_open = false,
                 },
+                Some(inquiry) = inquiries.recv() => {
+                    let hold = self.explain(inquiry.address);
+                    inquiry.answer(hold);
+                }
                 (call, answer) = finish(&mut job) => self.take_answer(call, answer),
                 usage = finish(&mut usage_job) => self.take_usage(usage),
                 (place, cleared) = finish(&mut former_job) => self.take_former(&place, cleared),

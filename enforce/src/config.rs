@@ -25,6 +25,7 @@ use crate::config::telegram::RawTelegram;
 pub use crate::config::telegram::TelegramConfig;
 use crate::config::webhooks::RawWebhooks;
 pub use crate::config::webhooks::WebhookConfig;
+pub use crate::notify::message::EventKind;
 
 /// `[enforce]` as a file says it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -111,14 +112,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::testing::checked;
 
     fn check(value: Value) -> Result<EnforceConfig, Vec<String>> {
-        let raw: RawEnforce = serde_json::from_value(value).unwrap();
-        let mut mistakes = Mistakes::new();
-        let checked = mistakes.within("enforce", |mistakes| raw.check(mistakes));
-        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
-        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
-        checked.ok_or(texts)
+        checked(value, |raw: RawEnforce, mistakes| mistakes.within("enforce", |mistakes| raw.check(mistakes)))
     }
 
     #[test]
@@ -201,10 +198,13 @@ mod tests {
             "enforce.firewall.ban_prefix_min_ipv4: must be from 1 to 32",
             "enforce.firewall.bans_max: must be from 1 to 1000000",
             "enforce.firewall.chain: unknown key; did you mean `chains`?",
-            "enforce.firewall.chains: \"-x\": expected [TABLE/]CHAIN such as \"raw/PREROUTING\" or \"DOCKER-USER\"",
-            "enforce.firewall.chains: \"OUTPUT\": clients' packets pass INPUT or FORWARD in table filter",
+            "enforce.firewall.chains: \"-x\": expected [TABLE/]CHAIN such as \"raw/PREROUTING\" or \"DOCKER-USER\", with \
+             a name of at most 28 bytes",
+            "enforce.firewall.chains: \"OUTPUT\": packets of clients do not pass OUTPUT in table filter: write \
+             \"filter/INPUT\" or \"filter/FORWARD\"",
             "enforce.firewall.chains: \"PORTCULLIS\": PORTCULLIS is the chain that Portcullis makes itself",
-            "enforce.firewall.chains: \"PREROUTING\": clients' packets pass INPUT or FORWARD in table filter",
+            "enforce.firewall.chains: \"PREROUTING\": packets of clients do not pass PREROUTING in table filter: write \
+             \"raw/PREROUTING\", or \"filter/INPUT\" or \"filter/FORWARD\"",
             "enforce.firewall.chains: \"nat/PREROUTING\": the table must be raw, mangle or filter, got \"nat\"",
             "enforce.firewall.full_check_interval: must be at least resync_interval and at most \"1day\"",
             "enforce.firewall.ports: expected ports such as \"443\", \"tcp/443\" or \"udp/8000-8010\", got \"0\"",

@@ -256,10 +256,10 @@ impl Desired {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use proto::ban::{Ban, Evidence, Origin};
 
     use super::*;
     use crate::guard::GuardFacts;
+    use crate::testing;
 
     fn guard(never_ban: &[&str]) -> Guard {
         let never_ban = never_ban.iter().map(|net| net.parse().unwrap()).collect();
@@ -267,19 +267,7 @@ mod tests {
     }
 
     fn record(target: &str, end: Option<i64>) -> BanRecord {
-        let target: Target = target.parse().unwrap();
-        let ban = Ban {
-            target,
-            rule: "r".to_owned(),
-            origin: Origin::Detect,
-            ban_count: 1,
-            ban_seconds: None,
-            banned_at: Timestamp::EPOCH,
-            expires_at: end.map(Timestamp::from_secs),
-            reason: String::new(),
-            evidence: Evidence::default(),
-        };
-        BanRecord { target, bans: vec![ban] }
+        testing::record(target.parse().unwrap(), end.map(Timestamp::from_secs))
     }
 
     fn update(revision: u64, snapshot: bool, records: &[(&str, Option<i64>)]) -> BanUpdate {

@@ -16,6 +16,7 @@
 
 mod chains;
 mod claims;
+mod explain;
 mod kept;
 pub(crate) mod metrics;
 mod plan;
@@ -28,6 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::net::Target;
 use proto::report::{BackendReport, Problem};
@@ -47,7 +49,7 @@ use crate::plan::{Family, SKEW_STEP_MS};
 use crate::reconcile::{chain_of, is_paused, read_host};
 
 /// What `status` calls it.
-const NAME: &str = "forwarded-for";
+const NAME: &str = BackendHold::FORWARDED_FOR;
 /// Rules are rewritten once in so long at most, and what is over is forgotten as often.
 const PACE: Duration = Duration::from_secs(1);
 /// Clients that a dry run names one by one.
@@ -60,6 +62,7 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     forwarded.start();
     let shutdown = forwarded.around.shutdown.clone();
     let mut revision = forwarded.around.bans.watch();
+    let mut inquiries = forwarded.around.board.desk.open(NAME);
     revision.mark_changed();
     let (mut lists_open, mut servers_open, mut pause_open) = (true, true, true);
     let (mut pace, mut tick, mut resync) = (ticks(PACE), ticks(PACE), ticks(resync));
@@ -86,6 +89,10 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
                 forwarded.look_at_host();
             }
             changed = revision.changed() => if changed.is_ok() { forwarded.take_bans() },
+            Some(inquiry) = inquiries.recv() => {
+                let hold = forwarded.explain(inquiry.address);
+                inquiry.answer(hold);
+            }
             _ = tick.tick() => forwarded.handle_tick(),
             _ = resync.tick() => {
                 forwarded.look_at_host();

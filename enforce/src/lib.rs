@@ -12,6 +12,7 @@ mod cloudflare;
 mod command;
 pub mod config;
 pub mod desired;
+mod desk;
 pub mod error;
 mod former;
 mod forwarded;
@@ -25,6 +26,8 @@ pub mod plan;
 mod reconcile;
 pub mod standoff;
 pub mod teardown;
+#[cfg(test)]
+mod testing;
 
 pub use command::CommandError;
 pub use config::{EnforceConfig, RawEnforce};

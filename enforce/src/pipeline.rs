@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::bus::duty::Duties;
 use proto::bus::feed::EventSource;
@@ -383,10 +384,14 @@ impl Enforcer {
     }
 
     fn answer(&self, question: Question) {
-        let hold = self.reconciler.explain(question.address, &self.inputs.node, &self.outcome.places);
+        let firewall = self.reconciler.explain(question.address, &self.outcome.places);
+        let others = self.besides.board.desk.ask(question.address);
+        let node = self.inputs.node.clone();
         tokio::spawn(async move {
+            let (firewall, others) = tokio::join!(firewall, others);
+            let named = |hold| BackendHold { node: node.to_string(), ..hold };
             // Who asked may have gone.
-            let _ = question.reply.send(vec![hold.await]);
+            let _ = question.reply.send(std::iter::once(firewall).chain(others).map(named).collect());
         });
     }
 

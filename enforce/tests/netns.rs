@@ -142,7 +142,7 @@ fn cuts_connections(host: &Host) {
         assert!(!bad.through("new 8080"), "a banned client gets in");
         assert!(good.through("ping") && good.through("new 8080"), "another client is cut off");
         let explained: Value = serde_json::from_str(&enforcer.ask(&format!("explain {banned}"))).unwrap();
-        assert_eq!(explained[0]["entry"], banned, "{explained}");
+        assert_eq!((&explained[0]["entry"], &explained[0]["state"]), (&banned.into(), &"held".into()), "{explained}");
         until("dropped packets are counted", || enforcer.report()["backends"][0]["dropped_packets"].as_u64() > Some(0));
 
         enforcer.ask(&format!("unban {banned}"));

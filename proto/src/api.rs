@@ -167,8 +167,36 @@ pub struct RuleProgress {
     pub next_ban_seconds: u64,
 }
 
+/// How an address stands with one back end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HoldState {
+    /// It has an entry in force that holds the address.
+    Held,
+    /// An entry is about to be added, or removed.
+    Waiting,
+    /// Nobody asked for it: no ban covers the address, or none that this back end carries out.
+    NotDue,
+    /// There was no room, and bans that last longer were preferred.
+    LeftOut,
+    /// It may not be banned there, or cannot be said there.
+    Refused,
+    /// All bans are lifted there.
+    Paused,
+    /// The back end holds nothing back: a dry run, no firewall, or something it lacks.
+    Idle,
+    /// Another host does this work.
+    Standby,
+    /// It does not answer.
+    Silent,
+    /// It is not known: the host is of a version that says it otherwise.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
 /// What one back end says of an address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendHold {
     /// Node of the back end.
     pub node: String,
@@ -181,11 +209,37 @@ pub struct BackendHold {
     /// Whether it lets the address pass on purpose: it may not be banned on this host, or all bans are lifted there.
     #[serde(default)]
     pub spared: bool,
+    /// How the address stands there.
+    #[serde(default)]
+    pub state: HoldState,
+    /// When the entry goes; `None` where there is none, or it has no end.
+    #[serde(default)]
+    pub until: Option<Timestamp>,
+    /// Since when the back end is known to have a ban of the address in force, as detect keeps it: at the moment or after
+    /// it, and not before the detector started. `None` where it has not said so, or where nothing holds the address.
+    #[serde(default)]
+    pub confirmed_at: Option<Timestamp>,
 }
 
 impl BackendHold {
     /// Name of the back end where a host does not answer.
     pub const UNKNOWN: &str = "unknown";
+    /// Name of the back end that keeps Cloudflare.
+    pub const CLOUDFLARE: &str = "cloudflare";
+    /// Name of the back end that refuses clients behind a proxy. All others are firewalls.
+    pub const FORWARDED_FOR: &str = "forwarded-for";
+
+    /// What holds nothing, and why.
+    pub fn without(state: HoldState, detail: impl Into<String>) -> Self {
+        let spared = state == HoldState::Paused;
+        Self { state, detail: detail.into(), spared, ..Self::default() }
+    }
+
+    /// Whether it keeps the address out.
+    pub fn is_held(&self) -> bool {
+        // Older hosts say no more than the entry.
+        self.state == HoldState::Held || (self.state == HoldState::Unknown && self.entry.is_some())
+    }
 }
 
 /// Why an address is banned, or why not.
@@ -214,4 +268,23 @@ pub struct ExplainReply {
 pub struct ApiError {
     /// What is wrong, for people.
     pub error: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_older_and_newer_hosts_say_they_hold_is_understood() {
+        let read = |json: &str| serde_json::from_str::<BackendHold>(json).unwrap();
+        let older = read(r#"{"node":"a","backend":"iptables","entry":"192.0.2.1","detail":"in set","spared":false}"#);
+        assert!(older.is_held() && older.state == HoldState::Unknown && older.until.is_none());
+        let oldest = read(r#"{"node":"a","backend":"iptables","entry":null,"detail":"not banned"}"#);
+        assert!(!oldest.is_held() && !oldest.spared);
+        let newer = read(r#"{"node":"a","backend":"x","entry":null,"detail":"","state":"melted","of_later":1}"#);
+        assert_eq!(newer.state, HoldState::Unknown);
+        let held = BackendHold { until: Some(Timestamp::EPOCH), state: HoldState::LeftOut, ..older };
+        assert_eq!(read(&serde_json::to_string(&held).unwrap()), held);
+        assert!(!held.is_held(), "an entry alone holds nobody where the back end says that it does not");
+    }
 }

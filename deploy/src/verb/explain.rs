@@ -1,6 +1,6 @@
 //! `explain`: why an address is banned and what holds it, or how far each rule has counted and why it is not.
 
-use proto::api::{BackendHold, ExplainReply, RuleProgress};
+use proto::api::{BackendHold, ExplainReply, HoldState, RuleProgress};
 use proto::time::{Timestamp, render_duration};
 
 use super::{Exit, bans, connect, describe_pause, moment, remaining};
@@ -22,10 +22,8 @@ fn show(reply: &ExplainReply, out: &mut Output<'_>) -> anyhow::Result<()> {
     for line in describe(reply, now) {
         out.line(&line)?;
     }
-    for ban in &reply.bans {
-        for line in evidence(ban) {
-            out.line(&line)?;
-        }
+    for line in reply.bans.iter().flat_map(evidence).chain(sight(reply)) {
+        out.line(&line)?;
     }
     section(out, "Bans", !reply.bans.is_empty())?;
     out.table(bans::HEADER, reply.bans.iter().map(|ban| bans::row(ban, now)))?;
@@ -33,7 +31,7 @@ fn show(reply: &ExplainReply, out: &mut Output<'_>) -> anyhow::Result<()> {
     let header = ["rule", "mode", "counted", "within", "last seen", "bans", "next ban"];
     out.table(header, reply.rules.iter().map(progress))?;
     section(out, "Back ends", !reply.backends.is_empty())?;
-    out.table(["node", "back end", "holds", "detail"], reply.backends.iter().map(hold))
+    out.table(["node", "back end", "holds", "until", "confirmed", "detail"], reply.backends.iter().map(hold))
 }
 
 fn section(out: &mut Output<'_>, title: &str, shown: bool) -> anyhow::Result<()> {
@@ -101,12 +99,25 @@ fn evidence(ban: &proto::ban::Ban) -> Vec<String> {
             lines.push(format!("  {name}: {}", values.join(", ")));
         }
     }
-    if evidence.via_proxy {
-        lines.push(
-            "  A proxy delivered some of them: the firewall of this host sees the proxy, not the client.".to_owned(),
-        );
-    }
     lines
+}
+
+/// Of a client that comes through a proxy: who can see it.
+fn sight(reply: &ExplainReply) -> Option<String> {
+    if !reply.bans.iter().any(|ban| ban.evidence.via_proxy) {
+        return None;
+    }
+    let sees = |hold: &&BackendHold| {
+        let names = [BackendHold::CLOUDFLARE, BackendHold::FORWARDED_FOR];
+        names.contains(&hold.backend.as_str()) && ![HoldState::Standby, HoldState::Idle].contains(&hold.state)
+    };
+    let seers = reply.backends.iter().filter(sees).map(|hold| format!("{} on {}", hold.backend, hold.node));
+    let seers: Vec<String> = seers.collect();
+    let who = match seers.is_empty() {
+        true => "nothing here sees behind it: configure enforce.cloudflare, or enforce.forwarded_for".to_owned(),
+        false => format!("behind it see {}", seers.join(", ")),
+    };
+    Some(format!("A proxy delivered some of its requests. Firewalls see the proxy, not the client; {who}."))
 }
 
 fn progress(rule: &RuleProgress) -> [String; 7] {
@@ -122,7 +133,11 @@ fn progress(rule: &RuleProgress) -> [String; 7] {
     ]
 }
 
-fn hold(hold: &BackendHold) -> [String; 4] {
-    let entry = hold.entry.map_or_else(|| "nothing".to_owned(), |entry| entry.to_string());
-    [hold.node.clone(), hold.backend.clone(), entry, hold.detail.clone()]
+fn hold(hold: &BackendHold) -> [String; 6] {
+    let (holds, until) = match (hold.entry, hold.is_held()) {
+        (Some(entry), true) => (entry.to_string(), hold.until.map_or_else(|| "-".to_owned(), moment)),
+        _ => ("nothing".to_owned(), "-".to_owned()),
+    };
+    let confirmed = hold.confirmed_at.map_or_else(|| "-".to_owned(), moment);
+    [hold.node.clone(), hold.backend.clone(), holds, until, confirmed, hold.detail.clone()]
 }

@@ -122,12 +122,18 @@ fn show_roles(health: &Health<'_>, out: &mut Output<'_>) -> anyhow::Result<()> {
     let roles = health.nodes.iter().map(|report| {
         let [role, node, version, up, reported] = role_row(report, health.at);
         let applied = report.applied.map(|mark| format!("{}.{}", mark.epoch, mark.commit));
-        let skew = report.skew_ms.map(|skew| format!("{skew} ms"));
+        let skew = report.skew_ms.map(skew);
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         let duty = or_none(report.duty.clone());
         [role, node, duty, version, up, reported, or_none(applied), report.lag.to_string(), or_none(skew)]
     });
     out.table(["role", "node", "duty", "version", "up", "reported", "applied", "lag", "clock ahead"], roles)
+}
+
+/// How far a clock is ahead; behind, with a minus.
+fn skew(ms: i64) -> String {
+    let sign = if ms < 0 { "-" } else { "" };
+    format!("{sign}{}", render_duration(Duration::from_millis(ms.unsigned_abs())))
 }
 
 fn role_row(report: &NodeReport, at: Timestamp) -> [String; 5] {
@@ -191,7 +197,8 @@ fn show_sources(sources: &[(&str, &SourceReport)], at: Timestamp, out: &mut Outp
         }
         if let Some(skew_ms) = source.skew_ms.filter(|skew| skew.unsigned_abs() >= SKEW_SHOWN_MS) {
             let side = if skew_ms > 0 { "ahead of" } else { "behind" };
-            out.line(&format!("{}: its times are {} ms {side} this clock", source.name, skew_ms.unsigned_abs()))?;
+            let length = render_duration(Duration::from_millis(skew_ms.unsigned_abs()));
+            out.line(&format!("{}: its times are {length} {side} this clock", source.name))?;
         }
         for (reason, count) in &source.no_client {
             out.line(&format!("{}: {count} events without a client: {reason}", source.name))?;

@@ -9,8 +9,8 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use clap::Parser;
 use proto::api::{
-    AllowRequest, ApiError, BackendHold, BanReply, BanRequest, BansReply, CoveredBy, ExplainReply, PauseReply,
-    PauseRequest, RuleProgress, StatusReply, UnbanReply, UnbanRequest, path,
+    AllowRequest, ApiError, BackendHold, BanReply, BanRequest, BansReply, CoveredBy, ExplainReply, HoldState,
+    PauseReply, PauseRequest, RuleProgress, StatusReply, UnbanReply, UnbanRequest, path,
 };
 use proto::ban::{Ban, BanRecord, Evidence, Origin, Pause};
 use proto::envelope::{CloudEvent, EventType};
@@ -235,7 +235,7 @@ fn status_shows_every_part_and_is_well() {
         "level=error",
         "behind 104.16.0.1",
         "17 lines may be forged",
-        "3100 ms behind",
+        "its times are 3s behind",
         "forceful-browsing",
         "77",
         "iptables",
@@ -314,9 +314,7 @@ fn explained() -> ExplainReply {
         backends: vec![BackendHold {
             node: "edge-1".to_owned(),
             backend: "iptables".to_owned(),
-            entry: None,
-            detail: String::new(),
-            spared: false,
+            ..BackendHold::default()
         }],
     }
 }
@@ -362,6 +360,49 @@ fn explain_tells_why() {
     let pause = Some(Pause { since: NOW, until: None });
     let text = explain(ExplainReply { paused: pause, ..banned });
     assert!(text.starts_with("2001:db8::7 has a ban that is not in force, because all bans are paused.\n"), "{text}");
+}
+
+#[test]
+fn explain_tells_of_each_back_end_what_it_holds_until_when_and_who_sees_behind_a_proxy() {
+    let hold = |node: &str, backend: &str, state, detail: &str| BackendHold {
+        node: node.to_owned(),
+        backend: backend.to_owned(),
+        state,
+        detail: detail.to_owned(),
+        entry: (state == HoldState::Held).then(|| "2001:db8::/64".parse().unwrap()),
+        ..BackendHold::default()
+    };
+    let firewall = BackendHold {
+        until: Some(NOW.saturating_add(Duration::from_secs(600))),
+        confirmed_at: Some(NOW),
+        ..hold("edge-1", "nftables", HoldState::Held, "in set bans-v6-64, dropped in prerouting")
+    };
+    let backends = vec![
+        firewall,
+        hold("edge-1", "forwarded-for", HoldState::NotDue, "the ban of 2001:db8::/64 does not say so"),
+        hold("edge-1", "cloudflare", HoldState::Standby, "done by edge-2"),
+        hold("edge-2", "cloudflare", HoldState::LeftOut, "entries_max is reached"),
+    ];
+    let mut ban = ban("2001:db8::/64", "forceful-browsing", Some(600));
+    let reply = |ban: &Ban, backends: &[BackendHold]| {
+        explain(ExplainReply { bans: vec![ban.clone()], backends: backends.to_vec(), ..explained() })
+    };
+    let text = reply(&ban, &backends);
+    let row = |word: &str| {
+        let line = text.lines().find(|line| line.contains(word)).unwrap_or_else(|| panic!("{word}: {text}"));
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(
+        row("nftables"),
+        "edge-1 nftables 2001:db8::/64 2026-01-08 14:29:15Z 2026-01-08 14:19:15Z in set bans-v6-64, dropped in prerouting"
+    );
+    assert_eq!(row("done by edge-2"), "edge-1 cloudflare nothing - - done by edge-2");
+    assert!(!text.contains("A proxy delivered"), "{text}");
+    ban.evidence.via_proxy = true;
+    let text = reply(&ban, &backends);
+    assert!(text.contains("; behind it see forwarded-for on edge-1, cloudflare on edge-2.\n"), "{text}");
+    let text = reply(&ban, &backends[..1]);
+    assert!(text.contains("; nothing here sees behind it: configure enforce.cloudflare"), "{text}");
 }
 
 #[test]

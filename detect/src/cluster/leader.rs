@@ -258,7 +258,7 @@ impl Leader {
             }
             Request::Explain(address, reply) => {
                 // Who asked may have gone.
-                let _gone = reply.send(self.decider.engine.explain(address, now));
+                let _gone = reply.send(self.decider.explain(address, now));
             }
             Request::Resolved { name, addrs } => self.decider.handle_resolved(name, addrs, now),
             Request::Reload(config) => self.reload(role, *config, now),

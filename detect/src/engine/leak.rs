@@ -7,6 +7,8 @@
 //! without a time, one of a clock that is ahead, one that is read again. Without confirmations, as in a replay, there are
 //! no leaks.
 
+mod text;
+
 #[cfg(test)]
 mod tests;
 
@@ -18,7 +20,7 @@ use proto::ban::BanRecord;
 use proto::event::{ABSENT, Event};
 use proto::head::Mark;
 use proto::net::{NamedSet, NetSet, Target};
-use proto::time::{Timestamp, render_duration};
+use proto::time::Timestamp;
 
 use super::output::Output;
 use super::{Engine, Source};
@@ -145,8 +147,10 @@ pub struct Leak {
     pub peer: Option<IpAddr>,
     /// When it began.
     pub began_at: Timestamp,
-    /// Who should have kept it out.
+    /// Who should have kept it out: of those who could have seen it, the first that had confirmed the ban.
     pub keeper: Keeper,
+    /// All who could have seen it; without any, why nobody could.
+    pub seers: Vec<Keeper>,
     /// Whether the keeper has confirmed the ban.
     pub confirmed: bool,
     /// Whether the keeper, asked, says that it does not hold the client all the same.
@@ -269,8 +273,17 @@ impl<'a> Passing<'a> {
     }
 }
 
-/// Who should have kept a request out, whether that had confirmed the ban, and how long before.
-type Finding = (Keeper, bool, Duration);
+/// A request that is a leak.
+#[derive(Debug)]
+struct Finding {
+    keeper: Keeper,
+    seers: Vec<Keeper>,
+    confirmed: bool,
+    late: Duration,
+}
+
+/// Since when each back end is known to have a ban in force, by node and kind; Cloudflare's under no node.
+pub type Confirmations = BTreeMap<(String, Keeper), Timestamp>;
 
 impl Leaks {
     /// A ban begins.
@@ -299,49 +312,78 @@ impl Leaks {
         (self.told, self.blind_told, self.spared) = Default::default();
     }
 
+    /// With which commit a ban of `target` was published, and when.
+    fn publication(&self, target: &Target) -> Option<(Mark, Timestamp)> {
+        let turn = self.turns.get(target).copied().unwrap_or(0).max(self.base);
+        let published = self.published.get(self.published.partition_point(|(known, ..)| *known < turn));
+        published.map(|(_, mark, at)| (*mark, *at))
+    }
+
     fn judge(&self, record: &BanRecord, passing: Passing<'_>, grace: Grace) -> Option<Finding> {
-        let turn = self.turns.get(&record.target).copied().unwrap_or(0).max(self.base);
-        let (_, mark, published_at) =
-            self.published.get(self.published.partition_point(|(known, ..)| *known < turn))?;
+        let (mark, published_at) = self.publication(&record.target)?;
         let host = self.hosts.get(passing.node).filter(|host| host.enforces);
         if host.is_some_and(|host| host.firewall.is == BackEnd::Idle) {
             return None;
         }
+        let seers = self.seers(record, passing, host)?;
         let since = |at: Timestamp, grace: Duration| {
             let late = passing.time.since(at);
             (late > grace).then_some(late)
         };
-        let by = |keeper: Keeper, history: &History, grace: Duration| match history.confirmed_at(*mark) {
-            Some(at) => since(at, grace).map(|late| (keeper, true, late)),
-            None => since(*published_at, UNCONFIRMED_AFTER + grace).map(|late| (keeper, false, late)),
+        let find = |keeper: &Keeper| {
+            let (history, grace) = match keeper {
+                Keeper::Firewall => (host.map(|host| &host.firewall), grace.firewall),
+                Keeper::Forwarded => (host.map(|host| &host.forwarded), grace.firewall),
+                Keeper::Cloudflare => (Some(&self.cloudflare), grace.cloudflare),
+                _ => (None, grace.cloudflare),
+            };
+            let confirmed_at = history.and_then(|history| history.confirmed_at(mark));
+            let late = match (history, confirmed_at) {
+                (_, Some(at)) => since(at, grace)?,
+                (Some(_), None) => since(published_at, UNCONFIRMED_AFTER + grace)?,
+                (None, None) => since(published_at, grace)?,
+            };
+            Some((*keeper, confirmed_at.is_some(), late))
         };
-        let nobody = |why: Keeper| since(*published_at, grace.cloudflare).map(|late| (why, false, late));
+        // Who has confirmed the ban has more to answer for than who has not.
+        let (keeper, confirmed, late) = seers.iter().filter_map(find).min_by_key(|(_, confirmed, _)| !confirmed)?;
+        Some(Finding { keeper, seers, confirmed, late })
+    }
+
+    /// The back ends at work that could have seen a request, the first one on its way first; where there is none, why
+    /// nobody could. `None` where it is let pass on purpose, or has reached nobody.
+    fn seers(&self, record: &BanRecord, passing: Passing<'_>, host: Option<&Host>) -> Option<Vec<Keeper>> {
         let in_force = |history: &History| matches!(history.is, BackEnd::InForce(_));
         if !passing.via_proxy {
-            return match host {
-                None => nobody(Keeper::NoEnforcer),
-                Some(host) if in_force(&host.firewall) => by(Keeper::Firewall, &host.firewall, grace.firewall),
-                Some(_) => nobody(Keeper::NoFirewall),
-            };
+            return Some(vec![match host {
+                None => Keeper::NoEnforcer,
+                Some(host) if in_force(&host.firewall) => Keeper::Firewall,
+                Some(_) => Keeper::NoFirewall,
+            }]);
         }
         // So look requests that the rules for forwarded clients refuse, and they have reached nobody.
         if passing.answered == REFUSED_STATUS && host.is_some_and(|host| host.forwarded.is != BackEnd::Absent) {
             return None;
         }
         let through_cloudflare = passing.peer.is_none_or(|peer| self.cloudflare_nets.contains(peer));
-        if through_cloudflare && in_force(&self.cloudflare) {
-            return by(Keeper::Cloudflare, &self.cloudflare, grace.cloudflare);
-        }
+        let has_rules = host.is_some_and(|host| in_force(&host.forwarded));
         let has_evidence = record.is_behind_proxy(passing.time.saturating_add(END_MARGIN));
-        match host {
-            Some(host) if in_force(&host.forwarded) && has_evidence => {
-                by(Keeper::Forwarded, &host.forwarded, grace.firewall)
-            }
-            Some(host) if in_force(&host.forwarded) => nobody(Keeper::NoEvidence),
-            Some(host) if host.forwarded.is == BackEnd::Idle => None,
-            _ if through_cloudflare && self.cloudflare.is == BackEnd::Idle => None,
-            _ => nobody(Keeper::BehindProxy),
+        let mut seers = Vec::new();
+        if through_cloudflare && in_force(&self.cloudflare) {
+            seers.push(Keeper::Cloudflare);
         }
+        if has_rules && has_evidence {
+            seers.push(Keeper::Forwarded);
+        }
+        if seers.is_empty() {
+            seers.push(match host {
+                _ if has_rules => Keeper::NoEvidence,
+                Some(host) if host.forwarded.is == BackEnd::Idle => return None,
+                _ if through_cloudflare && self.cloudflare.is == BackEnd::Idle => return None,
+                _ => Keeper::BehindProxy,
+            });
+        }
+        Some(seers)
     }
 
     fn count(&mut self, key: (String, &'static str), leaks: u64) {
@@ -431,6 +473,24 @@ impl Engine {
         }
     }
 
+    /// Since when each back end is known to have the first of the bans that cover `client` in force. Of a ban from before
+    /// this life, that is since the back end was first heard of.
+    pub fn confirmations(&self, client: IpAddr) -> Confirmations {
+        let leaks = &self.leaks;
+        let hosts = leaks.hosts.iter().flat_map(|(node, host)| {
+            [(node.as_str(), Keeper::Firewall, &host.firewall), (node, Keeper::Forwarded, &host.forwarded)]
+        });
+        let all: Vec<_> = hosts.chain([("", Keeper::Cloudflare, &leaks.cloudflare)]).collect();
+        let mut known = Confirmations::new();
+        for (mark, _) in self.bans.covering(client).filter_map(|record| leaks.publication(&record.target)) {
+            for (node, keeper, history) in &all {
+                let Some(at) = history.confirmed_at(mark) else { continue };
+                known.entry(((*node).to_owned(), *keeper)).and_modify(|first| *first = at.min(*first)).or_insert(at);
+            }
+        }
+        known
+    }
+
     /// Leaks since start, by node and by the word of who should have kept them out.
     pub fn leaks(&self) -> &BTreeMap<(String, &'static str), u64> {
         &self.leaks.counts
@@ -464,8 +524,8 @@ impl Engine {
             Some((record.target, rule, self.leaks.judge(record, passing, self.config.grace)?))
         });
         // One that somebody should have held says more than one that nobody can.
-        let found = found.min_by_key(|(.., (keeper, ..))| keeper.is_nobody());
-        let Some((target, rule, (keeper, confirmed, late))) = found else { return };
+        let found = found.min_by_key(|(.., finding)| finding.keeper.is_nobody());
+        let Some((target, rule, Finding { keeper, seers, confirmed, late })) = found else { return };
         if self.allows.exempts(client.addr, time) || self.config.trusted_proxies.contains(client.addr) {
             return;
         }
@@ -490,6 +550,7 @@ impl Engine {
                 peer,
                 began_at,
                 keeper,
+                seers,
                 confirmed,
                 late,
                 untold,
@@ -508,73 +569,5 @@ fn newest(one: BackEnd, other: BackEnd) -> BackEnd {
         (_, BackEnd::InForce(_)) => other,
         (BackEnd::Idle, _) => one,
         _ => other,
-    }
-}
-
-impl Leak {
-    /// The alarm: where it passed, who should have seen it, what that says (`answers`), and what to do.
-    pub fn text(&self, answers: &[String]) -> String {
-        let Self { client, target, rule, node, host, path, began_at, late, .. } = self;
-        let late = render_duration(Duration::from_secs(late.as_secs()));
-        let peer = self.peer.map_or_else(String::new, |peer| format!(", delivered by {peer}"));
-        let since = match (self.confirmed, self.keeper) {
-            _ if self.denied => String::new(),
-            (true, Keeper::Cloudflare) => format!(", {late} after Cloudflare had confirmed the ban"),
-            (true, _) => format!(", {late} after {node} had confirmed the ban"),
-            (false, _) => format!(", {late} after the ban was published"),
-        };
-        let whom = if target.is_host() { rule.clone() } else { format!("{rule}, as {target}") };
-        let mut text = format!(
-            "{client} is banned ({whom}) and still reached {node}: {host}{path} at {began_at}{peer}{since}. {}.",
-            self.advice()
-        );
-        if !answers.is_empty() {
-            text.push_str(&format!(" It says: {}.", answers.join("; ")));
-        }
-        if self.untold > 0 {
-            text.push_str(&format!(" {} more requests passed since the last such alarm.", self.untold));
-        }
-        text
-    }
-
-    fn advice(&self) -> String {
-        let node = &self.node;
-        match (self.keeper, self.confirmed) {
-            (Keeper::Firewall, _) if self.denied => format!("Asked now, the firewall of {node} does not hold it"),
-            (Keeper::Firewall, true) => format!(
-                "The firewall of {node} could have seen it: look for a way around enforce.firewall.chains and ports, or \
-                 rules that somebody removed"
-            ),
-            (Keeper::Forwarded, true) => format!(
-                "Only the rules of {node} for forwarded clients could have seen it: they see plain HTTP to the service, \
-                 up to enforce.forwarded_for.rules_max clients"
-            ),
-            (Keeper::Cloudflare, true) => {
-                "Cloudflare could have seen it: look whether the zone is in enforce.cloudflare.scope, whether a rule of \
-                 yours skips it, and whether the request came around Cloudflare"
-                    .to_owned()
-            }
-            (Keeper::Cloudflare, false) => "The ban is not confirmed by Cloudflare".to_owned(),
-            (Keeper::Firewall | Keeper::Forwarded, false) => {
-                format!("The ban is not confirmed on {node}: look at what enforce there says in `status`")
-            }
-            (Keeper::NoEnforcer, _) => format!(
-                "No back end can see it: no enforce reports as {node}. Run one on that host, with the `node` that its \
-                 log lines carry"
-            ),
-            (Keeper::NoFirewall, _) => {
-                format!("No back end can see it: enforce.firewall.backend is \"none\" on {node}")
-            }
-            (Keeper::BehindProxy, _) => {
-                "No back end can see it, as it comes through a proxy: configure enforce.cloudflare, or \
-                 enforce.forwarded_for on the node"
-                    .to_owned()
-            }
-            (Keeper::NoEvidence, _) => format!(
-                "No back end can see it, as it comes through a proxy: enforce.forwarded_for on {node} refuses only \
-                 clients whose ban says that a proxy delivered them, which this one does not. Configure \
-                 enforce.cloudflare, or let the proxy ban it"
-            ),
-        }
     }
 }

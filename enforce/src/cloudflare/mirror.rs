@@ -5,6 +5,7 @@
 
 mod book;
 mod cover;
+mod explain;
 mod mark;
 mod queue;
 mod trouble;

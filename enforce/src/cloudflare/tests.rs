@@ -8,11 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use proto::api::{BackendHold, HoldState};
 use proto::ban::{BanChange, Lists, Pause};
-use proto::bus::duty::Duties;
-use proto::bus::feed::EventSource;
 use proto::bus::memory::Bus;
-use proto::net::{NetSet, Target};
+use proto::net::Target;
 use proto::report::{BackendReport, Problem};
 use proto::secret::Secret;
 use proto::shutdown::Shutdown;
@@ -27,6 +26,7 @@ use crate::action::Surroundings;
 use crate::board::Board;
 use crate::config::{CloudflareConfig, CloudflareLogin, FirewallConfig, Mode, Scope, SecretSource};
 use crate::metrics::EnforceMetrics;
+use crate::testing::surroundings;
 
 const ACCOUNT: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 const ZONES: [&str; 2] = ["11111111111111111111111111111111", "22222222222222222222222222222222"];
@@ -139,20 +139,13 @@ impl Host {
 
     fn start(&mut self, config: &CloudflareConfig) {
         let around = Surroundings {
-            node: "n".into(),
-            bans: self.bus.bans.clone(),
-            lists: self.bus.lists.subscribe(),
-            trusted_proxies: NetSet::default(),
-            bus_servers: watch::channel(Vec::new()).1,
             host_pause: self.pause.subscribe(),
-            duties: Duties::alone(),
-            events: EventSource::local(&self.bus.events, 0),
             state_dir: Some(self.dir.path().to_owned()),
             dry_run: self.dry_run,
-            clock: Clock::system(),
             board: self.board.clone(),
             metrics: self.metrics.clone(),
             shutdown: self.shutdown.clone(),
+            ..surroundings(&self.bus)
         };
         let runner = Runner::new(config.clone(), &FirewallConfig::default(), around, tempo());
         self.task = Some(tokio::spawn(runner.run()));
@@ -426,6 +419,45 @@ async fn a_list_that_no_rule_uses_raises_an_alarm() {
         until(&fake, "it is said", |_| is_said()).await;
         host.stop().await;
     }
+}
+
+/// What it says of 203.0.113.1, once that is so.
+async fn explained(host: &Host, state: HoldState) -> BackendHold {
+    let clock = Clock::system();
+    let end = clock.now().saturating_add(Duration::from_secs(30));
+    loop {
+        let hold = host.board.desk.ask("203.0.113.1".parse().unwrap()).await.pop();
+        if let Some(hold) = hold.clone().filter(|hold| hold.state == state) {
+            return hold;
+        }
+        assert!(clock.now() < end, "waited in vain for {state:?}: {hold:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn it_is_explained_what_stands_at_cloudflare_and_what_that_is_worth() {
+    for (scope, dry_run, state, said) in [
+        (zones(), false, HoldState::Held, "; mode managed_challenge lets pass whoever solves it"),
+        (list(), false, HoldState::Idle, "it is on the list, which no custom rule uses"),
+        (zones(), true, HoldState::Idle, "dry run: nothing is changed"),
+    ] {
+        let fake = Fake::start(json!({})).await;
+        let mut host = Host::new();
+        host.dry_run = dry_run;
+        host.ban(&["203.0.113.1"]);
+        host.start(&config(&fake, scope));
+        let hold = explained(&host, state).await;
+        assert_eq!((hold.backend.as_str(), hold.entry.is_some()), ("cloudflare", !dry_run), "{hold:?}");
+        assert!(hold.detail.ends_with(said), "{hold:?}");
+        host.stop().await;
+    }
+    let fake = Fake::start(json!({})).await;
+    let bus = Bus::new();
+    let mut runner = Runner::new(config(&fake, zones()), &FirewallConfig::default(), surroundings(&bus), tempo());
+    runner.held = false;
+    let hold = runner.explain("203.0.113.1".parse().unwrap());
+    assert_eq!((hold.state, hold.detail.as_str()), (HoldState::Standby, "done by no host yet"));
 }
 
 #[tokio::test]

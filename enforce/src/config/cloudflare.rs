@@ -323,16 +323,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::testing::checked;
 
     const ID: &str = "0123456789abcdef0123456789abcdef";
 
     fn check(value: Value) -> Result<CloudflareConfig, Vec<String>> {
-        let raw: RawCloudflare = serde_json::from_value(value).unwrap();
-        let mut mistakes = Mistakes::new();
-        let checked = raw.check(&mut mistakes);
-        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
-        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
-        checked.ok_or(texts)
+        checked(value, RawCloudflare::check)
     }
 
     #[test]

@@ -183,15 +183,25 @@ impl ChainRef {
         let table = Table::parse(table)
             .ok_or_else(|| format!("{text:?}: the table must be raw, mangle or filter, got {table:?}"))?;
         if !is_chain_name(chain) {
-            return Err(format!("{text:?}: expected [TABLE/]CHAIN such as \"raw/PREROUTING\" or \"DOCKER-USER\""));
+            return Err(format!(
+                "{text:?}: expected [TABLE/]CHAIN such as \"raw/PREROUTING\" or \"DOCKER-USER\", with a name of at most \
+                 {CHAIN_NAME_MAX} bytes"
+            ));
         }
         if chain == CHAIN {
             return Err(format!("{text:?}: {CHAIN} is the chain that Portcullis makes itself"));
         }
         let this = Self::new(table, chain);
         if BUILT_IN.contains(&chain) && !this.is_built_in() {
-            let inward = table.inward().join(" or ");
-            return Err(format!("{text:?}: clients' packets pass {inward} in table {}", table.as_str()));
+            let inward: Vec<String> =
+                table.inward().iter().map(|chain| format!("\"{}/{chain}\"", table.as_str())).collect();
+            let elsewhere = Table::ALL.into_iter().find(|other| other.inward().contains(&chain));
+            let instead = elsewhere.map_or_else(String::new, |other| format!("\"{}/{chain}\", or ", other.as_str()));
+            let inward = inward.join(" or ");
+            return Err(format!(
+                "{text:?}: packets of clients do not pass {chain} in table {}: write {instead}{inward}",
+                table.as_str()
+            ));
         }
         Ok(this)
     }
@@ -364,11 +374,10 @@ fn check_chains(given: Option<RawChains>, mistakes: &mut Mistakes) -> Option<Cha
         return None;
     }
     let chains = collect(texts.iter().map(|text| ChainRef::parse(text)), "chains", mistakes)?;
-    let mut sorted = chains.clone();
+    let mut sorted = chains;
     sorted.sort();
-    sorted.dedup();
-    if sorted.len() < chains.len() {
-        mistakes.add("chains", "a chain is listed twice");
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        mistakes.add("chains", format!("\"{}\" is listed twice", twice[0]));
         return None;
     }
     Some(Chains::Listed(sorted))

@@ -129,14 +129,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::testing::checked;
 
     fn check(value: Value) -> Result<TelegramConfig, Vec<String>> {
-        let raw: RawTelegram = serde_json::from_value(value).unwrap();
-        let mut mistakes = Mistakes::new();
-        let checked = raw.check(&mut mistakes);
-        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
-        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
-        checked.ok_or(texts)
+        checked(value, RawTelegram::check)
     }
 
     #[test]

@@ -265,14 +265,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::testing;
 
     fn checked(value: Value) -> Result<Vec<WebhookConfig>, Vec<String>> {
-        let raw: Hidden<RawWebhooks> = proto::settings::FromValue::from_value(value).unwrap();
-        let mut mistakes = Mistakes::new();
-        let checked = check(raw.0, &mut mistakes);
-        let texts: Vec<String> = mistakes.into_sorted().iter().map(ToString::to_string).collect();
-        assert_eq!(checked.is_some(), texts.is_empty(), "a refusal names its mistakes: {texts:?}");
-        checked.ok_or(texts)
+        testing::checked(value, |raw: Field<Hidden<RawWebhooks>>, mistakes| check(raw.take("", mistakes)?.0, mistakes))
     }
 
     #[test]

@@ -100,6 +100,11 @@ impl Claims {
         self.whole
     }
 
+    /// That of `target`, if it came through a proxy.
+    pub(crate) fn claim(&self, target: &Target) -> Option<&Claim> {
+        self.all.get(target)
+    }
+
     /// Bans of clients behind a proxy.
     pub(crate) fn count(&self) -> usize {
         self.all.len()
@@ -137,27 +142,19 @@ impl Claims {
 
 #[cfg(test)]
 mod tests {
-    use proto::ban::{Ban, Evidence, Origin};
+    use proto::ban::{Ban, Evidence};
 
     use super::*;
     use crate::guard::GuardFacts;
+    use crate::testing;
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_secs(seconds)
     }
 
     fn ban(target: &str, (since, end): (i64, i64), via_proxy: bool) -> Ban {
-        Ban {
-            target: target.parse().unwrap(),
-            rule: "r".to_owned(),
-            origin: Origin::Detect,
-            ban_count: 1,
-            ban_seconds: None,
-            banned_at: at(since),
-            expires_at: Some(at(end)),
-            reason: String::new(),
-            evidence: Evidence { via_proxy, ..Evidence::default() },
-        }
+        let ban = testing::ban(target.parse().unwrap(), Some(at(end)));
+        Ban { banned_at: at(since), evidence: Evidence { via_proxy, ..Evidence::default() }, ..ban }
     }
 
     fn put(target: &str, times: (i64, i64)) -> BanChange {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use proto::ban::{Ban, BanChange, BanRecord, Evidence, Origin};
+use proto::ban::{BanChange, BanRecord};
 use proto::bus::memory::BanUpdate;
 use proto::net::Target;
 use proto::time::Timestamp;
@@ -15,6 +15,7 @@ use super::rules::{LIFTS_MAX, Layout, Lifts, PROBE, RuleStep, View, plan_removal
 use super::*;
 use crate::config::{CHAIN, ChainRef, Chains, DOCKER_USER, FirewallConfig, Ports, Protocol, Table};
 use crate::guard::{Guard, GuardFacts};
+use crate::testing;
 
 /// SplitMix64: one seed, one run.
 struct Seed(u64);
@@ -120,18 +121,9 @@ struct World {
 }
 
 fn record(target: Target, ends: Option<Timestamp>, rule: &str) -> BanRecord {
-    let ban = Ban {
-        target,
-        rule: rule.to_owned(),
-        origin: Origin::Detect,
-        ban_count: 1,
-        ban_seconds: None,
-        banned_at: Timestamp::EPOCH,
-        expires_at: ends,
-        reason: String::new(),
-        evidence: Evidence::default(),
-    };
-    BanRecord { target, bans: vec![ban] }
+    let mut record = testing::record(target, ends);
+    rule.clone_into(&mut record.bans[0].rule);
+    record
 }
 
 impl World {

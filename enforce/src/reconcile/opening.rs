@@ -100,7 +100,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use prometheus_client::registry::Registry;
-    use proto::ban::{Ban, BanChange, BanRecord, Evidence, Origin};
+    use proto::ban::BanChange;
     use proto::bus::memory::BanUpdate;
     use proto::net::{NetSet, Target};
     use proto::time::{Clock, Timestamp};
@@ -111,21 +111,7 @@ mod tests {
     use crate::config::FirewallConfig;
     use crate::metrics::EnforceMetrics;
     use crate::plan::{Family, Form, GROWS, KernelSet, SetId};
-
-    fn record(target: Target) -> BanRecord {
-        let ban = Ban {
-            target,
-            rule: "r".to_owned(),
-            origin: Origin::Detect,
-            ban_count: 1,
-            ban_seconds: None,
-            banned_at: Timestamp::EPOCH,
-            expires_at: None,
-            reason: String::new(),
-            evidence: Evidence::default(),
-        };
-        BanRecord { target, bans: vec![ban] }
-    }
+    use crate::testing::record;
 
     #[test]
     fn a_ban_that_the_kernel_refuses_is_not_waited_for() {
@@ -140,7 +126,7 @@ mod tests {
             reconciler.kernel.sets.insert(set, empty);
         }
         let target: Target = "203.0.113.9".parse().unwrap();
-        let changes = vec![BanChange::Put(record(target))];
+        let changes = vec![BanChange::Put(record(target, None))];
         let update = BanUpdate { revision: 1, snapshot: true, changes, cause: None };
         reconciler.desired.handle_update(&update, &reconciler.guard, Timestamp::EPOCH);
         reconciler.doubtful = false;

@@ -109,6 +109,24 @@ fn problems(enforcer: &Part) -> String {
     enforcer.report()["problems"].to_string()
 }
 
+/// Of those that [`refuses_exactly`] bans.
+fn explains(enforcer: &Part) {
+    let holds =
+        |address: &str| -> Vec<Value> { serde_json::from_str(&enforcer.ask(&format!("explain {address}"))).unwrap() };
+    for (address, state, entry) in [
+        ("192.0.2.1", "held", Some("192.0.2.1")),
+        ("198.51.100.8", "held", Some("198.51.100.0/24")),
+        ("192.0.2.77", "not_due", None),
+        ("192.0.2.78", "not_due", None),
+    ] {
+        let holds = holds(address);
+        assert_eq!((holds.len(), &holds[1]["backend"]), (2, &"forwarded-for".into()), "{holds:?}");
+        assert_eq!((&holds[0]["state"], &holds[1]["state"]), (&"idle".into(), &state.into()), "{holds:?}");
+        assert_eq!(holds[1]["entry"].as_str(), entry, "{holds:?}");
+        assert_eq!(holds[1]["until"].is_string(), entry.is_some(), "{holds:?}");
+    }
+}
+
 pub(crate) fn refuses_exactly(host: &Host) {
     let bridged = Bridged::new(host);
     let enforcer = host.enforcer(ON);
@@ -128,6 +146,7 @@ pub(crate) fn refuses_exactly(host: &Host) {
     ] {
         assert!(bridged.refuses(caught), "not refused: {caught:?}");
     }
+    explains(&enforcer);
     for other in [
         "X-Forwarded-For: 192.0.2.10\r\nCf-Connecting-Ip: 192.0.2.10\r\n",
         "X-Forwarded-For: 192.0.2.100, 172.18.0.1\r\n",

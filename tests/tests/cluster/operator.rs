@@ -145,6 +145,7 @@ fn explain_tells_what_each_host_holds() {
             .as_array()
             .unwrap()
             .iter()
+            .filter(|hold| hold["state"] == "held" && hold["until"].is_string())
             .filter_map(|hold| Some((hold["node"].as_str()?, hold["entry"].as_str()?)))
             .collect();
         held.sort_unstable();

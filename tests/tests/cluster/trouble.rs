@@ -114,7 +114,7 @@ fn a_node_whose_clock_is_an_hour_ahead_counts_and_bans_like_the_others() {
         assert_eq!(cluster.get(client(7), node, "/ok"), None, "cut off from node {node}");
     }
     for role in [Role::Ingest, Role::Enforce] {
-        wait_problem(&cluster, role, "edge-1", "ms ahead of the NATS servers'");
+        wait_problem(&cluster, role, "edge-1", " ahead of that of the NATS servers");
     }
     cluster.stop().unwrap();
 }

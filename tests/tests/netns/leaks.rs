@@ -83,7 +83,13 @@ fn a_banned_client_that_gets_through_raises_one_alarm_that_says_where_and_why() 
     let counted = || metrics(&world).contains("portcullis_ban_leaks_total{node=\"edge\",backend=\"firewall\"} 4");
     wait_for("all four are counted", || counted().then_some(())).unwrap();
     let text = alarms().pop().unwrap();
-    for part in ["203.0.113.2 is banned (forceful-browsing)", "reached edge: shop.example.net/ok", "portcullis-v4"] {
+    for part in [
+        "203.0.113.2 is banned (forceful-browsing)",
+        "reached edge: shop.example.net/ok",
+        "portcullis-v4",
+        "The firewall of edge could have seen it: look for a way around",
+        "Asked now: iptables on edge: in set",
+    ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     assert_eq!(alarms().len(), 1, "a client is told of once a minute");

@@ -142,9 +142,9 @@ fn a_request_that_began_after_the_grace_time_is_a_leak_and_told_once_a_minute() 
     assert_eq!(bench.counted(), 3);
     let next = bench.request(CLIENT, 368).unwrap();
     assert_eq!(next.untold, 1);
-    let text = next.text(&["iptables: in set portcullis-v4".to_owned()]);
+    let text = next.text(&["iptables on edge-1: in set portcullis-v4".to_owned()]);
     assert!(text.contains("192.0.2.7 is banned (operator, as 192.0.2.0/24) and still reached edge-1"), "{text}");
-    assert!(text.contains("shop.example.net/cart") && text.contains("It says: iptables: in set"), "{text}");
+    assert!(text.contains("shop.example.net/cart") && text.contains("Asked now: iptables on edge-1: in set"), "{text}");
     assert_eq!(bench.request("198.51.100.1", 400), None, "who is not banned leaks nothing");
 }
 
@@ -221,7 +221,7 @@ fn a_host_that_does_not_confirm_is_named_and_one_where_nothing_enforces() {
     assert_eq!(bench.request(CLIENT, 132), None, "it may take a moment");
     let leak = bench.request(CLIENT, 133).unwrap();
     assert_eq!((leak.keeper, leak.confirmed), (Keeper::Firewall, false));
-    assert!(leak.text(&[]).contains("The ban is not confirmed on edge-1"));
+    assert!(leak.text(&[]).contains("The firewall of edge-1 could have seen it: edge-1 has not confirmed the ban"));
     // Another host without an enforcer of its name, and one whose enforcer has no firewall.
     let firewall = BackEnd::InForce(Some(bench.mark()));
     bench.engine.observe_back_ends(vec![HostView { firewall, ..host("edge-2") }, host("edge-3")], at(140));
@@ -231,7 +231,7 @@ fn a_host_that_does_not_confirm_is_named_and_one_where_nothing_enforces() {
     bench.source = bench.engine.open(&"edge-3".into(), &"s".into(), None);
     let leak = bench.request("192.0.2.1", 260).unwrap();
     assert_eq!(leak.keeper, Keeper::NoFirewall);
-    assert!(leak.text(&[]).contains("No back end can see it: enforce.firewall.backend is \"none\" on edge-3"));
+    assert!(leak.text(&[]).contains("No back end could have seen it: enforce.firewall.backend is \"none\" on edge-3"));
     bench.source = bench.engine.open(&"edge-1".into(), &"s".into(), None);
     assert!(bench.request(CLIENT, 793).is_some(), "told again after ten minutes");
     assert!(bench.engine.leaks().keys().all(|(_, word)| ["none", "firewall"].contains(word)));
@@ -247,17 +247,36 @@ fn behind_a_proxy_only_what_reached_a_service_counts_and_who_could_see_it_is_nam
     assert_eq!(bench.leak(&behind(60, cloudflare), at(60)), None, "within the grace time");
     let leak = bench.leak(&behind(61, cloudflare), at(61)).unwrap();
     assert_eq!(leak.keeper, Keeper::BehindProxy);
-    assert!(leak.text(&[]).contains("configure enforce.cloudflare"));
+    assert!(leak.text(&[]).contains("No back end could have seen it: it comes through a proxy, and nothing"));
 
     let mark = BackEnd::InForce(Some(bench.mark()));
     bench.observe(mark, BackEnd::InForce(None), 100);
     assert_eq!(bench.leak(&behind(122, own), at(122)).unwrap().keeper, Keeper::Forwarded);
     let leak = bench.leak(&behind(200, cloudflare), at(200)).unwrap();
-    assert_eq!((leak.keeper, leak.confirmed), (Keeper::Cloudflare, false), "Cloudflare sees it first");
-    bench.observe(mark, mark, 300);
+    assert_eq!((leak.keeper, leak.confirmed), (Keeper::Forwarded, true), "who has confirmed the ban has to answer");
+    assert_eq!(leak.seers, [Keeper::Cloudflare, Keeper::Forwarded], "both are named");
+    bench.observe(BackEnd::Absent, mark, 300);
     assert_eq!(bench.leak(&behind(360, cloudflare), at(360)), None);
     let leak = bench.leak(&behind(361, cloudflare), at(361)).unwrap();
-    assert_eq!((leak.keeper, leak.confirmed), (Keeper::Cloudflare, true));
+    assert_eq!((leak.keeper, leak.confirmed, leak.seers.len()), (Keeper::Cloudflare, true, 1));
+    bench.observe(mark, mark, 400);
+    let leak = bench.leak(&behind(461, cloudflare), at(461)).unwrap();
+    assert_eq!((leak.keeper, leak.confirmed), (Keeper::Cloudflare, true), "it sees it first");
+}
+
+#[test]
+fn since_when_back_ends_have_a_ban_in_force_is_known_by_host() {
+    let mut bench = Bench::new();
+    bench.confirmed(ban("192.0.2.0/24"), 0);
+    bench.order(ban(CLIENT), 100);
+    bench.publish(100);
+    let known = |bench: &Bench, client: &str| bench.engine.confirmations(client.parse().unwrap());
+    assert_eq!(known(&bench, "192.0.2.8"), [(("edge-1".to_owned(), Keeper::Firewall), at(0))].into());
+    bench.observe(BackEnd::Absent, BackEnd::InForce(Some(bench.mark())), 130);
+    let cloudflare = ((String::new(), Keeper::Cloudflare), at(130));
+    let first = [(("edge-1".to_owned(), Keeper::Firewall), at(0)), cloudflare].into();
+    assert_eq!(known(&bench, CLIENT), first, "of several bans the first counts");
+    assert_eq!(known(&bench, "198.51.100.1"), Confirmations::new());
 }
 
 #[test]

@@ -35,6 +35,23 @@ const ENTRIES_MAX: usize = 2_000_000;
 /// Other installations that are named.
 const OTHERS_MAX: usize = 8;
 
+/// How a target stands at one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Standing {
+    /// An entry of ours is there.
+    Held,
+    /// An entry of ours that does something else than is configured.
+    OtherMode,
+    /// None is there.
+    Absent,
+    /// It was not looked yet.
+    Unknown,
+    /// An entry is there that is not ours.
+    Taken,
+    /// Cloudflare does not take it.
+    Refused,
+}
+
 /// What every place has in common.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct View<'a> {
@@ -620,6 +637,18 @@ impl Book {
     pub(super) fn confirmed(&self, revision: u64) -> Option<u64> {
         let first = self.queue.first_revision();
         self.known.then(|| first.map_or(revision, |first| first.saturating_sub(1)))
+    }
+
+    /// How `target` stands here.
+    pub(super) fn standing(&self, target: &Target, mode: Option<Mode>) -> Standing {
+        match self.held.get(target) {
+            Some(held) if held.mode == mode => Standing::Held,
+            Some(_) => Standing::OtherMode,
+            None if self.taken.contains(target) => Standing::Taken,
+            None if self.refused.contains(target) => Standing::Refused,
+            None if !self.known => Standing::Unknown,
+            None => Standing::Absent,
+        }
     }
 
     /// Targets wanted that somebody else has an entry for.

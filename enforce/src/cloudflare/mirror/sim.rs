@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use proto::ban::{Ban, BanChange, BanRecord, Evidence, Origin};
+use proto::ban::{BanChange, BanRecord};
 use proto::bus::memory::BanUpdate;
 use proto::net::Target;
 use proto::secret::Secret;
@@ -14,6 +14,7 @@ use super::{Form, Mark, Mirror, Tempo};
 use crate::cloudflare::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
 use crate::guard::{Guard, GuardFacts};
+use crate::testing;
 
 pub(super) fn guard(never_ban: &[&str]) -> Guard {
     let never_ban = never_ban.iter().map(|net| net.parse().unwrap()).collect();
@@ -21,19 +22,9 @@ pub(super) fn guard(never_ban: &[&str]) -> Guard {
 }
 
 pub(in crate::cloudflare) fn record(target: &str, end: Option<i64>, ban_count: u32) -> BanRecord {
-    let target: Target = target.parse().unwrap();
-    let ban = Ban {
-        target,
-        rule: "r".to_owned(),
-        origin: Origin::Detect,
-        ban_count,
-        ban_seconds: None,
-        banned_at: Timestamp::EPOCH,
-        expires_at: end.map(Timestamp::from_secs),
-        reason: String::new(),
-        evidence: Evidence::default(),
-    };
-    BanRecord { target, bans: vec![ban] }
+    let mut record = testing::record(target.parse().unwrap(), end.map(Timestamp::from_secs));
+    record.bans[0].ban_count = ban_count;
+    record
 }
 
 pub(super) fn update(revision: u64, snapshot: bool, records: &[BanRecord]) -> BanUpdate {
@@ -43,7 +34,7 @@ pub(super) fn update(revision: u64, snapshot: bool, records: &[BanRecord]) -> Ba
 
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
-fn config(form: Form, entries_max: u32) -> CloudflareConfig {
+pub(super) fn config(form: Form, entries_max: u32) -> CloudflareConfig {
     let zone = |n: char| n.to_string().repeat(32);
     let scope = match form {
         Form::Rules => Scope::Zones(vec![zone('a'), zone('b')]),

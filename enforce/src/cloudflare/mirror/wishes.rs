@@ -5,6 +5,7 @@
 //! guarded address is left out, and the rest of its ban is not.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use proto::ban::BanChange;
@@ -26,6 +27,15 @@ const ANEW_MIN: usize = 1000;
 
 /// What decides who stays when the quota is full: when it ends, then how often its client was banned.
 type Rank = (Timestamp, u32);
+
+/// Why an entry of a ban is not wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cloudflare) enum Unwanted {
+    /// A guarded address lies in it.
+    Holed,
+    /// The quota is full of those that last longer.
+    LeftOut,
+}
 
 /// Keeps them.
 #[derive(Debug)]
@@ -117,6 +127,18 @@ impl Wishes {
     pub(in crate::cloudflare) fn wanted(&self, piece: &Target) -> Option<&Arc<str>> {
         let (rank, rule) = self.entries.get(piece)?;
         self.cut.is_none_or(|cut| (*rank, *piece) > cut).then_some(rule)
+    }
+
+    /// Of the ban `ban`: the entry of it that would hold `address`, and why that is not wanted, if it is not. `None` where
+    /// it cannot be said in entries.
+    pub(in crate::cloudflare) fn piece_of(&self, ban: &Target, address: IpAddr) -> Option<(Target, Option<Unwanted>)> {
+        let piece = Target::new(address, self.form.piece_prefix(ban)?);
+        let unwanted = match self.wanted(&piece) {
+            Some(_) => None,
+            None if self.holed.contains(&piece) => Some(Unwanted::Holed),
+            None => Some(Unwanted::LeftOut),
+        };
+        Some((piece, unwanted))
     }
 
     /// All of them.

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::nodes::SILENT_AFTER;
 use super::{BusError, Connection, encode};
-use crate::api::BackendHold;
+use crate::api::{BackendHold, HoldState};
 use crate::bus::memory::{Nodes, Question};
 use crate::report::Role;
 use crate::shutdown::Shutdown;
@@ -92,9 +92,9 @@ async fn ask_enforcer(connection: &Connection, node: String, address: IpAddr, al
         false => None,
     };
     let holds = answer.and_then(|message| serde_json::from_slice(&message.payload).ok());
-    let detail = "this host does not answer: what it holds is not known".to_owned();
     holds.unwrap_or_else(|| {
-        vec![BackendHold { node, backend: BackendHold::UNKNOWN.to_owned(), entry: None, detail, spared: false }]
+        let hold = BackendHold::without(HoldState::Silent, "this host does not answer: what it holds is not known");
+        vec![BackendHold { node, backend: BackendHold::UNKNOWN.to_owned(), ..hold }]
     })
 }
 

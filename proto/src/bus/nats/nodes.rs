@@ -10,6 +10,7 @@ use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
 use crate::subject::{bucket_key, bucket_stream, node_key};
+use crate::time::render_duration;
 
 /// How long the last heartbeat may take.
 const LAST_BEAT_MAX: Duration = Duration::from_secs(2);
@@ -88,8 +89,10 @@ fn add_bus(report: &mut NodeReport, connection: &Connection, instance: &str) {
     report.skew_ms = connection.clock().skew_ms();
     report.problems.extend(connection.problem());
     if let Some(skew) = report.skew_ms.filter(|skew| skew.unsigned_abs() > SKEW_MAX_MS) {
+        let side = if skew > 0 { "ahead of" } else { "behind" };
+        let by = render_duration(Duration::from_millis(skew.unsigned_abs()));
         let text =
-            format!("the host's clock is {skew} ms ahead of the NATS servers': times in its logs are off by that");
+            format!("the host's clock is {by} {side} that of the NATS servers: times in its logs are off by that");
         report.problems.push(Problem::warning(text));
     }
 }
