@@ -4,6 +4,7 @@
 //! section; this module knows the keys that belong to no role. Nothing is opened here but configuration files.
 
 mod api;
+mod listeners;
 mod load;
 #[cfg(test)]
 mod tests;
@@ -14,7 +15,7 @@ use std::path::PathBuf;
 
 use detect::config::{DetectConfig, RawDetect};
 use enforce::config::{EnforceConfig, RawEnforce};
-use ingest::config::{IngestConfig, RawIngest, SourceKind};
+use ingest::config::{IngestConfig, RawIngest, SourceConfig, SourceKind};
 use nix::unistd::gethostname;
 use proto::bus::config::{BusConfig, NatsConfig, RawBus};
 use proto::section;
@@ -64,6 +65,24 @@ impl Config {
                 Err(Invalid(vec![Mistake { key: "bus.kind".to_owned(), text }]))
             }
         }
+    }
+
+    /// What works and may not be meant so.
+    pub fn warnings(&self) -> Vec<Mistake> {
+        let is_open = |source: &&SourceConfig| match &source.kind {
+            SourceKind::Http(requests) | SourceKind::Otlp(requests) => {
+                let is_near = requests.listen.addr.ip().to_canonical().is_loopback();
+                requests.auth.is_given() && requests.listen.tls.is_none() && !is_near
+            }
+            _ => false,
+        };
+        let warning = |source: &SourceConfig| Mistake {
+            key: format!("ingest.sources.{}.tls", source.name),
+            text: "is not given, so that tokens and passwords of senders travel in the clear: give cert_file and \
+                   key_file, or listen on loopback behind a proxy that has TLS"
+                .to_owned(),
+        };
+        self.ingest.sources.iter().filter(is_open).map(warning).collect()
     }
 
     /// Refuses to take from a queue group what is then not counted.
@@ -194,6 +213,7 @@ fn check(raw: Value, logs: &[PathBuf], mistakes: &mut Mistakes) -> Option<Config
     if !logs.is_empty() {
         ingest.set_files(logs.to_vec());
     }
+    listeners::check((&api, &telemetry), &ingest, mistakes);
     if let BusConfig::Local = bus {
         let wrong = nats_sources(&ingest, "works over NATS: set bus.kind = \"nats\" and bus.urls");
         wrong.into_iter().for_each(|mistake| mistakes.add(&mistake.key, mistake.text));

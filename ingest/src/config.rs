@@ -261,6 +261,20 @@ mod tests {
     }
 
     #[test]
+    fn otlp_has_its_own_path_and_what_stands_for_secrets_is_not_shown() {
+        let mistakes = check(serde_json::json!({"sources": {
+            "a": {"type": "otlp", "listen": "127.0.0.1:4318", "path": "/logs"},
+            "b": {"type": "http", "listen": "127.0.0.1:8080", "path": "/logs", "auth": "s3cret"},
+        }}))
+        .expect_err("both are wrong");
+        let expected = [
+            "ingest.sources.a.path: means nothing with `otlp`, whose senders post to /v1/logs: leave it out",
+            "ingest.sources.b.auth: expected a table such as { tokens_file = \"/etc/portcullis/tokens\" }",
+        ];
+        assert_eq!(mistakes, expected);
+    }
+
+    #[test]
     fn a_nats_source_listens_to_its_own_name_unless_told() {
         let config = check(serde_json::json!({"sources": {"shop": {"type": "nats"}}})).expect("good");
         let SourceKind::Nats(nats) = &config.sources[0].kind else { panic!("another kind") };

@@ -127,25 +127,36 @@ impl<'de, T: FromValue> Deserialize<'de> for Field<T> {
     }
 }
 
+/// Shortest key that is looked for within others.
+const SHARED_BYTES_MIN: usize = 4;
+
 /// Keys that the section does not know. Use with `#[serde(flatten)]`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(transparent)]
 pub struct Unknown(BTreeMap<String, Value>);
 
 impl Unknown {
-    /// Notes every unknown key, with the nearest of `known` as a suggestion.
+    /// Notes every unknown key, with the one of `known` that may be meant, or all of them.
     pub fn check(&self, known: &[&str], mistakes: &mut Mistakes) {
         for key in self.0.keys() {
-            let near = known.iter().map(|k| (distance(key, k), k)).min().filter(|(d, _)| *d <= 2 + key.len() / 4);
             mistakes.add(
                 key,
-                match near {
-                    Some((_, near)) => format!("unknown key; did you mean `{near}`?"),
-                    None => "unknown key".to_owned(),
+                match suggest(key, known) {
+                    Some(near) => format!("unknown key; did you mean `{near}`?"),
+                    None if known.is_empty() => "unknown key".to_owned(),
+                    None => format!("unknown key; known are `{}`", known.join("`, `")),
                 },
             );
         }
     }
+}
+
+/// The one of `known` that differs from `key` by few letters, or has it in its name.
+fn suggest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
+    let near = known.iter().map(|known| (distance(key, known), *known)).min();
+    let near = near.filter(|(distance, _)| *distance <= key.len().div_ceil(4)).map(|(_, known)| known);
+    let has_it = |known: &&&str| key.len() >= SHARED_BYTES_MIN && (known.contains(key) || key.contains(**known));
+    near.or_else(|| known.iter().find(has_it).copied())
 }
 
 /// Levenshtein distance, for suggestions.
@@ -243,7 +254,8 @@ impl<T: FromValue> FromValue for Vec<T> {
     fn from_value(value: Value) -> Result<Self, String> {
         match value {
             Value::Array(items) => items.into_iter().map(T::from_value).collect(),
-            other => Err(expected("a list", &other)),
+            other if other.is_object() => Err(expected("a list", &other)),
+            other => Err(format!("expected a list such as [{other}], got {other}")),
         }
     }
 }
@@ -370,6 +382,26 @@ mod tests {
     }
 
     #[test]
+    fn a_key_is_suggested_only_where_it_may_be_meant() {
+        let known = ["auth", "bot_token", "chat_id", "mode", "webhooks", "backend"];
+        for (key, meant) in [
+            ("token", Some("bot_token")),
+            ("chat", Some("chat_id")),
+            ("webhook", Some("webhooks")),
+            ("backends", Some("backend")),
+            ("mdoe", None),
+            ("moed", None),
+            ("moda", Some("mode")),
+            ("path", None),
+            ("url", None),
+        ] {
+            assert_eq!(suggest(key, &known), meant, "{key}");
+        }
+        let texts = |value: Value| FromValue::from_value(value).map(|list: Vec<String>| list.len());
+        assert_eq!(texts(json!("443")), Err("expected a list such as [\"443\"], got \"443\"".to_owned()));
+    }
+
+    #[test]
     fn every_mistake_is_reported_with_its_key() {
         let wrong =
             json!({"find_tme": 1, "max_retry": -1, "jitter": "200%", "size": "1XB", "inner": {"flag": 3, "x": 1}});
@@ -379,7 +411,7 @@ mod tests {
                 "top.find_time: is required",
                 "top.find_tme: unknown key; did you mean `find_time`?",
                 "top.inner.flag: expected true or false, got 3",
-                "top.inner.x: unknown key",
+                "top.inner.x: unknown key; known are `flag`",
                 "top.jitter: expected a share from \"0%\" to \"100%\", got \"200%\"",
                 "top.max_retry: expected a whole number from 0 to 4294967295, got -1",
                 "top.size: expected a size such as \"1MiB\", got \"1XB\"",

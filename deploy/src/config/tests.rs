@@ -167,6 +167,29 @@ fn log_arguments_take_the_place_of_sources_and_nothing_else() {
 }
 
 #[test]
+fn two_listeners_at_one_address_are_told_with_both_keys() {
+    let text = "api = { listen = '127.0.0.1:9478', tokens_file = '/t', socket = '/run/one.sock' }
+        telemetry.listen = '127.0.0.1:9478'
+        [ingest.sources]
+        a = { type = 'syslog', mode = 'udp', listen = '127.0.0.1:5514' }
+        b = { type = 'syslog', mode = 'tcp', listen = '127.0.0.1:5514' }
+        c = { type = 'http', listen = '0.0.0.0:5514', allowed_senders = ['10.0.0.0/8'] }
+        d = { type = 'syslog', mode = 'unix', path = '/run/one.sock' }
+        e = { type = 'otlp', listen = '127.0.0.1:0' }
+        f = { type = 'otlp', listen = '127.0.0.1:0' }";
+    let dir = files(&[("portcullis.toml", text)]);
+    assert_eq!(
+        texts(&location(dir.path()).load().unwrap_err()),
+        [
+            "ingest.sources.c.listen: 0.0.0.0:5514 is taken by ingest.sources.b.listen = \"127.0.0.1:5514\": give one of \
+             them another",
+            "ingest.sources.d.path: /run/one.sock is taken by api.socket = \"/run/one.sock\": give one of them another",
+            "telemetry.listen: 127.0.0.1:9478 is taken by api.listen = \"127.0.0.1:9478\": give one of them another",
+        ]
+    );
+}
+
+#[test]
 fn the_api_beyond_loopback_needs_tls_and_always_tokens() {
     let mistakes = |api: &str| {
         let dir = files(&[("portcullis.toml", &format!("api = {{ {api} }}"))]);

@@ -1,7 +1,11 @@
 //! `check`: every mistake of a configuration at once, or a summary of what it would run.
 
+use std::collections::BTreeSet;
+
 use detect::engine::rule::{Mode, Rule, Threshold};
-use enforce::config::{BackendKind, Chains, CloudflareConfig, FirewallConfig, Scope};
+use enforce::config::{
+    BackendKind, Chains, CloudflareConfig, EventKind, FirewallConfig, ForwardedForConfig, Scope, WebhookConfig,
+};
 use ingest::config::{ListenConfig, SourceConfig, SourceKind, SyslogConfig, Transport};
 use ingest::source::http::{Content, OTLP_PATH, RequestsConfig};
 use proto::bus::config::{BusConfig, Login};
@@ -52,6 +56,17 @@ fn show(config: &Config, out: &mut Output<'_>) -> anyhow::Result<()> {
     if let Some(cloudflare) = &config.enforce.cloudflare {
         say("cloudflare", &describe_cloudflare(cloudflare, config.detect.engine.ipv6_prefix))?;
     }
+    say("forwarded", &describe_forwarded_for(&config.enforce.forwarded_for))?;
+    if let Some(telegram) = &config.enforce.telegram {
+        say("telegram", &format!("chat {}: {}", telegram.chat_id, words(&telegram.events, EventKind::as_str)))?;
+    }
+    for webhook in &config.enforce.webhooks {
+        say("webhook", &describe_webhook(webhook))?;
+    }
+    say("leaks", &describe_leaks(config))?;
+    for warning in config.warnings() {
+        say("warning", &warning.to_string())?;
+    }
     Ok(())
 }
 
@@ -68,6 +83,50 @@ fn describe_cloudflare(cloudflare: &CloudflareConfig, ipv6_prefix: u8) -> String
         None => "cannot be said there".to_owned(),
     };
     format!("{place}; with detect.ipv6_prefix = {ipv6_prefix} a ban of an IPv6 client {cost}: take 48, 64 or a list")
+}
+
+fn describe_forwarded_for(forwarded: &ForwardedForConfig) -> String {
+    if !forwarded.enabled {
+        return "off: clients behind a proxy are not refused between Traefik and services".to_owned();
+    }
+    let of_list = if forwarded.whole_list && forwarded.has_list() { " at any place" } else { "" };
+    let ports = match forwarded.ports.is_empty() {
+        true => "all ports".to_owned(),
+        false => format!("{} ranges of ports", forwarded.ports.len()),
+    };
+    format!(
+        "by {}{of_list}, in chains {}, {ports}, at most {} rules",
+        forwarded.headers.join(", "),
+        forwarded.chains.join(", "),
+        forwarded.rules_max
+    )
+}
+
+/// The address of a webhook may be a secret.
+fn describe_webhook(webhook: &WebhookConfig) -> String {
+    let signed = if webhook.secret.is_some() { ", signed" } else { "" };
+    let (name, method) = (&webhook.name, webhook.method.as_str());
+    format!("{name}: {method} of {}{signed}: {}", webhook.content_type, words(&webhook.events, EventKind::as_str))
+}
+
+fn words<T>(all: &BTreeSet<T>, word: impl Fn(T) -> &'static str) -> String
+where
+    T: Copy,
+{
+    all.iter().map(|one| word(*one)).collect::<Vec<_>>().join(", ")
+}
+
+/// After which time a request of a banned client is told of, by who could have seen it.
+fn describe_leaks(config: &Config) -> String {
+    let (grace, enforce) = (config.detect.engine.grace, &config.enforce);
+    let is_given = |given: bool| if given { "" } else { " (not configured)" };
+    format!(
+        "told {} after a firewall has confirmed the ban{}, {} after Cloudflare has{}",
+        render_duration(grace.firewall),
+        is_given(enforce.firewall.backend != BackendKind::None),
+        render_duration(grace.cloudflare),
+        is_given(enforce.cloudflare.is_some())
+    )
 }
 
 fn describe_bus(bus: &BusConfig) -> String {
@@ -170,7 +229,65 @@ fn describe_firewall(firewall: &FirewallConfig) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proto::time::{Clock, Timestamp};
+
     use super::*;
+
+    fn summary(toml: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("portcullis.toml");
+        std::fs::write(&file, toml).unwrap();
+        let config = Location::new(Some(file), Vec::new()).with_environment([]).load().unwrap();
+        let mut text = Vec::new();
+        show(&config, &mut Output::new(&mut text, false, Clock::manual(Timestamp::EPOCH))).unwrap();
+        String::from_utf8(text).unwrap()
+    }
+
+    #[test]
+    fn who_is_told_and_what_sees_behind_proxies_stands_in_the_summary_and_no_secret_does() {
+        let text = summary("node = 'a'");
+        assert!(text.contains("forwarded  off: ") && !text.contains("telegram") && !text.contains("webhook"), "{text}");
+        assert!(
+            text.contains("leaks      told 2s after a firewall has confirmed the ban, 1m after Cloudflare"),
+            "{text}"
+        );
+        let text = summary(
+            "detect.leaks = { grace_firewall = '5s' }
+            [enforce.telegram]
+            bot_token = '123:s3cret'
+            chat_id = '-100123'
+            events = ['alarm', 'banned']
+            [enforce.webhooks.pager]
+            url = 'https://hooks.example.net/s3cret'
+            secret = 's3cret'
+            events = ['alarm']
+            [enforce.forwarded_for]
+            enabled = true
+            rules_max = 30",
+        );
+        for line in [
+            "forwarded  by X-Forwarded-For, Cf-Connecting-Ip, in chains DOCKER-USER, all ports, at most 30 rules\n",
+            "telegram   chat -100123: banned, alarm\n",
+            "webhook    pager: POST of application/cloudevents+json, signed: alarm\n",
+            "leaks      told 5s after a firewall has confirmed the ban, 1m after Cloudflare has (not configured)\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        assert!(!text.contains("s3cret"), "{text}");
+    }
+
+    #[test]
+    fn secrets_of_senders_that_travel_in_the_clear_are_warned_of() {
+        let source =
+            |more: &str| summary(&format!("[ingest.sources.push]\ntype = 'http'\nauth.tokens_file = '/t'\n{more}"));
+        let text = source("listen = '0.0.0.0:8080'");
+        assert!(text.contains("warning    ingest.sources.push.tls: is not given, so that tokens"), "{text}");
+        for fine in
+            ["listen = '127.0.0.1:8080'", "listen = '0.0.0.0:8080'\ntls = { cert_file = '/c', key_file = '/k' }"]
+        {
+            assert!(!source(fine).contains("warning"), "{fine}");
+        }
+    }
 
     #[test]
     fn what_the_prefix_of_clients_costs_at_cloudflare_is_told() {

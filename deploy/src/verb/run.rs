@@ -7,6 +7,7 @@ use anyhow::Context;
 use ingest::config::STDIN;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use proto::report::Role;
+use proto::settings::Mistake;
 use proto::shutdown::Shutdown;
 use proto::time::Clock;
 use tokio::sync::watch;
@@ -42,6 +43,9 @@ fn start(roles: Vec<Role>, location: Location, config: Config, dry_run: bool) ->
         socket::prepare(&config.api.socket)?;
     }
     telemetry::install(&config.telemetry)?;
+    for Mistake { key, text } in config.warnings() {
+        tracing::warn!(key, reason = text, "Configuration may not be meant so");
+    }
     block_on((roles, location, config, dry_run), role::run)
 }
 
