@@ -20,28 +20,20 @@ import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 
-from accounts import CONFIG, NODES, Server, ask, passwords, settle
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accounts import CONFIG, NODES, Server, ask, passwords, settle  # noqa: E402
+from waiting import DEADLINE_S, until  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPERS = ROOT / "deploy" / "shippers"
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
-DEADLINE_S = 60
-"""Whatever has not happened by then does not happen. No test waits for it to pass."""
 CLIENT, OTHER, SHIPPED, PACKED = "203.0.113.66", "203.0.113.67", "203.0.113.68", "203.0.113.69"
 RAW = "portcullis.raw.v1.shop"
 OFFENCES = 15
 """As many as the built-in rule needs."""
 REFUSALS = ("Permissions Violation", "permissions violation", "Authorization Violation", "panicked")
-
-
-def until(what, look):
-    """Looks again and again; what `look` found, once that is something."""
-    end = time.monotonic() + DEADLINE_S
-    while not (found := look()):
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.02)
-    return found
 
 
 def offence(client):

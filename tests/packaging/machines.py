@@ -10,12 +10,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-DEADLINE_S = 60
-"""Whatever has not happened by then does not happen. No test waits for it to pass."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from waiting import DEADLINE_S, until  # noqa: E402
+
 OURS = f"pc{os.getpid()}"
 """How the names of all that is made here begin."""
 NAMESPACES, CGROUPS = Path("/run/netns"), Path("/sys/fs/cgroup")
@@ -34,15 +37,6 @@ def run(*command, **more):
                            stdin=subprocess.DEVNULL, check=False, **{"timeout": 3 * DEADLINE_S, **more})
     assert ended.returncode == 0, f"{' '.join(str(word) for word in command)}: {ended.returncode}\n{ended.stdout}"
     return ended.stdout
-
-
-def until(what, look):
-    """Looks again and again; what `look` found, once that is something."""
-    end = time.monotonic() + DEADLINE_S
-    while not (found := look()):
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.05)
-    return found
 
 
 class Namespace:

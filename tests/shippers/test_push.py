@@ -31,25 +31,18 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import LogsServiceStub
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from waiting import DEADLINE_S, until  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target")
 PORTCULLIS = os.environ.get("PORTCULLIS") or str(TARGET / "debug" / "portcullis")
 SHIPPERS = ROOT / "deploy" / "shippers"
 TRAEFIK = Path(sys.executable).with_name("traefik")
-DEADLINE_S = 60
-"""Whatever has not happened by then does not happen. No test waits for it to pass."""
 OFFENCES = 15
 """As many as the built-in rule needs."""
 TOKEN = "0123456789abcdef0123456789abcdef"
-
-
-def until(what, look):
-    """Looks again and again; what `look` found, once that is something."""
-    end = time.monotonic() + DEADLINE_S
-    while not (found := look()):
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.02)
-    return found
 
 
 def entry(client, number):
