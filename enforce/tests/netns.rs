@@ -382,6 +382,8 @@ fn leaves_unreadable_alone(host: &Host) {
     until("it was looked at several times", || calls() >= 6);
     assert!(other_is_untouched(), "the other variant was taken");
     assert_eq!(host.rules(), before);
+    let explained = || serde_json::from_str::<Value>(&enforcer.ask("explain 10.77.0.2")).unwrap()[0].clone();
+    assert_eq!(explained()["state"], "idle", "no rule was ever placed");
 
     fs::remove_file(&broken).unwrap();
     until("nothing is missing any more", || enforcer.report()["problems"] == Value::Array(Vec::new()));
@@ -392,6 +394,8 @@ fn leaves_unreadable_alone(host: &Host) {
     until("it was looked at several times", || calls() >= sofar + 6);
     assert!(other_is_untouched(), "the other variant was taken");
     assert_eq!(host.rules(), placed);
+    let hold = explained();
+    assert!(hold["state"] == "held" && hold["detail"].to_string().contains("raw/PREROUTING"), "{hold}");
 }
 
 fn does_without_nf_tables(host: &Host) {

@@ -165,7 +165,13 @@ impl Enforcer {
     }
 
     pub(super) fn take_rules(&mut self, done: Result<(Rules, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
-        let (rules, outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
+        let (rules, mut outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
+        if outcome.failed > 0 {
+            // What could not be seen is where it was, as far as anybody knows.
+            for (family, place) in std::mem::take(&mut self.outcome.places) {
+                outcome.places.entry(family).or_insert(place);
+            }
+        }
         self.rules = Some(rules);
         let metrics = &self.inputs.metrics;
         for kind in &outcome.steps {
