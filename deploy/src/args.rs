@@ -77,7 +77,8 @@ pub struct ConfigArgs {
 /// Of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-SIGHUP reloads rules, lists and limits. The first SIGTERM or SIGINT ends in order, the second at once. Bans stay in
+SIGHUP reloads rules, lists and limits. The first SIGTERM or SIGINT ends in order, the second at once, unless it comes
+within 100 ms of the first. Bans stay in
 force when it ends; `portcullis enforce --teardown` removes them.
 
 Examples:
