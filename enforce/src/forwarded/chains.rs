@@ -94,7 +94,7 @@ impl Chains {
     }
 
     /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
-    /// somebody stay as they are. A family that failed is left alone until there are others, or it is told to `retry`.
+    /// somebody stay as they are. A family that failed is left alone until nobody is to be refused, or it is told to `retry`.
     pub(crate) async fn put(
         &mut self,
         searches: &Searches,
@@ -129,8 +129,8 @@ impl Chains {
             self.searches = searches.clone();
             self.placed.clear();
         }
-        // Whoever is freed, by a pause too, does not wait for the next look at everything.
-        if differ || retry {
+        // A pause does not wait for the next look at everything. Single bans do: under attack they come in quick succession.
+        if retry || (differ && *searches == Searches::new()) {
             self.failed.clear();
         }
     }
@@ -253,16 +253,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_family_that_failed_is_tried_again_when_others_are_to_be_refused_or_nobody() {
+    fn a_family_that_failed_is_tried_again_in_its_turn_or_for_a_pause_and_not_at_each_ban() {
         let (config, firewall) = (ForwardedForConfig::default(), FirewallConfig::default());
         let mut chains = Chains::new(config, firewall, false, Clock::system());
         let mut somebody = Searches::new();
         somebody.grow([("\r\nX-Forwarded-For: 192.0.2.1,".to_owned(), None)].into(), 2);
         chains.take(&somebody, false);
         let fail = |chains: &mut Chains| drop(chains.failed.insert(Family::V4, "broken".to_owned()));
-        for (searches, retry, tried) in
-            [(&somebody, false, false), (&somebody, true, true), (&Searches::new(), false, true)]
-        {
+        let mut others = Searches::new();
+        others.grow([("\r\nX-Forwarded-For: 192.0.2.2,".to_owned(), None)].into(), 2);
+        for (searches, retry, tried) in [
+            (&somebody, false, false),
+            (&others, false, false),
+            (&others, true, true),
+            (&Searches::new(), false, true),
+            (&Searches::new(), false, false),
+        ] {
             fail(&mut chains);
             chains.take(searches, retry);
             assert_eq!(chains.failed.is_empty(), tried, "{searches:?} {retry}");
