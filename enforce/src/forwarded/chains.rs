@@ -231,17 +231,24 @@ fn report(family: Family, reading: &Reading, layout: &Layout, outcome: &mut Outc
     }
 }
 
-/// Removes our chains from both variants of a family. Returns how many rules and chains went, and what could not be done.
-pub(crate) async fn remove(iptables: &mut Iptables, family: Family, dry_run: bool) -> (usize, Option<CommandError>) {
+/// Removes our chains from both variants of a family. Returns what went, for people, and what could not be done.
+pub(crate) async fn remove(
+    iptables: &mut Iptables,
+    family: Family,
+    dry_run: bool,
+) -> (Vec<String>, Option<CommandError>) {
     let (views, mut failure) = iptables.read_all(family).await;
-    let mut removed = 0;
+    let mut removed = Vec::new();
     for (variant, view) in views {
         let lines = plan::plan_removal(&view);
         let change = async {
             if dry_run { Ok(()) } else { iptables.change_filter((family, variant), &lines, "remove our chains").await }
         };
         match change.await {
-            Ok(()) => removed += lines.iter().filter(|line| !line.starts_with("-F")).count(),
+            Ok(()) => {
+                let place = format!("({}, {})", family.as_str(), variant.as_str());
+                removed.extend(plan::describe_removal(&view).into_iter().map(|what| format!("{what} {place}")));
+            }
             Err(error) => drop(failure.get_or_insert(error)),
         }
     }
