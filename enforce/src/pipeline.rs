@@ -293,17 +293,6 @@ impl Enforcer {
         Ok(())
     }
 
-    /// What this host's firewall does without us, for people.
-    fn without_us(&self) -> &'static str {
-        match self.reconciler.method() {
-            _ if self.inputs.dry_run => "as it was, a dry run changes nothing",
-            _ if self.reconciler.paused().is_some() => "bans stay lifted, the host is paused",
-            Some(_) => "bans stay in force, each until its end",
-            None if self.config.firewall.backend == BackendKind::None => "no bans, as no firewall is configured",
-            None => "no bans but those of before, as no firewall back end worked",
-        }
-    }
-
     fn state_dir(&self) -> Option<PathBuf> {
         self.inputs.state_dir.clone().filter(|_| !self.inputs.dry_run)
     }

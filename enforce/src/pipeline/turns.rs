@@ -40,9 +40,27 @@ impl Lifted {
     }
 }
 
+/// What a host's firewall does after we stopped, for people.
+fn describe_rest(backend: BackendKind, method: Option<Method>, is_paused: bool) -> &'static str {
+    match (backend, method) {
+        (BackendKind::None, _) => "no bans, as no firewall is configured",
+        _ if is_paused => "bans stay lifted, as they are paused",
+        (_, Some(_)) => "bans stay in force, each until its end",
+        (_, None) => "no bans but those of before, as no back end worked",
+    }
+}
+
 impl Enforcer {
     fn is_paused(&self) -> bool {
         self.besides.gate.paused.is_some()
+    }
+
+    /// What the firewall does without us, for people.
+    pub(super) fn without_us(&self) -> &'static str {
+        if self.inputs.dry_run {
+            return "as it was, as a dry run changes nothing";
+        }
+        describe_rest(self.config.firewall.backend, self.reconciler.method(), self.reconciler.paused().is_some())
     }
 
     /// Follows the file that pauses this host.
@@ -240,6 +258,20 @@ impl Enforcer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bans_are_said_to_stay_in_force_only_where_there_are_some() {
+        let rest = |method, is_paused| describe_rest(BackendKind::Auto, method, is_paused);
+        assert!(rest(Some(Method::Ipset), false).starts_with("bans stay in force"));
+        for other in [
+            rest(Some(Method::Ipset), true),
+            rest(None, false),
+            describe_rest(BackendKind::None, None, false),
+            describe_rest(BackendKind::None, None, true),
+        ] {
+            assert!(!other.contains("in force"), "{other}");
+        }
+    }
 
     #[test]
     fn rules_that_cannot_be_removed_may_stay_in_a_pause_but_not_a_change_that_may_yet_come() {
