@@ -55,20 +55,21 @@ impl Pace {
 
     /// Returns when a call may be made. It is counted then.
     pub(super) async fn wait(&self, frees: bool) {
-        loop {
-            let now = self.clock.raw();
-            let holds = self.holds();
-            let until = if frees { holds.all } else { holds.all.max(holds.others) };
-            if until > now {
-                tokio::time::sleep(until.since(now)).await;
-                continue;
-            }
-            let checked = if frees { Ok(()) } else { self.others.check(ONE) };
-            match checked.and_then(|()| self.all.check(ONE)) {
-                Ok(()) => return,
-                Err(wait) => tokio::time::sleep(wait).await,
-            }
+        while let Err(wait) = self.check(frees) {
+            tokio::time::sleep(wait).await;
         }
+    }
+
+    /// Counts a call that may be made now, or says how long none may.
+    pub(super) fn check(&self, frees: bool) -> Result<(), Duration> {
+        let now = self.clock.raw();
+        let holds = self.holds();
+        let until = if frees { holds.all } else { holds.all.max(holds.others) };
+        if until > now {
+            return Err(until.since(now));
+        }
+        let checked = if frees { Ok(()) } else { self.others.check(ONE) };
+        checked.and_then(|()| self.all.check(ONE))
     }
 
     /// Takes what an answer says of the limit. Returns how long it asks for no calls at all.
