@@ -55,6 +55,8 @@ class Cloudflare:
         self.items = collections.defaultdict(dict)
         self.operations = {}
         self.zones = {}
+        # Those that the login may see.
+        self.accounts = set()
         self.entry_points = {}
         self.calls = collections.deque()
         self.locked_until = 0.0
@@ -164,6 +166,8 @@ class Cloudflare:
     # ---- lists
 
     def list_of_items(self, method, account, list_id, items, query, body):
+        if account not in self.accounts:
+            raise Refusal(403, 10000, "Authentication error")
         if list_id is None:
             return self.all_lists(method, account, body), None
         found = self.lists.get(list_id)
@@ -324,13 +328,17 @@ class Cloudflare:
             self.add_rule(rule["whose"], rule["target"], written(rule["target"], rule["value"]),
                           rule.get("mode", "block"), rule["notes"])
         for wanted in wishes.get("lists", []):
+            self.accounts.add(wanted["account"])
             self.add_list(wanted["account"], wanted["name"], wanted.get("kind", "ip"), wanted.get("id"))
         for item in wishes.get("items", []):
             self.add_item(item["list"], item["ip"], item["comment"])
+        for gone in wishes.get("remove_lists", []):
+            self.one_list("DELETE", gone, self.lists[gone])
         for gone in wishes.get("remove", []):
             for entries in (*self.rules.values(), *self.items.values()):
                 entries.pop(gone, None)
         self.zones.update(wishes.get("zones", {}))
+        self.accounts.update(wishes.get("zones", {}).values())
         self.entry_points.update(wishes.get("entry_points", {}))
         return self.state()
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use enforce::StandOff;
-use enforce::teardown::{TeardownReport, teardown};
+use enforce::teardown::{CloudflareRemoval, TeardownReport, teardown};
 use proto::bus::config::BusConfig;
 
 use super::Exit;
@@ -65,8 +65,13 @@ fn describe(report: &TeardownReport, verb: &str) -> Vec<String> {
     if report.last_set {
         lines.push(format!("{verb} the bans kept for the next start"));
     }
-    if report.cloudflare > 0 {
-        lines.push(format!("{verb} {} entries at Cloudflare", report.cloudflare));
+    for CloudflareRemoval { place, entries, is_gone } in &report.cloudflare {
+        if *entries > 0 {
+            lines.push(format!("{verb} {entries} entries at Cloudflare: {place}"));
+        }
+        if *is_gone {
+            lines.push(format!("not at Cloudflare any more: {place}"));
+        }
     }
     if lines.is_empty() {
         lines.push("nothing of ours was here".to_owned());
@@ -109,7 +114,10 @@ mod tests {
             sets: vec!["a".to_owned(), "b".to_owned()],
             table: true,
             last_set: true,
-            cloudflare: 0,
+            cloudflare: vec![
+                CloudflareRemoval { place: "zone z".to_owned(), entries: 7, is_gone: false },
+                CloudflareRemoval { place: "list l".to_owned(), entries: 0, is_gone: true },
+            ],
         };
         assert_eq!(
             describe(&report, "removed"),
@@ -117,7 +125,9 @@ mod tests {
                 "removed 4 rules and chains",
                 "removed the sets a, b",
                 "removed the nftables table inet portcullis",
-                "removed the bans kept for the next start"
+                "removed the bans kept for the next start",
+                "removed 7 entries at Cloudflare: zone z",
+                "not at Cloudflare any more: list l",
             ]
         );
     }

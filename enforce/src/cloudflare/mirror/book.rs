@@ -125,6 +125,8 @@ pub(super) struct Book {
     absent: BTreeSet<Target>,
     /// ID of the list.
     list: Option<String>,
+    /// The account's lists were read, and it is not among them.
+    lacks_list: bool,
     operation: Option<Operation>,
     /// When an addition that may have begun unseen should have ended, and shows.
     second_look: Option<Timestamp>,
@@ -154,6 +156,7 @@ impl Book {
             look_took: Duration::ZERO,
             absent: BTreeSet::new(),
             list: None,
+            lacks_list: false,
             operation: None,
             second_look: None,
             batch_max: BATCH_MAX,
@@ -439,6 +442,8 @@ impl Book {
     }
 
     fn take_list(&mut self, found: Option<(String, bool)>, view: &View<'_>) {
+        // The kind of a list never changes: one of another kind is another list.
+        self.lacks_list = !matches!(found, Some((_, true)));
         match found {
             Some((id, true)) => {
                 self.list = Some(id);
@@ -598,6 +603,11 @@ impl Book {
     /// ID of the list, once it is known.
     pub(super) fn list(&self) -> Option<&str> {
         self.list.as_deref()
+    }
+
+    /// Whether the account has no such list.
+    pub(super) fn lacks_list(&self) -> bool {
+        self.lacks_list
     }
 
     /// What we have entries for.
