@@ -29,6 +29,7 @@ use std::time::Duration;
 use proto::ban::Lists;
 use proto::bus::duty::Duty;
 use proto::net::Target;
+use proto::settings::Mistakes;
 use proto::time::Timestamp;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
@@ -69,6 +70,13 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     }
 }
 
+/// Reads the login as the back end will, and notes what is wrong with it.
+pub(crate) fn check_login(cloudflare: &CloudflareConfig, mistakes: &mut Mistakes) {
+    if let Err(LoginError::Secret(error)) = Login::read(&cloudflare.login) {
+        error.note(mistakes);
+    }
+}
+
 impl Scope {
     /// Entries that a ban of `ipv6_prefix` bits takes; `None` where it cannot be said there.
     pub fn entries_of_client(&self, ipv6_prefix: u8) -> Option<u32> {
@@ -86,7 +94,8 @@ struct Runner {
     pace: Arc<Pace>,
     /// `None` while there is no name, and so nothing is ours.
     mirror: Option<Mirror>,
-    installation: Result<String, InstallationError>,
+    /// `None` where a dry run finds that none was made yet.
+    installation: Result<Option<String>, InstallationError>,
     client: Result<Arc<Client>, LoginError>,
     /// `None` in a dry run, which takes the work from nobody.
     duty: Option<Duty>,
@@ -115,7 +124,7 @@ impl Runner {
             pace,
             mirror: None,
             installation: Err(InstallationError::NoPlace),
-            client: Err(LoginError::NoSecret),
+            client: Err(LoginError::NotMade),
             usage: None,
             usage_at: Timestamp::EPOCH,
             former: Former::default(),
@@ -202,27 +211,29 @@ impl Runner {
     }
 
     fn make_mirror(&mut self) {
-        let state_dir = self.around.state_dir.as_deref();
-        self.installation = installation::name(self.config.installation.as_deref(), state_dir, self.around.dry_run);
+        let (configured, dry_run) = (self.config.installation.as_deref(), self.around.dry_run);
+        self.installation = match dry_run {
+            true => installation::known(configured, std::slice::from_ref(&self.around.service_dir))
+                .map(|mut known| known.pop()),
+            false => installation::name(configured, self.around.state_dir.as_deref()).map(Some),
+        };
         match &self.installation {
             Err(error) => tracing::error!(error = status::chain(error), "Nobody is banned at Cloudflare"),
             Ok(name) => {
+                // Where none was made, nothing there is ours.
+                let mark = name.as_deref().map_or_else(Mark::of_nobody, Mark::new);
                 let start = self.around.clock.raw().as_nanos().unsigned_abs();
                 let seed = self.around.node.bytes().fold(start, |seed, byte| seed.rotate_left(8) ^ u64::from(byte));
                 let guard = Guard::new(&self.facts);
-                let mut mirror = Mirror::new(&self.config, Mark::new(name), guard, self.tempo.clone(), seed);
-                if self.around.dry_run {
+                let mut mirror = Mirror::new(&self.config, mark, guard, self.tempo.clone(), seed);
+                if dry_run {
                     mirror.set_read_only();
                 }
                 self.mirror = Some(mirror);
-                if let Some(dir) = self.around.state_dir.as_deref().filter(|_| !self.around.dry_run) {
+                if let (Some(dir), Some(name), false) = (self.around.state_dir.as_deref(), name, dry_run) {
                     self.former = Former::begin(dir, Place::all(name, &self.config.scope));
                 }
-                tracing::info!(
-                    installation = name,
-                    dry_run = self.around.dry_run,
-                    "Cloudflare is kept as the ban set is"
-                );
+                tracing::info!(installation = name, dry_run, "Cloudflare is kept as the ban set is");
                 self.take_bans();
             }
         }

@@ -149,6 +149,7 @@ impl Host {
             duties: Duties::alone(),
             events: EventSource::local(&self.bus.events, 0),
             state_dir: Some(self.dir.path().to_owned()),
+            service_dir: self.dir.path().to_owned(),
             dry_run: self.dry_run,
             clock: Clock::system(),
             board: self.board.clone(),
@@ -587,7 +588,7 @@ async fn without_a_name_nothing_is_said_to_be_removed() {
     let dir = tempfile::tempdir().unwrap();
     let config = CloudflareConfig { installation: None, ..config(&fake, Scope::User) };
     let error = remove_all(&config, &[dir.path().to_owned()], false).await.1.unwrap_err();
-    assert!(error.to_string().contains("set `installation`"), "{error}");
+    assert!(error.to_string().contains("set enforce.cloudflare.installation"), "{error}");
 }
 
 #[tokio::test]
@@ -610,10 +611,19 @@ async fn a_dry_run_changes_nothing_and_says_what_it_would_do() {
     let mut host = Host::new();
     host.dry_run = true;
     host.ban(&["203.0.113.9", "203.0.113.10"]);
-    host.start(&CloudflareConfig { installation: None, ..config(&fake, Scope::User) });
+    let config = CloudflareConfig { installation: None, ..config(&fake, Scope::Zones(vec![ZONES[0].to_owned()])) };
+    host.start(&config);
+    let says = |host: &Host, text: &str| host.said().0.detail.iter().any(|detail| detail.contains(text));
     let would = "dry run: nothing is changed; 2 to add, 0 to remove";
-    until(&fake, "it is said", |_| host.said().0.detail.iter().any(|detail| detail == would)).await;
-    assert_eq!(ours(&fake.state().await).get("user"), None);
+    until(&fake, "it is said", |_| says(&host, would)).await;
+    assert!(says(&host, "no installation yet"), "none is made up: {:?}", host.said());
     assert_eq!(std::fs::read_dir(host.dir.path()).unwrap().count(), 0);
+    host.kill().await;
+    // That of the service is known by what the service keeps.
+    std::fs::write(host.dir.path().join("installation"), "you\n").unwrap();
+    host.start(&config);
+    let would = "dry run: nothing is changed; 2 to add, 1 to remove";
+    until(&fake, "it is said", |_| says(&host, would) && says(&host, "installation you")).await;
+    assert_eq!(ours(&fake.state().await).get(&zone(0)), None);
     host.stop().await;
 }

@@ -8,7 +8,7 @@ use proto::subject::is_name;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::config::secret::{RawSecret, SecretSource, check_secret, is_safe_url};
+use crate::config::secret::{RawSecret, SecretSource, check_secret, check_sendable, is_safe_url};
 
 /// Where the API is, unless configured.
 const API_URL: &str = "https://api.cloudflare.com/client/v4";
@@ -195,8 +195,8 @@ impl RawCloudflare {
     pub(super) fn check(self, mistakes: &mut Mistakes) -> Option<CloudflareConfig> {
         self.unknown.check(&Self::KEYS, mistakes);
         let mut own = Mistakes::new();
-        let token = check_sendable("api_token", (self.api_token, self.api_token_file), &mut own);
-        let key = check_sendable("api_key", (self.api_key, self.api_key_file), &mut own);
+        let token = check_header_secret("api_token", (self.api_token, self.api_token_file), &mut own);
+        let key = check_header_secret("api_key", (self.api_key, self.api_key_file), &mut own);
         let login = check_login(token, self.email.take("email", &mut own), key, &mut own);
         let scope = self.scope.required("scope", &mut own);
         for mistake in scope.iter().flat_map(Scope::mistakes) {
@@ -245,7 +245,7 @@ impl RawCloudflare {
 }
 
 /// A secret that is sent as a header.
-fn check_sendable(
+fn check_header_secret(
     key: &str,
     secret: (Field<RawSecret>, Field<PathBuf>),
     mistakes: &mut Mistakes,
@@ -261,11 +261,7 @@ fn check_sendable(
 
 /// Whether it can be sent as a header. Does not show it.
 fn check_header(key: &str, text: &str, mistakes: &mut Mistakes) -> bool {
-    let fine = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
-    if !fine {
-        mistakes.add(key, "expected printable ASCII without spaces");
-    }
-    fine
+    check_sendable(text).map_err(|expected| mistakes.add(key, expected)).is_ok()
 }
 
 fn check_login(
