@@ -253,7 +253,8 @@ impl Runner {
         if let Err(error) = &made {
             tracing::error!(error = status::chain(error), "Cloudflare cannot be called");
         }
-        self.client = made.map(Arc::new);
+        let claim = self.duty.as_ref().map(Duty::claim).unwrap_or_default();
+        self.client = made.map(|client| Arc::new(client.under(claim)));
     }
 
     fn take_bans(&mut self) {

@@ -2,8 +2,9 @@
 """A stand-in for Cloudflare's API: IP access rules, lists with their bulk operations, and what tells whether a list is used.
 
 Answers as https://developers.cloudflare.com/api/ says, and fails as it may: too many calls, servers in trouble, slow, cut
-and broken answers, refusals with status 200. tests/cloudflare/official.py holds it against the official client. Prints its
-port, and ends when standard input does. `POST /_fake` changes how it behaves and what is there, `GET /_fake` tells.
+and broken answers, refusals with status 200. tests/cloudflare/official.py holds it against the official client. Listens at
+the address that is its argument, else on loopback; prints its port, and ends when standard input does. `POST /_fake` changes
+how it behaves and what is there, `GET /_fake` tells.
 """
 
 import base64
@@ -62,6 +63,8 @@ class Cloudflare:
         self.locked_until = 0.0
         self.ids = 0
         self.stats = collections.Counter()
+        # Calls of each client's address.
+        self.callers = collections.Counter()
         # Notes of what was changed or removed, as they were.
         self.touched = set()
 
@@ -349,7 +352,8 @@ class Cloudflare:
         return {"rules": {whose: list(rules.values()) for whose, rules in self.rules.items()},
                 "items": {found: list(items.values()) for found, items in self.items.items()},
                 "lists": {found["name"]: found["id"] for found in self.lists.values()},
-                "stats": dict(self.stats), "touched": sorted(self.touched), "running": running}
+                "stats": dict(self.stats), "touched": sorted(self.touched), "running": running,
+                "callers": dict(self.callers)}
 
 
 def page_of(found, page, size):
@@ -412,6 +416,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 shown = fake.control(json.loads(raw)) if method == "POST" else fake.state()
                 return self.send(200, {}, json.dumps(copy.deepcopy(shown)).encode())
         with fake.lock:
+            fake.callers[self.client_address[0]] += 1
             fine, headers = fake.count()
             pause = fake.settings["pause"] + (fake.settings["slow"] if fake.rolls("slow") else 0)
         if pause:
@@ -475,13 +480,13 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def start():
+def start(address="127.0.0.1"):
     """Serves on a free port in this process; returns the port and what is there."""
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server((address, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server.server_address[1], Handler.cloudflare
 
 
 if __name__ == "__main__":
-    print(start()[0], flush=True)
+    print(start(*sys.argv[1:])[0], flush=True)
     sys.stdin.read()

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use proto::bus::duty::Claim;
 use proto::net::Target;
 use proto::secret::Secret;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
@@ -109,6 +110,8 @@ pub(super) struct Client {
     mode: Mode,
     login: Login,
     pace: Arc<Pace>,
+    /// Under which calls may be made.
+    claim: Claim,
     metrics: CloudflareMetrics,
 }
 
@@ -130,7 +133,13 @@ impl Client {
         let builder = if is_plain { builder.no_proxy().tls_certs_only([]) } else { builder };
         let http = builder.build().map_err(LoginError::Http)?;
         let (base, scope) = (config.api_url.clone(), config.scope.clone());
-        Ok(Self { http, base, scope, mode: config.mode, login, pace, metrics })
+        let claim = Claim::default();
+        Ok(Self { http, base, scope, mode: config.mode, login, pace, claim, metrics })
+    }
+
+    /// From now on no call begins when this is not held any more.
+    pub(super) fn under(self, claim: Claim) -> Self {
+        Self { claim, ..self }
     }
 
     /// The same for other places.
@@ -274,6 +283,9 @@ impl Client {
 
     async fn send<T: DeserializeOwned>(&self, request: Request) -> Result<(T, ResultInfo), CallError> {
         self.pace.wait(request.frees).await;
+        if !self.claim.is_held() {
+            return Err(CallError::Deposed);
+        }
         let sent = self.exchange(request).await;
         self.metrics.count_call(sent.as_ref().map_or_else(CallError::outcome, |_| "done"));
         let (result, info) = sent?;
