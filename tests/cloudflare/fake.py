@@ -13,6 +13,7 @@ import copy
 import http.server
 import ipaddress
 import json
+import math
 import random
 import re
 import sys
@@ -93,7 +94,7 @@ class Cloudflare:
             headers["Retry-After"] = str(max(1, round(window + 0.5)))
             return False, headers
         left = self.settings["limit"] - len(self.calls)
-        resets = max(0, round(self.calls[0] + window - now))
+        resets = max(0, math.ceil(self.calls[0] + window - now))
         headers["Ratelimit"] = f'"default";r={left};t={resets}'
         return True, headers
 

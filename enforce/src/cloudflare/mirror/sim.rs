@@ -485,6 +485,8 @@ fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
     let mut run = Run::of(&CloudflareConfig { calls_max: CALLS, ..config(Form::List, 2000) }, model, 1);
     let clock = Clock::manual(run.now);
     let pace = Pace::new(CALLS, Tempo::default().window, clock.clone());
+    // What may come at once is used up.
+    while pace.check(false).is_ok() {}
     for n in 0..5000 {
         run.model.add(0, format!("198.18.{}.{}", n / 250, n % 250).parse().unwrap(), "of a person");
     }
