@@ -120,8 +120,13 @@ fn a_kill_between_calls_leaves_no_gap_no_duplicate_and_no_secret() {
     fake.expect(&wanted);
 
     let config = path("portcullis.toml");
-    let said = fake.namespace.run(binary().unwrap().to_str().unwrap(), &["enforce", "--teardown", "-c", &config]);
-    let said = said.unwrap();
+    let command = format!("{} enforce --teardown -c {config} 2>&1", binary().unwrap().display());
+    let said = fake.namespace.run("sh", &["-c", &command]).unwrap();
+    let is_begun = |zone: &str| {
+        let begins = |line: &&str| line.contains("Removing our entries from Cloudflare") && line.contains(zone);
+        said.lines().filter(begins).count() == 1
+    };
+    assert!(ZONES.into_iter().all(is_begun), "what it waits for is said before it waits: {said}");
     for zone in ZONES {
         let line = format!("removed {} entries at Cloudflare: zone {zone} (installation shop)", wanted.len());
         assert!(said.contains(&line), "{said}");

@@ -503,7 +503,7 @@ async fn a_place_that_is_not_configured_any_more_is_emptied_once_the_new_one_sta
     for dry_run in [true, false] {
         let (removed, done) = remove_all(&config, &dirs, dry_run).await;
         done.unwrap();
-        assert_eq!(removed, [list.clone()]);
+        assert_eq!(removed, std::slice::from_ref(&list));
     }
     assert_eq!(foreign(&fake.state().await), before);
     assert_eq!(left_behind(&dirs), None);
@@ -550,7 +550,7 @@ async fn a_former_list_that_its_account_has_no_more_is_forgotten_and_one_that_ma
     let stranger = CloudflareConfig { login: stranger, ..config(&fake, list()) };
     let (removed, done) = remove_all(&stranger, &dirs, false).await;
     assert!(removed.is_empty() && done.unwrap_err().to_string().contains("code 9109"));
-    assert_eq!(left_behind(&dirs).is_some(), true, "a login that may not look says nothing of the list");
+    assert!(left_behind(&dirs).is_some(), "a login that may not look says nothing of the list");
     let (removed, done) = remove_all(&config(&fake, list()), &dirs, false).await;
     done.unwrap();
     let gone = CloudflareRemoval { place: "list bad (installation me)".to_owned(), entries: 0, is_gone: true };

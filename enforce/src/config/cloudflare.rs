@@ -16,7 +16,7 @@ const API_URL: &str = "https://api.cloudflare.com/client/v4";
 const ZONES_MAX: usize = 50;
 /// Access rules that an account has.
 const RULES_MAX: u32 = 50_000;
-/// Items that the largest plan has.
+/// Items that the lists of an account hold together with the largest plan.
 const ITEMS_MAX: u32 = 500_000;
 /// What Cloudflare takes in five minutes.
 const CALLS_MAX: u32 = 1200;
@@ -55,7 +55,8 @@ pub struct CloudflareConfig {
     pub mode: Mode,
     /// What our entries are known by; `None` = made once and kept in `state_dir`.
     pub installation: Option<String>,
-    /// Entries of ours at most, in each zone. Default 10,000: what a list of the free plan holds.
+    /// Entries of ours at most, in each zone. Default 10,000: what all lists of an account hold together, but with
+    /// Enterprise.
     pub entries_max: u32,
     /// Calls in five minutes at most, 60 to 1,200. Default 1,000: the rest is for people and other programs.
     pub calls_max: u32,

@@ -17,7 +17,7 @@ use crate::notify::text::{cut_html, defaults, html, plain};
 
 /// The header of the signature: `t=SECONDS,v1=HEX`, of which HEX is the HMAC-SHA256 of `SECONDS.BODY`.
 pub(crate) const SIGNATURE: &str = "x-portcullis-signature";
-/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 of a message, title included.
+/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 as content, and Slack 3,000 in a block.
 const TEXT_UNITS_MAX: usize = 1800;
 /// Wait where the server asks for one and does not say how long.
 const WAIT_UNNAMED: Duration = Duration::from_secs(30);
