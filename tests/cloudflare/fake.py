@@ -342,7 +342,7 @@ class Cloudflare:
             for entries in (*self.rules.values(), *self.items.values()):
                 entries.pop(gone, None)
         self.zones.update(wishes.get("zones", {}))
-        self.accounts.update(wishes.get("zones", {}).values())
+        self.accounts.update(wishes.get("zones", {}).values(), wishes.get("accounts", []))
         self.entry_points.update(wishes.get("entry_points", {}))
         return self.state()
 
