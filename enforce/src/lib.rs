@@ -32,4 +32,4 @@ pub use error::EnforceError;
 pub use metrics::EnforceMetrics;
 pub use pipeline::{Inputs, run};
 pub use standoff::{StandOff, files_of_running};
-pub use teardown::{RemovedSet, TeardownReport, teardown};
+pub use teardown::{CloudflareRemoval, RemovedSet, TeardownReport, teardown};

@@ -69,6 +69,8 @@ pub struct Inputs {
     pub bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Where the last set is kept; `None` = nowhere.
     pub state_dir: Option<PathBuf>,
+    /// Where the service keeps its state, which a dry run only reads.
+    pub service_dir: PathBuf,
     /// Change nothing, neither the firewall nor `state_dir`.
     pub dry_run: bool,
     /// The time.

@@ -43,8 +43,19 @@ pub struct TeardownReport {
     pub table: Option<usize>,
     /// Whether a last set was kept and is gone.
     pub last_set: bool,
-    /// Entries removed from Cloudflare, for the whole cluster.
-    pub cloudflare: usize,
+    /// What was removed from Cloudflare, for the whole cluster; places with nothing of ours are left out.
+    pub cloudflare: Vec<CloudflareRemoval>,
+}
+
+/// What was ours at one place at Cloudflare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CloudflareRemoval {
+    /// Which, for people.
+    pub place: String,
+    /// Entries that are gone, or in a dry run would be.
+    pub entries: usize,
+    /// The list itself is not there any more.
+    pub is_gone: bool,
 }
 
 /// Removes what is ours, of every back end, in both families and both variants of iptables, and nothing else. Tables and
@@ -77,13 +88,11 @@ pub async fn teardown(
     let state_dirs = state_dir.map(standoff::state_dirs).unwrap_or_default();
     let failure = match &config.cloudflare {
         None => cloudflare::left_behind(&state_dirs).map(Into::into),
-        Some(config) => match cloudflare::remove_all(config, &state_dirs, dry_run).await {
-            Ok(removed) => {
-                report.cloudflare = removed;
-                None
-            }
-            Err(error) => Some(error.into()),
-        },
+        Some(config) => {
+            let (removals, done) = cloudflare::remove_all(config, &state_dirs, dry_run).await;
+            report.cloudflare = removals;
+            done.err().map(Into::into)
+        }
     };
     if let Some(source) = failure {
         let what = "our entries from Cloudflare".to_owned();

@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use enforce::{EnforceError, RemovedSet, StandOff, TeardownReport, teardown};
+use enforce::{CloudflareRemoval, EnforceError, RemovedSet, StandOff, TeardownReport, teardown};
 use proto::bus::config::BusConfig;
 
 use super::Exit;
@@ -93,8 +93,13 @@ fn describe(report: &TeardownReport, verb: &str) -> Vec<String> {
     if report.last_set {
         lines.push(format!("{verb} the bans kept for the next start"));
     }
-    if report.cloudflare > 0 {
-        lines.push(format!("{verb} {} entries at Cloudflare", report.cloudflare));
+    for CloudflareRemoval { place, entries, is_gone } in &report.cloudflare {
+        if *entries > 0 {
+            lines.push(format!("{verb} {entries} entries at Cloudflare: {place}"));
+        }
+        if *is_gone {
+            lines.push(format!("not at Cloudflare any more: {place}"));
+        }
     }
     if lines.is_empty() {
         lines.push("nothing of ours was here".to_owned());
@@ -127,7 +132,10 @@ mod tests {
             sets: vec![RemovedSet { name: "portcullis-v4", members: 12 }],
             table: Some(3),
             last_set: true,
-            cloudflare: 0,
+            cloudflare: vec![
+                CloudflareRemoval { place: "zone z".to_owned(), entries: 7, is_gone: false },
+                CloudflareRemoval { place: "list l".to_owned(), entries: 0, is_gone: true },
+            ],
         }
     }
 
@@ -136,7 +144,7 @@ mod tests {
         let paused = [PathBuf::from("/var/lib/portcullis/paused")];
         let lines = tell(&TeardownReport::default(), false, "removed", &paused);
         assert_eq!(lines, ["enforce is paused on this host; to enforce again: rm /var/lib/portcullis/paused"]);
-        assert_eq!(tell(&report(), false, "removed", &paused).len(), 5);
+        assert_eq!(tell(&report(), false, "removed", &paused).len(), 7);
         assert_eq!(tell(&TeardownReport::default(), true, "would remove", &[]), ["nothing of ours was here"]);
     }
 
@@ -169,7 +177,9 @@ mod tests {
                 "would remove the jump from raw/PREROUTING (ipv4, nft)",
                 "would remove set portcullis-v4 with 12 members",
                 "would remove the nftables table inet portcullis with 3 bans",
-                "would remove the bans kept for the next start"
+                "would remove the bans kept for the next start",
+                "would remove 7 entries at Cloudflare: zone z",
+                "not at Cloudflare any more: list l",
             ]
         );
         assert_eq!(describe(&TeardownReport::default(), "removed"), ["nothing of ours was here"]);

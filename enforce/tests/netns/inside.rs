@@ -85,6 +85,7 @@ fn enforcer(args: &[String]) {
         trusted_proxies: NetSet::default(),
         kept: tokio::sync::watch::Sender::new(0),
         bus_servers: tokio::sync::watch::channel(Vec::new()).1,
+        service_dir: state_dir.clone(),
         state_dir: Some(state_dir),
         dry_run,
         clock: clock.clone(),
