@@ -77,7 +77,8 @@ pub struct ConfigArgs {
 /// Of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-SIGHUP reloads rules, lists and limits. The first SIGTERM or SIGINT ends in order, the second at once. Bans stay in
+SIGHUP reloads rules, lists and limits. The first SIGTERM or SIGINT ends in order, the second at once, unless it comes
+within 100 ms of the first. Bans stay in
 force when it ends; `portcullis enforce --teardown` removes them.
 
 Examples:
@@ -137,11 +138,12 @@ pub struct RoleArgs {
 As a role it works over NATS: `[bus]` with kind = \"nats\" and urls. Bans stay in force when it ends.
 
 --teardown works while `run` or `enforce` runs on this host: a file `paused` in state_dir has it lift all bans first and
-keeps it from putting anything back, until the file is removed. Such a file may be written by hand as well.
+keeps it from putting anything back, until the file is removed. Such a file may be written by hand as well. What cannot
+be removed is named with the reason, and the exit code is 1. One that does not let go within two minutes has to be stopped.
 
 Examples:
   portcullis enforce                          follow the cluster's ban set
-  portcullis enforce --teardown --dry-run     list what would be removed
+  portcullis enforce --teardown --dry-run     list what would be removed, and whom it would pause
   portcullis enforce --teardown")]
 pub struct EnforceArgs {
     /// Remove every chain, jump and set that Portcullis made

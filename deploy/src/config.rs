@@ -92,6 +92,13 @@ impl Config {
         if mistakes.is_empty() { Ok(()) } else { Err(Invalid(mistakes)) }
     }
 
+    /// Refuses secrets of back ends and notifiers that could not be used when they are needed. Reads their files.
+    pub fn require_secrets(&self) -> Result<(), Invalid> {
+        let mut mistakes = Mistakes::new();
+        self.enforce.check_secrets(&mut mistakes);
+        if mistakes.is_empty() { Ok(()) } else { Err(Invalid(mistakes.into_sorted())) }
+    }
+
     /// Refuses a configuration that reads no log: `run` would do nothing.
     pub fn require_sources(&self) -> Result<(), Invalid> {
         if !self.ingest.sources.is_empty() {

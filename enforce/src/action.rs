@@ -45,6 +45,8 @@ pub(crate) struct Surroundings {
     pub(crate) events: EventSource,
     /// Where state is kept; `None` = nowhere.
     pub(crate) state_dir: Option<PathBuf>,
+    /// Where the service keeps its state, also when this is a dry run.
+    pub(crate) service_dir: PathBuf,
     /// Change nothing outside.
     pub(crate) dry_run: bool,
     /// The time.
@@ -70,6 +72,7 @@ impl Surroundings {
             duties: inputs.duties.clone(),
             events: inputs.events.clone(),
             state_dir: inputs.state_dir.clone(),
+            service_dir: inputs.service_dir.clone(),
             dry_run: inputs.dry_run,
             clock: inputs.clock.clone(),
             board,

@@ -149,6 +149,8 @@ pub(crate) struct RulesOutcome {
     pub(crate) placeless: usize,
     /// Rules were to go, because of a pause.
     pub(crate) lifts: bool,
+    /// A change that began before does not end, and may yet come into effect.
+    pub(crate) unfinished: bool,
 }
 
 /// What looks up members in the path of packets.

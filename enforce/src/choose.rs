@@ -1,8 +1,10 @@
 //! Which back end works on this host. Each that the configuration allows is tried for a moment, the best first, and the
 //! first that works is taken. A dry run only looks whether it is there.
 
+use std::time::Duration;
+
 use proto::report::Problem;
-use proto::time::Clock;
+use proto::time::{Clock, render_duration};
 
 use crate::backend::dry_run::DryRun;
 use crate::backend::ipset::{self, Ipset};
@@ -14,6 +16,9 @@ use crate::config::{BackendKind, Chains, FirewallConfig};
 use crate::host;
 use crate::plan::plain;
 use crate::reconcile::chain_of;
+
+/// How long it may take to tell whether one way works. A program that hangs is ended then.
+const TRIAL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A way to ban on a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,30 +73,40 @@ pub(crate) struct Chosen {
     pub(crate) limited: Option<Problem>,
 }
 
+/// Why nothing was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Unchosen {
+    /// Why and what to do, for people.
+    pub(crate) text: String,
+    /// What is better than all that may work could not be tried just now.
+    pub(crate) is_undecided: bool,
+}
+
 /// How to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trial {
     /// Only look.
     DryRun,
-    /// Rules that cannot be read just now will do: they may hold ours.
+    /// Rules that cannot be read just now will do: they may hold ours. What does not answer may do so next time.
     Patient,
-    /// They will not: they could not be read for long.
+    /// They will not, and it does not count: it has been so for long.
     Strict,
 }
 
 /// Tries what the configuration allows.
 ///
 /// # Errors
-/// Why nothing works and what to do, for people.
-pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock) -> Result<Chosen, String> {
+/// Why nothing works.
+pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock) -> Result<Chosen, Unchosen> {
     let dry_run = trial == Trial::DryRun;
     if !dry_run && !host::may_change_firewall() {
         let text = "cannot change the firewall: run as root or with CAP_NET_ADMIN; nobody is banned on this host";
-        return Err(text.to_owned());
+        return Err(Unchosen { text: text.to_owned(), is_undecided: false });
     }
     let mut failed = Vec::new();
     for &method in Method::allowed(config) {
-        match attempt(method, config, trial, clock).await {
+        let attempted = tokio::time::timeout(TRIAL_DEADLINE, attempt(method, config, trial, clock)).await;
+        match attempted.unwrap_or_else(|_| Err(Failure::silence())) {
             Ok((sets, rules)) => {
                 let why = explain(method, config.backend, &failed);
                 let limited = (method == Method::Plain && !dry_run).then(|| warn_of_plain(config, &failed));
@@ -100,7 +115,8 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
             // A lock that is held says nothing of what works: to take another would be to give up what does.
             Err(Failure { reason, passing: true }) if trial == Trial::Patient => {
                 let name = method.describe();
-                return Err(format!("cannot tell yet whether {name} works here ({reason}); it is tried again"));
+                let text = format!("cannot tell yet whether {name} works here ({reason}); it is tried again");
+                return Err(Unchosen { text, is_undecided: true });
             }
             Err(Failure { reason, .. }) => failed.push((method, reason)),
         }
@@ -119,7 +135,7 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
         (true, Some(&method)) => {
             Ok(Chosen { method, sets: Sets::DryRun(DryRun), rules: None, why: text, limited: None })
         }
-        _ => Err(text),
+        _ => Err(Unchosen { text, is_undecided: false }),
     }
 }
 
@@ -130,6 +146,12 @@ struct Failure {
     reason: String,
     /// It may work in a moment.
     passing: bool,
+}
+
+impl Failure {
+    fn silence() -> Self {
+        Self { reason: format!("no answer within {}", render_duration(TRIAL_DEADLINE)), passing: true }
+    }
 }
 
 impl From<&str> for Failure {

@@ -13,6 +13,7 @@ mod metrics;
 mod mirror;
 mod pace;
 mod places;
+mod removal;
 mod status;
 mod usage;
 mod wire;
@@ -20,11 +21,8 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
 use std::future::{Future, pending};
-use std::io;
 use std::net::Ipv6Addr;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,25 +31,25 @@ use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::bus::duty::Duty;
 use proto::net::Target;
-use proto::report::{BackendReport, Problem};
-use proto::time::{Clock, Timestamp};
+use proto::settings::Mistakes;
+use proto::time::Timestamp;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use self::call::{Answer, Ask, Call, CallError};
 use self::client::{Client, Login, LoginError};
-use self::former::Former;
+use self::former::{Emptied, Former};
 use self::installation::InstallationError;
 pub(crate) use self::metrics::CloudflareMetrics;
 use self::mirror::{Form, Mark, Mirror, Tempo};
 use self::pace::Pace;
 use self::places::Place;
+pub(crate) use self::removal::{left_behind, remove_all, report_left_behind};
 use self::usage::Usage;
 use crate::action::Surroundings;
 use crate::config::{CloudflareConfig, EnforceConfig, FirewallConfig, Scope};
 use crate::guard::{Guard, GuardFacts};
 use crate::host;
 use crate::reconcile::{is_paused, read_host};
-use crate::standoff;
 
 /// The name of the back end, and of its lease.
 const NAME: &str = BackendHold::CLOUDFLARE;
@@ -63,7 +61,7 @@ const CARE_INTERVAL: Duration = Duration::from_secs(60);
 /// A call under way.
 type Job = Pin<Box<dyn Future<Output = (Call, Result<Answer, CallError>)> + Send>>;
 /// The end of what stands at a place that is not configured any more.
-type FormerJob = Pin<Box<dyn Future<Output = (Place, Result<usize, RemovalError>)> + Send>>;
+type FormerJob = Pin<Box<dyn Future<Output = (Place, Emptied)> + Send>>;
 /// A look for rules that use the list.
 type UsageJob = Pin<Box<dyn Future<Output = Result<Usage, CallError>> + Send>>;
 
@@ -71,6 +69,13 @@ type UsageJob = Pin<Box<dyn Future<Output = Result<Usage, CallError>> + Send>>;
 pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
     if let Some(cloudflare) = config.cloudflare {
         Runner::new(cloudflare, &config.firewall, around, Tempo::default()).run().await;
+    }
+}
+
+/// Reads the login as the back end will, and notes what is wrong with it.
+pub(crate) fn check_login(cloudflare: &CloudflareConfig, mistakes: &mut Mistakes) {
+    if let Err(LoginError::Secret(error)) = Login::read(&cloudflare.login) {
+        error.note(mistakes);
     }
 }
 
@@ -83,100 +88,6 @@ impl Scope {
     }
 }
 
-/// Entries could not be removed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum RemovalError {
-    #[error(transparent)]
-    Installation(#[from] InstallationError),
-    #[error(transparent)]
-    Login(#[from] LoginError),
-    #[error("{place}: {text}")]
-    Refused { place: Place, text: String },
-    #[error("cannot read or write what is left at Cloudflare, kept in {}", .path.display())]
-    Kept {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// Removes all that is ours, or only counts it: at all places, also of former configurations. Returns how many entries
-/// that is.
-///
-/// # Errors
-/// When it could not be done. What could be removed is gone.
-pub(crate) async fn remove_all(
-    cloudflare: &CloudflareConfig,
-    state_dirs: &[PathBuf],
-    dry_run: bool,
-) -> Result<usize, RemovalError> {
-    let mut places = BTreeSet::new();
-    for dir in state_dirs {
-        let kept = places::read(dir);
-        places.extend(kept.map_err(|source| RemovalError::Kept { path: places::file(dir), source })?);
-    }
-    for name in installation::known(cloudflare.installation.as_deref(), state_dirs)? {
-        places.extend(Place::all(&name, &cloudflare.scope));
-    }
-    if places.is_empty() {
-        return Err(InstallationError::Unknown.into());
-    }
-    let (clock, tempo) = (Clock::system(), Tempo::default());
-    let pace = Arc::new(Pace::new(cloudflare.calls_max, tempo.window, clock.clone()));
-    let login = Login::read(&cloudflare.login)?;
-    let client = Client::new(cloudflare, login, pace, tempo.call_max, CloudflareMetrics::default())?;
-    let (mut removed, mut first_error) = (0, None);
-    for place in places {
-        match former::clear(&client, &place, former::Way { config: cloudflare, tempo: &tempo, clock: &clock, dry_run })
-            .await
-        {
-            Ok(count) => removed += count,
-            Err(error) => drop(first_error.get_or_insert(error)),
-        }
-    }
-    if let Some(error) = first_error {
-        return Err(error);
-    }
-    // Who is paused there, and not gone, adds them again one day, and must know of them then.
-    let is_left = |dir: &&PathBuf| !dir.join(standoff::FILE).exists();
-    for dir in state_dirs.iter().filter(is_left).filter(|_| !dry_run) {
-        let forgotten = places::write(dir, &BTreeSet::new());
-        forgotten.map_err(|source| RemovalError::Kept { path: places::file(dir), source })?;
-    }
-    Ok(removed)
-}
-
-/// What is left at Cloudflare although the configuration does not name it any more, for people.
-pub(crate) fn left_behind(state_dirs: &[PathBuf]) -> Option<String> {
-    let told = |dir: &PathBuf| {
-        let places = places::read(dir).unwrap_or_else(|error| {
-            tracing::warn!(path = %places::file(dir).display(), %error, "Not known what is left at Cloudflare");
-            BTreeSet::new()
-        });
-        let names: Vec<String> = places.iter().map(ToString::to_string).collect();
-        (!names.is_empty()).then(|| {
-            let (names, file) = (names.join(", "), places::file(dir));
-            format!(
-                "bans at {names} have no end of their own, and `[enforce.cloudflare]` is gone: configure it again and run \
-                 `portcullis enforce --teardown`, or, where another host has taken over, remove {}",
-                file.display()
-            )
-        })
-    };
-    state_dirs.iter().find_map(told)
-}
-
-/// Says on the board what is left, where Cloudflare is not configured.
-pub(crate) fn report_left_behind(around: &Surroundings) {
-    let state_dirs: Vec<PathBuf> = around.state_dir.iter().cloned().collect();
-    if let Some(text) = left_behind(&state_dirs) {
-        tracing::warn!(reason = text, "Bans are left at Cloudflare");
-        let detail = vec!["not configured any more".to_owned()];
-        let report = BackendReport { name: NAME.to_owned(), detail, standby: true, ..BackendReport::default() };
-        around.board.put(report, vec![Problem::warning(text)]);
-    }
-}
-
 struct Runner {
     config: CloudflareConfig,
     around: Surroundings,
@@ -185,7 +96,8 @@ struct Runner {
     pace: Arc<Pace>,
     /// `None` while there is no name, and so nothing is ours.
     mirror: Option<Mirror>,
-    installation: Result<String, InstallationError>,
+    /// `None` where a dry run finds that none was made yet.
+    installation: Result<Option<String>, InstallationError>,
     client: Result<Arc<Client>, LoginError>,
     /// `None` in a dry run, which takes the work from nobody.
     duty: Option<Duty>,
@@ -214,7 +126,7 @@ impl Runner {
             pace,
             mirror: None,
             installation: Err(InstallationError::NoPlace),
-            client: Err(LoginError::NoSecret),
+            client: Err(LoginError::NotMade),
             usage: None,
             usage_at: Timestamp::EPOCH,
             former: Former::default(),
@@ -274,7 +186,7 @@ impl Runner {
                 }
                 (call, answer) = finish(&mut job) => self.take_answer(call, answer),
                 usage = finish(&mut usage_job) => self.take_usage(usage),
-                (place, cleared) = finish(&mut former_job) => self.take_former(&place, cleared),
+                (place, emptied) = finish(&mut former_job) => self.take_former(&place, &emptied),
                 _ = tick.tick() => self.handle_tick(),
                 () = sleep(pause) => {}
             }
@@ -306,27 +218,29 @@ impl Runner {
     }
 
     fn make_mirror(&mut self) {
-        let state_dir = self.around.state_dir.as_deref();
-        self.installation = installation::name(self.config.installation.as_deref(), state_dir, self.around.dry_run);
+        let (configured, dry_run) = (self.config.installation.as_deref(), self.around.dry_run);
+        self.installation = match dry_run {
+            true => installation::known(configured, std::slice::from_ref(&self.around.service_dir))
+                .map(|mut known| known.pop()),
+            false => installation::name(configured, self.around.state_dir.as_deref()).map(Some),
+        };
         match &self.installation {
             Err(error) => tracing::error!(error = status::chain(error), "Nobody is banned at Cloudflare"),
             Ok(name) => {
+                // Where none was made, nothing there is ours.
+                let mark = name.as_deref().map_or_else(Mark::of_nobody, Mark::new);
                 let start = self.around.clock.raw().as_nanos().unsigned_abs();
                 let seed = self.around.node.bytes().fold(start, |seed, byte| seed.rotate_left(8) ^ u64::from(byte));
                 let guard = Guard::new(&self.facts);
-                let mut mirror = Mirror::new(&self.config, Mark::new(name), guard, self.tempo.clone(), seed);
-                if self.around.dry_run {
+                let mut mirror = Mirror::new(&self.config, mark, guard, self.tempo.clone(), seed);
+                if dry_run {
                     mirror.set_read_only();
                 }
                 self.mirror = Some(mirror);
-                if let Some(dir) = self.around.state_dir.as_deref().filter(|_| !self.around.dry_run) {
+                if let (Some(dir), Some(name), false) = (self.around.state_dir.as_deref(), name, dry_run) {
                     self.former = Former::begin(dir, Place::all(name, &self.config.scope));
                 }
-                tracing::info!(
-                    installation = name,
-                    dry_run = self.around.dry_run,
-                    "Cloudflare is kept as the ban set is"
-                );
+                tracing::info!(installation = name, dry_run, "Cloudflare is kept as the ban set is");
                 self.take_bans();
             }
         }
@@ -346,7 +260,8 @@ impl Runner {
         if let Err(error) = &made {
             tracing::error!(error = status::chain(error), "Cloudflare cannot be called");
         }
-        self.client = made.map(Arc::new);
+        let claim = self.duty.as_ref().map(Duty::claim).unwrap_or_default();
+        self.client = made.map(|client| Arc::new(client.under(claim)));
     }
 
     fn take_bans(&mut self) {
@@ -422,16 +337,15 @@ impl Runner {
         let (client, place) = (self.client.as_ref().ok()?.clone(), place.clone());
         let (config, tempo, clock) = (self.config.clone(), self.tempo.clone(), self.around.clock.clone());
         Some(Box::pin(async move {
-            let way = former::Way { config: &config, tempo: &tempo, clock: &clock, dry_run: false };
-            let cleared = former::clear(&client, &place, way).await;
-            (place, cleared)
+            let way = former::Way { config: &config, tempo: &tempo, clock: &clock, dry_run: false, is_awaited: false };
+            let emptied = former::clear(&client, &place, way).await;
+            (place, emptied)
         }))
     }
 
-    fn take_former(&mut self, place: &Place, cleared: Result<usize, RemovalError>) {
-        let is_cleared = cleared.is_ok();
-        self.former.take(place, cleared, self.around.clock.raw());
-        if let Some(mirror) = self.mirror.as_mut().filter(|_| is_cleared) {
+    fn take_former(&mut self, place: &Place, emptied: &Emptied) {
+        self.former.take(place, emptied, self.around.clock.raw());
+        if let Some(mirror) = self.mirror.as_mut().filter(|_| emptied.failure.is_none()) {
             // What was there may have been in the way of what should be.
             mirror.doubt();
         }

@@ -11,6 +11,7 @@ mod webhooks;
 use proto::settings::{Field, Mistakes, Unknown};
 use serde::Deserialize;
 
+use crate::cloudflare::check_login;
 use crate::config::cloudflare::RawCloudflare;
 pub use crate::config::cloudflare::{CloudflareConfig, CloudflareLogin, Mode, Scope};
 use crate::config::firewall::RawFirewall;
@@ -21,6 +22,7 @@ use crate::config::forwarded_for::RawForwardedFor;
 pub use crate::config::forwarded_for::{FORWARDED_CHAIN, FORWARDED_FOR, ForwardedForConfig};
 use crate::config::secret::Hidden;
 pub use crate::config::secret::SecretSource;
+pub(crate) use crate::config::secret::{SecretError, check_sendable};
 use crate::config::telegram::RawTelegram;
 pub use crate::config::telegram::TelegramConfig;
 use crate::config::webhooks::RawWebhooks;
@@ -61,6 +63,24 @@ impl EnforceConfig {
     /// How many notifiers there are.
     pub fn notifiers(&self) -> usize {
         usize::from(self.telegram.is_some()) + self.webhooks.len()
+    }
+
+    /// Reads every secret as who needs it will, and notes what is wrong with it. Shows none. Not for roles that share the
+    /// configuration and need none of them.
+    pub fn check_secrets(&self, mistakes: &mut Mistakes) {
+        mistakes.within("enforce", |mistakes| {
+            if let Some(cloudflare) = &self.cloudflare {
+                mistakes.within("cloudflare", |mistakes| check_login(cloudflare, mistakes));
+            }
+            if let Some(telegram) = &self.telegram {
+                mistakes.within("telegram", |mistakes| telegram.check_secrets(mistakes));
+            }
+            mistakes.within("webhooks", |mistakes| {
+                for webhook in &self.webhooks {
+                    mistakes.within(&webhook.name, |mistakes| webhook.check_secrets(mistakes));
+                }
+            });
+        });
     }
 }
 
@@ -173,6 +193,56 @@ mod tests {
         assert!(texts.len() == 1 && texts[0].starts_with("enforce.firewall.chains: is for iptables"), "{texts:?}");
         assert!(firewall("iptables").is_ok() && firewall("auto").is_ok());
         assert!(check(json!({"firewall": {"backend": "nftables", "chains": "auto"}})).is_ok());
+    }
+
+    /// A file as it should be, too open, empty or with something else, and one that is not there.
+    fn secret_file(dir: &std::path::Path, name: &str, text: &str, mode: u32) -> String {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        path.display().to_string()
+    }
+
+    #[test]
+    fn a_secret_that_cannot_be_used_is_named_by_key_and_file_and_never_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str, mode| secret_file(dir.path(), name, text, mode);
+        let (none, empty) = (dir.path().join("none").display().to_string(), file("empty", " \n", 0o600));
+        let (open, odd) = (file("open", "s3cret", 0o644), file("odd", "s3cret of two\nlines", 0o600));
+        let mistakes = |given: Value| {
+            let mut mistakes = Mistakes::new();
+            check(given).unwrap().check_secrets(&mut mistakes);
+            mistakes.into_sorted().iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let texts = mistakes(json!({
+            "cloudflare": {"api_token_file": odd, "scope": "user"},
+            "telegram": {"bot_token_file": empty, "chat_id": 1},
+            "webhooks": {
+                "a": {"url_file": none, "token_file": odd, "secret_file": open},
+                "b": {"url_file": odd, "token": "s3cret\u{7}", "secret": "fine"},
+            },
+        }));
+        let expected = [
+            format!("enforce.cloudflare.api_token_file: {odd}: expected printable ASCII without spaces"),
+            format!("enforce.telegram.bot_token_file: {empty} is empty"),
+            format!("enforce.webhooks.a.secret_file: {open} is open to others (mode 644)"),
+            format!("enforce.webhooks.a.token_file: {odd}: expected printable ASCII without spaces"),
+            format!("enforce.webhooks.a.url_file: cannot read {none}: No such file or directory"),
+            "enforce.webhooks.b.token: expected printable ASCII without spaces".to_owned(),
+            format!("enforce.webhooks.b.url_file: {odd}: expected an address that begins with http:// or https://"),
+        ];
+        let alike = texts.iter().zip(&expected).all(|(text, expected)| text.starts_with(expected));
+        assert!(alike && texts.len() == expected.len(), "{texts:#?}");
+        assert!(texts.iter().all(|text| !text.contains("s3cret")), "{texts:#?}");
+        let odd_bot = mistakes(json!({"telegram": {"bot_token": "s3cret of two", "chat_id": 1}}));
+        assert!(odd_bot[0].starts_with("enforce.telegram.bot_token: expected a token") && odd_bot.len() == 1);
+        let fine = file("fine", "https://x/s3cret\n", 0o600);
+        let (token, webhook) = (file("token", "12:s3cret\n", 0o640), json!({"url_file": fine}));
+        assert_eq!(
+            mistakes(json!({"telegram": {"bot_token_file": token, "chat_id": 1}, "webhooks": {"a": webhook}})),
+            [] as [String; 0]
+        );
     }
 
     #[test]

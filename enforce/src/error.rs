@@ -1,5 +1,7 @@
 //! What ends the role, or the teardown.
 
+use proto::time::render_duration;
+
 use crate::command::CommandError;
 
 /// Enforcement could not go on. What a host lacks is never an error but a problem in the node's report.
@@ -26,11 +28,17 @@ pub enum EnforceError {
         #[source]
         source: std::io::Error,
     },
-    /// A running enforce did not lift its bans in time.
-    #[error("a running enforce has not let go of the firewall: stop it, and try again; {path} keeps it paused")]
+    /// A running enforce did not let go in time.
+    #[error(
+        "a running enforce has not let go of the firewall in {}: something that it began does not end and could still put \
+         rules back; nothing was removed; stop it, and try again; {path} keeps it paused",
+        render_duration(*after)
+    )]
     NotReleased {
         /// The file that pauses it.
         path: std::path::PathBuf,
+        /// How long was waited.
+        after: std::time::Duration,
     },
     /// Teardown could not read what is there.
     #[error("cannot look at {what}")]

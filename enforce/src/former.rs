@@ -34,6 +34,8 @@ pub(crate) struct Former {
     file: Option<PathBuf>,
     /// Nothing is left.
     pub(crate) is_cleared: bool,
+    /// A removal has come to its end, whatever came of it, since this was last reset.
+    pub(crate) was_tried: bool,
     pub(crate) job: Option<JoinHandle<Outcome>>,
     /// Resyncs since it was last looked for.
     pub(crate) waited: u32,
@@ -50,6 +52,7 @@ impl Former {
     /// We enforce by this from now on; what another left is to be removed.
     pub(crate) fn begin_use(&mut self, method: Method) {
         self.is_cleared = false;
+        self.was_tried = false;
         let Some(file) = &self.file else { return };
         if let Err(error) = fs::write(file, format!("{}\n", method.backend())) {
             tracing::warn!(file = %file.display(), error = %error, "Back end not noted: a later \"none\" leaves its bans");
@@ -89,6 +92,7 @@ impl Former {
                 return Ok(());
             }
         };
+        self.was_tried = true;
         self.problem = match removed {
             Ok(removed) => {
                 self.is_cleared = true;
@@ -97,9 +101,9 @@ impl Former {
                 }
                 if removed != TeardownReport::default() {
                     tracing::info!(
-                        rules = removed.rules,
-                        sets = removed.sets.join(", "),
-                        table = removed.table,
+                        rules = removed.rules.join(", "),
+                        sets = removed.sets.iter().map(|set| set.name).collect::<Vec<_>>().join(", "),
+                        table = removed.table.is_some(),
                         "Removed what a former back end left"
                     );
                 }

@@ -34,5 +34,5 @@ pub use config::{EnforceConfig, RawEnforce};
 pub use error::EnforceError;
 pub use metrics::EnforceMetrics;
 pub use pipeline::{Inputs, run};
-pub use standoff::StandOff;
-pub use teardown::{TeardownReport, teardown};
+pub use standoff::{StandOff, files_of_running};
+pub use teardown::{CloudflareRemoval, RemovedSet, TeardownReport, teardown};

@@ -1,5 +1,6 @@
 //! The enforcing role of one host: follows the bus, looks at the kernel at intervals, reports, and keeps the last set.
 
+mod search;
 mod turns;
 
 use std::collections::BTreeMap;
@@ -30,12 +31,17 @@ use crate::error::EnforceError;
 use crate::former::Former;
 use crate::last_set::{self, LastSet, LastSetError};
 use crate::metrics::EnforceMetrics;
+use crate::pipeline::search::Search;
+use crate::pipeline::turns::Lifted;
 use crate::plan::{Family, SKEW_STEP_MS};
 use crate::reconcile::{Observed, Reconciler, chain_of};
 use crate::standoff::Gate;
 
 /// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
 const TICK: Duration = Duration::from_secs(1);
+/// How long the start waits for each of: a back end that works, and its rules in place. After that bans and pauses are
+/// followed, and these come when they come.
+const START_WAIT: Duration = Duration::from_secs(5);
 /// Keeping the last set may take one part in so many of the time: large sets are kept less often.
 const STORE_SHARE: u32 = 20;
 
@@ -64,6 +70,8 @@ pub struct Inputs {
     pub bus_servers: watch::Receiver<Vec<IpAddr>>,
     /// Where the last set is kept; `None` = nowhere.
     pub state_dir: Option<PathBuf>,
+    /// Where the service keeps its state, which a dry run only reads.
+    pub service_dir: PathBuf,
     /// Change nothing, neither the firewall nor `state_dir`.
     pub dry_run: bool,
     /// The time.
@@ -112,8 +120,11 @@ struct Enforcer {
     rules_job: Option<JoinHandle<(Rules, RulesOutcome)>>,
     /// Families of the last look at rules.
     rules_families: Vec<Family>,
-    /// Our rules are gone, since the host's pause began.
-    rules_lifted: bool,
+    /// How far our rules are gone, since the host's pause began.
+    lifted: Lifted,
+    /// Looks at the sets, since then, that did not find them empty.
+    unlifted_looks: u32,
+    search: Search,
     observe_job: Option<JoinHandle<Observed>>,
     former: Former,
     /// Resyncs in a row at which nothing worked.
@@ -153,7 +164,9 @@ impl Enforcer {
             rules: None,
             rules_job: None,
             rules_families: Vec::new(),
-            rules_lifted: false,
+            lifted: Lifted::No,
+            unlifted_looks: 0,
+            search: Search::default(),
             observe_job: None,
             former,
             broken: 0,
@@ -177,12 +190,16 @@ impl Enforcer {
     async fn start(&mut self) -> Result<(), EnforceError> {
         let last = self.load();
         let bans = last.bans.len();
-        self.reconciler.start(last).await;
-        self.take_new_rules();
+        self.reconciler.start(last);
+        self.begin_search();
+        if self.search.job.is_some() {
+            self.await_search().await?;
+        }
         self.begin_rules();
         self.begin_clearing();
-        if self.rules_job.is_some() {
-            let done = finish(&mut self.rules_job).await;
+        if self.rules_job.is_some()
+            && let Ok(done) = tokio::time::timeout(START_WAIT, finish(&mut self.rules_job)).await
+        {
             self.take_rules(done)?;
         }
         let families: Vec<&str> = self.reconciler.frame.families.iter().map(|family| family.as_str()).collect();
@@ -226,6 +243,12 @@ impl Enforcer {
                 },
                 ended = self.besides.actions.next_end() => ended?,
                 done = finish(&mut self.rules_job) => self.take_rules(done)?,
+                done = finish(&mut self.search.job), if self.may_change_over() => {
+                    if self.take_search(done).await? {
+                        self.begin_observation(true);
+                        self.begin_rules();
+                    }
+                }
                 done = finish(&mut self.former.job) => self.former.take(self.reconciler.method().is_some(), done)?,
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
@@ -237,8 +260,9 @@ impl Enforcer {
 
     /// Puts in force what came last, and keeps it.
     async fn end(mut self) -> Result<(), EnforceError> {
-        let (shutdown, dry_run) = (self.inputs.shutdown.clone(), self.inputs.dry_run);
+        let (shutdown, firewall) = (self.inputs.shutdown.clone(), self.without_us());
         let work = async {
+            self.search.end();
             self.take_bans().await;
             // A change of rules that has begun is not left half done.
             if self.rules_job.is_some() {
@@ -265,13 +289,9 @@ impl Enforcer {
         tokio::select! {
             done = work => {
                 done?;
-                if dry_run {
-                    tracing::info!("Stopped; nothing was changed");
-                } else {
-                    tracing::info!("Stopped enforcing; bans stay in force");
-                }
+                tracing::info!(firewall, "Stopped enforcing");
             }
-            () = shutdown.forced() => tracing::warn!("Stopped enforcing before the last changes; bans stay in force"),
+            () = shutdown.forced() => tracing::warn!(firewall, "Stopped enforcing before the last changes"),
         }
         Ok(())
     }
@@ -339,13 +359,16 @@ impl Enforcer {
     async fn look_at_host(&mut self) {
         let bus_servers = self.inputs.bus_servers.borrow_and_update().clone();
         self.reconciler.handle_host(&bus_servers).await;
-        self.take_new_rules();
     }
 
     async fn handle_resync(&mut self) {
         self.look_at_host().await;
+        self.take_back();
         if !self.besides.gate.stands_off {
-            self.replace_broken().await;
+            if self.besides.gate.paused.is_none() {
+                self.begin_search();
+            }
+            self.replace_broken();
             self.handle_former();
         }
         self.begin_rules();
@@ -371,9 +394,8 @@ impl Enforcer {
             self.begin_observation(true);
         }
         if self.besides.gate.paused.is_some() {
-            if self.reconciler.is_lifted() {
-                self.stand_off();
-            }
+            self.unlifted_looks += u32::from(!self.reconciler.is_lifted());
+            self.stand_off();
             return Ok(());
         }
         // Sets that have just come into being are of no use without rules.

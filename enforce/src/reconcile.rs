@@ -46,6 +46,8 @@ pub(crate) struct Reconciler {
     lists: Arc<Lists>,
     /// Why this host is paused whatever the lists say: bans are only removed then, and nothing is made or repaired.
     host_pause: Option<String>,
+    /// Others may change what is ours, so we do not.
+    stands_off: bool,
     kernel: Kernel,
     sets: Option<Sets>,
     new_rules: Option<Rules>,
@@ -129,6 +131,7 @@ impl Reconciler {
             guard,
             lists: Arc::default(),
             host_pause: None,
+            stands_off: false,
             kernel: Kernel::default(),
             sets: None,
             new_rules: None,
@@ -143,8 +146,8 @@ impl Reconciler {
         }
     }
 
-    /// Takes over what the kernel holds and puts the last set in force.
-    pub(crate) async fn start(&mut self, last: LastSet) {
+    /// Takes over the last set; [`Self::take_over`] puts it in force once there is a back end.
+    pub(crate) fn start(&mut self, last: LastSet) {
         let now = self.clock.now();
         self.lists = Arc::new(last.lists);
         self.facts.never_ban.clone_from(&self.lists.never_ban);
@@ -152,14 +155,6 @@ impl Reconciler {
         self.frame.guard_nets = self.guard.nets();
         self.desired.handle_last_set(last.bans, &self.guard, now);
         self.desired.handle_pause(self.host_pause.is_some() || is_paused(&self.lists, now));
-        self.open().await;
-        if let Some(observation) = self.observe_members() {
-            let observed = observation.run(self.clock.clone()).await;
-            self.handle_observed(observed).await;
-        }
-        if self.dry_run {
-            self.apply_plan().await;
-        }
     }
 
     /// Takes changes of the ban set: one look-up a change and one process in all.
@@ -209,7 +204,6 @@ impl Reconciler {
 
     /// Looks at the host anew, and takes the servers that connect it to others.
     pub(crate) async fn handle_host(&mut self, bus_servers: &[IpAddr]) {
-        self.open().await;
         let mut facts = self.facts.clone();
         bus_servers.clone_into(&mut facts.bus_servers);
         self.blind = read_host(&mut facts, host::own_addresses(), host::gateways());
@@ -244,6 +238,7 @@ impl Reconciler {
     /// Lifts all bans of this host, or puts them back; others may have changed what is ours meanwhile.
     pub(crate) async fn handle_host_pause(&mut self, why: Option<String>) {
         self.host_pause = why;
+        self.stands_off = false;
         let is_new = self.take_pause();
         if self.host_pause.is_some() {
             if is_new {
@@ -256,6 +251,11 @@ impl Reconciler {
             let observed = observation.run(self.clock.clone()).await;
             self.handle_observed(observed).await;
         }
+    }
+
+    /// Sets whether kernel sets are left alone, as others may change what is ours. The end of this host's pause ends that.
+    pub(crate) fn stand_off(&mut self, stands_off: bool) {
+        self.stands_off = stands_off;
     }
 
     /// Sets why this host is paused before [`Self::start`].
@@ -372,7 +372,9 @@ impl Reconciler {
 
     /// The one place from which kernel sets are changed. Returns whether every step was taken.
     async fn apply(&mut self, mut steps: Vec<Step>) -> bool {
-        if self.host_pause.is_some() {
+        if self.stands_off {
+            steps.clear();
+        } else if self.host_pause.is_some() {
             steps.retain(|step| matches!(step, Step::Delete { set, .. } | Step::Flush(set) if set.holds_bans()));
         }
         let Some(sets) = self.sets.clone().filter(|_| !steps.is_empty()) else { return self.sets.is_some() };

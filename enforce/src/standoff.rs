@@ -1,7 +1,8 @@
 //! The file `paused` in `state_dir`: while it is there, this host lifts all bans and changes nothing of its firewall.
 //!
-//! Who enforces holds a lock in `state_dir`, and gives it away when it has lifted everything. So a teardown writes the file,
-//! waits for the lock, and removes what is ours while nobody puts it back. The file may be made and removed by hand as well:
+//! Who enforces holds a lock in `state_dir`, and gives it away when it has lifted what it can and nothing that it began can
+//! come into effect any more. So a teardown writes the file, waits for the lock, and removes what is ours while nobody puts
+//! it back. What could not be lifted is tried again from time to time, with the lock, as nobody else may be there to. The file may be made and removed by hand as well:
 //! it needs no bus, no detector and no API. It is of this host alone; what is done once for a cluster goes on.
 //! Without a cluster Cloudflare follows it, too.
 
@@ -24,8 +25,10 @@ const LOCK: &str = "enforce.lock";
 const BY_TEARDOWN: &str = "portcullis enforce --teardown\n";
 /// Characters of the file's first line that are told.
 const WHY_CHARS_MAX: usize = 200;
-/// How long a running enforce may take to let go.
-const RELEASE_DEADLINE: Duration = Duration::from_secs(15);
+/// How long a running enforce may take to let go: it ends what it has begun, for which programs of the host get 30 s each.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(120);
+/// How long that is waited for before each time that it is said.
+const WAITING_NOTE: Duration = Duration::from_secs(5);
 /// How long one that starts waits for another to let go.
 const START_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks.
@@ -64,15 +67,17 @@ pub(crate) struct Gate {
     lock: Option<File>,
     /// Why this host is paused.
     pub(crate) paused: Option<String>,
-    /// Everything is lifted, and nothing of the firewall is changed until the file is gone.
+    /// Nothing of the firewall is changed until the file is gone, or what is left is tried again.
     pub(crate) stands_off: bool,
+    /// Not everything was lifted when we last stood off.
+    is_partial: bool,
 }
 
 impl Gate {
     /// Looks for the file for the first time, and takes the lock.
     pub(crate) async fn open(state_dir: Option<PathBuf>, dry_run: bool) -> Self {
         let paused = state_dir.as_deref().and_then(read_pause);
-        let mut gate = Self { state_dir, locks: !dry_run, lock: None, paused, stands_off: false };
+        let mut gate = Self { state_dir, locks: !dry_run, lock: None, paused, stands_off: false, is_partial: false };
         let mut waited = Duration::ZERO;
         while !gate.lock() && waited < START_DEADLINE {
             tokio::time::sleep(PAUSE).await;
@@ -114,19 +119,33 @@ impl Gate {
         if paused.is_none() && !self.lock() {
             return false;
         }
-        self.stands_off = false;
+        (self.stands_off, self.is_partial) = (false, false);
         self.paused = paused;
         true
     }
 
-    /// All is lifted: from now on others may change what is ours.
-    pub(crate) fn stand_off(&mut self) {
-        self.stands_off = true;
+    /// All is lifted, or `is_partial` what can be: from now on others may change what is ours.
+    pub(crate) fn stand_off(&mut self, is_partial: bool) {
+        (self.stands_off, self.is_partial) = (true, is_partial);
         self.lock = None;
+    }
+
+    /// Ends a stand-off in which something is left to lift, unless another has the lock.
+    pub(crate) fn take_back(&mut self) -> bool {
+        let taken = self.stands_off && self.is_partial && self.lock();
+        self.stands_off &= !taken;
+        taken
     }
 
     /// What people should know.
     pub(crate) fn problem(&self) -> Option<Problem> {
+        if let Some(paused) = self.paused.as_ref().filter(|_| self.is_partial) {
+            let text = format!(
+                "paused {paused}: not all of ours could be lifted on this host, which is tried again; remove the file to \
+                 enforce again"
+            );
+            return Some(Problem::degraded(text));
+        }
         if let Some(paused) = &self.paused {
             let text = format!("paused {paused}: all bans are lifted on this host; remove the file to enforce again");
             return Some(Problem::warning(text));
@@ -144,6 +163,15 @@ pub(crate) fn state_dirs(state_dir: &Path) -> Vec<PathBuf> {
     [vec![state_dir.to_owned()], inner].concat()
 }
 
+/// The files that a teardown would pause a running enforce by. Changes nothing.
+pub fn files_of_running(state_dir: &Path) -> Vec<PathBuf> {
+    let is_held = |dir: &PathBuf| {
+        let lock = File::open(dir.join(LOCK));
+        lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    };
+    state_dirs(state_dir).into_iter().filter(is_held).map(|dir| dir.join(FILE)).collect()
+}
+
 /// The side of a teardown: while it lives, nobody who keeps state in these folders changes the firewall.
 #[derive(Debug)]
 pub struct StandOff {
@@ -153,11 +181,15 @@ pub struct StandOff {
 }
 
 impl StandOff {
-    /// Has each running enforce lift all bans, and waits until it has.
+    /// Has each running enforce lift what it can, and waits until it has.
     ///
     /// # Errors
     /// When a file cannot be written, or a running enforce does not let go; the file stays then.
     pub async fn begin(state_dir: &Path) -> Result<Self, EnforceError> {
+        Self::begin_within(state_dir, RELEASE_DEADLINE).await
+    }
+
+    async fn begin_within(state_dir: &Path, deadline: Duration) -> Result<Self, EnforceError> {
         let (mut locks, mut files) = (Vec::new(), Vec::new());
         for dir in state_dirs(state_dir).into_iter().filter(|dir| dir.join(LOCK).exists()) {
             let file = dir.join(FILE);
@@ -165,14 +197,18 @@ impl StandOff {
             let mut lock = take_lock(&dir).map_err(failed)?;
             if lock.is_none() {
                 pause(&file).map_err(failed)?;
-                let mut waited = Duration::ZERO;
-                while lock.is_none() && waited < RELEASE_DEADLINE {
+                let (mut waited, mut noted) = (Duration::ZERO, Duration::ZERO);
+                while lock.is_none() && waited < deadline {
                     tokio::time::sleep(PAUSE).await;
                     waited += PAUSE;
+                    if waited >= noted + WAITING_NOTE {
+                        noted = waited;
+                        tracing::info!(paused_by = %file.display(), "Waiting for a running enforce to end what it began");
+                    }
                     lock = take_lock(&dir).map_err(failed)?;
                 }
             }
-            locks.push(lock.ok_or_else(|| EnforceError::NotReleased { path: file.clone() })?);
+            locks.push(lock.ok_or_else(|| EnforceError::NotReleased { path: file.clone(), after: deadline })?);
             files.extend(Some(file).filter(|file| file.exists()));
         }
         Ok(Self { _locks: locks, files })
@@ -212,7 +248,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let other = take_lock(dir.path()).unwrap();
         let state_dir = Some(dir.path().to_owned());
-        let mut gate = Gate { state_dir, locks: true, lock: None, paused: None, stands_off: false };
+        let mut gate = Gate { state_dir, locks: true, lock: None, ..Gate::open(None, true).await };
         assert!(!gate.look() && gate.problem().is_some());
         drop(other);
         assert!(!gate.look() && gate.problem().is_none());
@@ -237,12 +273,41 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert!(gate.paused.as_deref().unwrap().contains("portcullis enforce --teardown"));
-        gate.stand_off();
+        gate.stand_off(false);
         let held = waiting.await.unwrap().unwrap();
         assert_eq!(held.files, [inner.join(FILE)]);
         fs::remove_file(&held.files[0]).unwrap();
         assert!(!gate.look() && gate.stands_off, "the teardown is at work");
         drop(held);
         assert!(gate.look() && !gate.stands_off);
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_lifted_is_tried_again_with_the_lock_and_told_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(FILE), "").unwrap();
+        let mut gate = Gate::open(Some(dir.path().to_owned()), false).await;
+        gate.stand_off(true);
+        assert!(gate.problem().unwrap().text.contains("not all of ours could be lifted"));
+        let teardown = StandOff::begin(dir.path()).await.unwrap();
+        assert!(!gate.take_back() && gate.stands_off, "a teardown is at work");
+        drop(teardown);
+        assert!(gate.take_back() && !gate.stands_off);
+        assert!(take_lock(dir.path()).unwrap().is_none(), "a teardown would not wait for us");
+        gate.stand_off(false);
+        assert!(!gate.take_back() && gate.stands_off, "nothing is left to lift");
+        assert!(gate.problem().unwrap().text.contains("all bans are lifted"));
+    }
+
+    #[tokio::test]
+    async fn a_running_enforce_that_does_not_let_go_is_paused_and_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(files_of_running(dir.path()), [] as [PathBuf; 0]);
+        let _gate = Gate::open(Some(dir.path().to_owned()), false).await;
+        assert_eq!(files_of_running(dir.path()), [dir.path().join(FILE)]);
+        assert!(!dir.path().join(FILE).exists());
+        let error = StandOff::begin_within(dir.path(), PAUSE).await.unwrap_err();
+        assert!(matches!(error, EnforceError::NotReleased { .. }), "{error}");
+        assert!(dir.path().join(FILE).exists(), "it would go on enforcing");
     }
 }

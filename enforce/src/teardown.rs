@@ -13,6 +13,7 @@ use crate::backend::iptables::Iptables;
 use crate::backend::nftables::Nftables;
 use crate::choose::Method;
 use crate::cloudflare;
+use crate::command::CommandError;
 use crate::config::{EnforceConfig, FirewallConfig};
 use crate::error::EnforceError;
 use crate::former;
@@ -22,45 +23,64 @@ use crate::last_set;
 use crate::plan::{Family, SetId, Step};
 use crate::standoff;
 
+/// A set that was removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemovedSet {
+    /// Its name.
+    pub name: &'static str,
+    /// Bans in it, or guarded networks. Some bans may have just ended.
+    pub members: usize,
+}
+
 /// What was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TeardownReport {
-    /// Rules and chains removed.
-    pub rules: usize,
-    /// Names of the sets removed.
-    pub sets: Vec<String>,
-    /// Whether our table of nftables was there and is gone.
-    pub table: bool,
+    /// Jumps and chains removed, for people.
+    pub rules: Vec<String>,
+    /// Sets of ipset removed.
+    pub sets: Vec<RemovedSet>,
+    /// Bans in our table of nftables, which was there and is gone.
+    pub table: Option<usize>,
     /// Whether a last set was kept and is gone.
     pub last_set: bool,
-    /// Entries removed from Cloudflare, for the whole cluster.
-    pub cloudflare: usize,
+    /// What was removed from Cloudflare, for the whole cluster; places with nothing of ours are left out.
+    pub cloudflare: Vec<CloudflareRemoval>,
+}
+
+/// What was ours at one place at Cloudflare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CloudflareRemoval {
+    /// Which, for people.
+    pub place: String,
+    /// Entries that are gone, or in a dry run would be.
+    pub entries: usize,
+    /// The list itself is not there any more.
+    pub is_gone: bool,
 }
 
 /// Removes what is ours, of every back end, in both families and both variants of iptables, and nothing else. Tables and
 /// built-in chains of iptables stay, as others may have come to use them. Hold a [`StandOff`](crate::StandOff) meanwhile, or
 /// a running enforce puts everything back. A dry run only reports what would be removed.
 ///
-/// # Errors
-/// When something could not be looked at or removed; what could be removed is gone then, and told all the same. It may be
-/// run again.
+/// Returns with it what could not be looked at or removed, each with the reason; all else is gone then. It may be run again.
 pub async fn teardown(
     config: &EnforceConfig,
     state_dir: Option<&Path>,
     dry_run: bool,
-) -> (TeardownReport, Result<(), EnforceError>) {
+) -> (TeardownReport, Vec<EnforceError>) {
     if !host::may_change_firewall() {
-        return (TeardownReport::default(), Err(EnforceError::NotPermitted));
+        return (TeardownReport::default(), vec![EnforceError::NotPermitted]);
     }
-    let (mut report, mut first_error) = remove_except(None, &config.firewall, dry_run).await;
-    remove_forwarded(&config.firewall, dry_run, &mut report, &mut first_error).await;
+    let (mut report, mut left) = (TeardownReport::default(), Vec::new());
+    remove_except(None, &config.firewall, dry_run, (&mut report, &mut left)).await;
+    remove_forwarded(&config.firewall, dry_run, &mut report, &mut left).await;
     if let Some(state_dir) = state_dir {
         // What was applied of the bus goes with it: the next start takes whatever set it finds there.
         for dir in standoff::state_dirs(state_dir) {
             for path in [last_set::FILE, replica::FILE_NAME, forwarded::FILE, former::FILE].map(|file| dir.join(file)) {
                 match if dry_run { Ok(path.exists()) } else { remove(&path) } {
                     Ok(there) => report.last_set |= there,
-                    Err(error) => drop(first_error.get_or_insert(error)),
+                    Err(error) => left.push(error),
                 }
             }
         }
@@ -68,32 +88,33 @@ pub async fn teardown(
     let state_dirs = state_dir.map(standoff::state_dirs).unwrap_or_default();
     let failure = match &config.cloudflare {
         None => cloudflare::left_behind(&state_dirs).map(Into::into),
-        Some(config) => match cloudflare::remove_all(config, &state_dirs, dry_run).await {
-            Ok(removed) => {
-                report.cloudflare = removed;
-                None
-            }
-            Err(error) => Some(error.into()),
-        },
+        Some(config) => {
+            let (removals, done) = cloudflare::remove_all(config, &state_dirs, dry_run).await;
+            report.cloudflare = removals;
+            done.err().map(Into::into)
+        }
     };
     if let Some(source) = failure {
         let what = "our entries from Cloudflare".to_owned();
-        first_error.get_or_insert(EnforceError::Remove { what, source });
+        left.push(EnforceError::Remove { what, source });
     }
-    (report, first_error.map_or(Ok(()), Err))
+    (report, left)
 }
 
 /// Removes what back ends other than `kept` left on the host; in a dry run only tells what that would be.
 ///
 /// # Errors
-/// As for [`teardown`].
+/// The worst of what could not be looked at or removed; what could be removed is gone then.
 pub(crate) async fn clear_former(
     kept: Option<Method>,
     config: &FirewallConfig,
     dry_run: bool,
 ) -> Result<TeardownReport, EnforceError> {
-    let (report, first_error) = remove_except(kept, config, dry_run).await;
-    first_error.map_or(Ok(report), Err)
+    let (mut report, mut left) = (TeardownReport::default(), Vec::new());
+    remove_except(kept, config, dry_run, (&mut report, &mut left)).await;
+    // Programs that cannot be asked matter less than what stays in force.
+    left.sort_by_key(|error| matches!(error, EnforceError::Observe { .. }));
+    left.into_iter().next().map_or(Ok(report), Err)
 }
 
 /// Rules go before the sets that they refer to.
@@ -101,38 +122,32 @@ async fn remove_except(
     kept: Option<Method>,
     config: &FirewallConfig,
     dry_run: bool,
-) -> (TeardownReport, Option<EnforceError>) {
-    let mut report = TeardownReport::default();
-    let mut errors = Vec::new();
+    (report, left): (&mut TeardownReport, &mut Vec<EnforceError>),
+) {
     if !matches!(kept, Some(Method::Ipset | Method::Plain)) {
-        remove_rules(config, dry_run, &mut report, &mut errors).await;
+        remove_rules(config, dry_run, report, left).await;
     }
     if kept != Some(Method::Ipset) {
-        remove_sets(dry_run, &mut report, &mut errors).await;
+        remove_sets(dry_run, report, left).await;
     }
     if kept != Some(Method::Nftables) {
-        remove_table(config, dry_run, &mut report, &mut errors).await;
+        remove_table(config, dry_run, report, left).await;
     }
-    // Programs that cannot be asked matter less than what stays in force.
-    errors.sort_by_key(|error| matches!(error, EnforceError::Observe { .. }));
-    (report, errors.into_iter().next())
 }
 
 async fn remove_rules(
     config: &FirewallConfig,
     dry_run: bool,
     report: &mut TeardownReport,
-    errors: &mut Vec<EnforceError>,
+    left: &mut Vec<EnforceError>,
 ) {
     let mut rules = Iptables::new(config.clone(), dry_run, Clock::system());
     for family in Family::ALL {
-        match rules.teardown(family).await {
-            Ok(removed) => report.rules += removed.len(),
-            Err(source) => {
-                let what = format!("our {} rules", family.as_str());
-                errors.push(EnforceError::Remove { what, source: source.into() });
-            }
-        }
+        let removal = rules.teardown(family).await;
+        report.rules.extend(removal.removed);
+        left.extend(
+            removal.left.into_iter().map(|(what, source)| EnforceError::Remove { what, source: source.into() }),
+        );
     }
 }
 
@@ -140,24 +155,24 @@ async fn remove_forwarded(
     config: &FirewallConfig,
     dry_run: bool,
     report: &mut TeardownReport,
-    first_error: &mut Option<EnforceError>,
+    left: &mut Vec<EnforceError>,
 ) {
     let mut rules = Iptables::new(config.clone(), dry_run, Clock::system());
     for family in Family::ALL {
         let (removed, failure) = forwarded::remove(&mut rules, family, dry_run).await;
-        report.rules += removed;
+        report.rules.extend(removed);
         if let Some(source) = failure {
             let what = format!("our {} rules about forwarded clients", family.as_str());
-            first_error.get_or_insert(EnforceError::Remove { what, source: source.into() });
+            left.push(EnforceError::Remove { what, source: source.into() });
         }
     }
 }
 
-async fn remove_sets(dry_run: bool, report: &mut TeardownReport, errors: &mut Vec<EnforceError>) {
+async fn remove_sets(dry_run: bool, report: &mut TeardownReport, left: &mut Vec<EnforceError>) {
     let Some(ipset) = Ipset::find() else { return };
     let sets = match ipset.headers().await {
         Ok(sets) => sets,
-        Err(source) => return errors.push(EnforceError::Observe { what: "kernel sets", source }),
+        Err(source) => return left.push(EnforceError::Observe { what: "kernel sets", source }),
     };
     // A set that a rule still holds bans nobody any more.
     let flush = sets.keys().filter(|set| matches!(set, SetId::Bans(_))).map(|set| Step::Flush(*set));
@@ -172,16 +187,18 @@ async fn remove_sets(dry_run: bool, report: &mut TeardownReport, errors: &mut Ve
     }
     let applied = ipset.apply(&steps).await;
     if let Some((_, error)) = applied.stopped {
-        return errors.push(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
+        return left.push(EnforceError::Remove { what: "our kernel sets".to_owned(), source: error.into() });
     }
-    for (index, set) in sets.keys().enumerate() {
-        match applied.refused.iter().find(|refused| refused.step == flushed + index) {
-            None => report.sets.push(set.name().to_owned()),
-            Some(refused) => {
-                let what = format!("set {}", set.name());
-                errors.push(EnforceError::Remove { what, source: refused.why.clone().into() });
-            }
-        }
+    let refusal = |step: usize| applied.refused.iter().find(|refused| refused.step == step);
+    for (index, (set, header)) in sets.iter().enumerate() {
+        let Some(refused) = refusal(flushed + index) else {
+            report.sets.push(RemovedSet { name: set.name(), members: header.count });
+            continue;
+        };
+        let emptied = steps[..flushed].iter().position(|step| *step == Step::Flush(*set)).map(refusal);
+        let note = if matches!(emptied, Some(None)) { ", which is empty now" } else { "" };
+        let what = format!("set {}{note}", set.name());
+        left.push(EnforceError::Remove { what, source: refused.why.clone().into() });
     }
 }
 
@@ -189,25 +206,27 @@ async fn remove_table(
     config: &FirewallConfig,
     dry_run: bool,
     report: &mut TeardownReport,
-    errors: &mut Vec<EnforceError>,
+    left: &mut Vec<EnforceError>,
 ) {
     let nftables = Nftables::new(config);
+    let failed =
+        |source: CommandError| EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() };
     match nftables.is_there().await {
-        Ok(there) => report.table = there,
+        Ok(true) => {}
+        Ok(false) => return,
         // A kernel without nf_tables holds no table of ours.
         Err(error) if error.is_absence() => {
             tracing::debug!(error = %crate::reconcile::chain_of(&error), "No nf_tables to look at");
+            return;
         }
-        Err(source) => {
-            errors.push(EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() });
-        }
+        Err(error) => return left.push(failed(error)),
     }
-    if report.table
-        && !dry_run
-        && let Err(source) = nftables.teardown().await
-    {
-        report.table = false;
-        errors.push(EnforceError::Remove { what: "our nftables table".to_owned(), source: source.into() });
+    // That its bans cannot be counted is no reason to leave it.
+    let held = nftables.observe(&Clock::system()).await.unwrap_or_default();
+    let bans = held.sets.iter().filter(|(set, _)| set.holds_bans()).map(|(_, set)| set.members.len()).sum();
+    match if dry_run { Ok(true) } else { nftables.teardown().await } {
+        Ok(_) => report.table = Some(bans),
+        Err(error) => left.push(failed(error)),
     }
 }
 

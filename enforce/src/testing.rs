@@ -1,5 +1,7 @@
 //! What unit tests of several modules share.
 
+use std::path::PathBuf;
+
 use prometheus_client::registry::Registry;
 use proto::ban::{Ban, BanRecord, Evidence, Origin};
 use proto::bus::duty::Duties;
@@ -62,6 +64,7 @@ pub(crate) fn surroundings(bus: &Bus) -> Surroundings {
         duties: Duties::alone(),
         events: EventSource::local(&bus.events, 0),
         state_dir: None,
+        service_dir: PathBuf::new(),
         dry_run: false,
         clock: Clock::system(),
         board: Board::default(),

@@ -28,7 +28,7 @@ use std::thread;
 
 use serde_json::Value;
 
-pub(crate) use host::{Host, Namespace, Part, hide, run, until};
+pub(crate) use host::{Host, Namespace, Part, hide, run, until, until_at_last};
 
 /// Scenarios that run at the same time.
 const AT_ONCE: usize = 3;

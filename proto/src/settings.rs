@@ -90,6 +90,12 @@ pub enum Field<T> {
     Wrong(String),
 }
 
+impl<T: FromValue> Field<T> {
+    fn of(value: Value) -> Self {
+        if value.is_null() { Self::Absent } else { T::from_value(value).map_or_else(Self::Wrong, Self::Given) }
+    }
+}
+
 impl<T> Field<T> {
     /// The value, `None` when absent or wrong; a wrong one is noted under `key`.
     pub fn take(self, key: &str, mistakes: &mut Mistakes) -> Option<T> {
@@ -119,11 +125,14 @@ impl<T> Field<T> {
 
 impl<'de, T: FromValue> Deserialize<'de> for Field<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let value = Value::deserialize(deserializer)?;
-        if value.is_null() {
-            return Ok(Self::Absent);
-        }
-        Ok(T::from_value(value).map_or_else(Self::Wrong, Self::Given))
+        Value::deserialize(deserializer).map(Self::of)
+    }
+}
+
+/// In tables, so that a wrong value is noted under its own key.
+impl<T: FromValue> FromValue for Field<T> {
+    fn from_value(value: Value) -> Result<Self, String> {
+        Ok(Self::of(value))
     }
 }
 

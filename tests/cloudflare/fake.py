@@ -2,8 +2,9 @@
 """A stand-in for Cloudflare's API: IP access rules, lists with their bulk operations, and what tells whether a list is used.
 
 Answers as https://developers.cloudflare.com/api/ says, and fails as it may: too many calls, servers in trouble, slow, cut
-and broken answers, refusals with status 200. tests/cloudflare/official.py holds it against the official client. Prints its
-port, and ends when standard input does. `POST /_fake` changes how it behaves and what is there, `GET /_fake` tells.
+and broken answers, refusals with status 200. tests/cloudflare/official.py holds it against the official client. Listens at
+the address that is its argument, else on loopback; prints its port, and ends when standard input does. `POST /_fake` changes
+how it behaves and what is there, `GET /_fake` tells.
 """
 
 import base64
@@ -12,6 +13,7 @@ import copy
 import http.server
 import ipaddress
 import json
+import math
 import random
 import re
 import sys
@@ -55,11 +57,15 @@ class Cloudflare:
         self.items = collections.defaultdict(dict)
         self.operations = {}
         self.zones = {}
+        # Those that the login may see.
+        self.accounts = set()
         self.entry_points = {}
         self.calls = collections.deque()
         self.locked_until = 0.0
         self.ids = 0
         self.stats = collections.Counter()
+        # Calls of each client's address.
+        self.callers = collections.Counter()
         # Notes of what was changed or removed, as they were.
         self.touched = set()
 
@@ -88,7 +94,7 @@ class Cloudflare:
             headers["Retry-After"] = str(max(1, round(window + 0.5)))
             return False, headers
         left = self.settings["limit"] - len(self.calls)
-        resets = max(0, round(self.calls[0] + window - now))
+        resets = max(0, math.ceil(self.calls[0] + window - now))
         headers["Ratelimit"] = f'"default";r={left};t={resets}'
         return True, headers
 
@@ -164,6 +170,8 @@ class Cloudflare:
     # ---- lists
 
     def list_of_items(self, method, account, list_id, items, query, body):
+        if account not in self.accounts:
+            raise Refusal(403, 10000, "Authentication error")
         if list_id is None:
             return self.all_lists(method, account, body), None
         found = self.lists.get(list_id)
@@ -324,13 +332,17 @@ class Cloudflare:
             self.add_rule(rule["whose"], rule["target"], written(rule["target"], rule["value"]),
                           rule.get("mode", "block"), rule["notes"])
         for wanted in wishes.get("lists", []):
+            self.accounts.add(wanted["account"])
             self.add_list(wanted["account"], wanted["name"], wanted.get("kind", "ip"), wanted.get("id"))
         for item in wishes.get("items", []):
             self.add_item(item["list"], item["ip"], item["comment"])
+        for gone in wishes.get("remove_lists", []):
+            self.one_list("DELETE", gone, self.lists[gone])
         for gone in wishes.get("remove", []):
             for entries in (*self.rules.values(), *self.items.values()):
                 entries.pop(gone, None)
         self.zones.update(wishes.get("zones", {}))
+        self.accounts.update(wishes.get("zones", {}).values(), wishes.get("accounts", []))
         self.entry_points.update(wishes.get("entry_points", {}))
         return self.state()
 
@@ -341,7 +353,8 @@ class Cloudflare:
         return {"rules": {whose: list(rules.values()) for whose, rules in self.rules.items()},
                 "items": {found: list(items.values()) for found, items in self.items.items()},
                 "lists": {found["name"]: found["id"] for found in self.lists.values()},
-                "stats": dict(self.stats), "touched": sorted(self.touched), "running": running}
+                "stats": dict(self.stats), "touched": sorted(self.touched), "running": running,
+                "callers": dict(self.callers)}
 
 
 def page_of(found, page, size):
@@ -404,6 +417,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 shown = fake.control(json.loads(raw)) if method == "POST" else fake.state()
                 return self.send(200, {}, json.dumps(copy.deepcopy(shown)).encode())
         with fake.lock:
+            fake.callers[self.client_address[0]] += 1
             fine, headers = fake.count()
             pause = fake.settings["pause"] + (fake.settings["slow"] if fake.rolls("slow") else 0)
         if pause:
@@ -467,13 +481,13 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def start():
+def start(address="127.0.0.1"):
     """Serves on a free port in this process; returns the port and what is there."""
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server((address, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server.server_address[1], Handler.cloudflare
 
 
 if __name__ == "__main__":
-    print(start()[0], flush=True)
+    print(start(*sys.argv[1:])[0], flush=True)
     sys.stdin.read()

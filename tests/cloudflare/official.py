@@ -69,6 +69,7 @@ def test_lists_change_by_operations_one_at_a_time(client):
     made = strictly(ListsList, lists.create(account_id=ACCOUNT, kind="ip", name="bad"))
     assert [found.id for found in lists.list(account_id=ACCOUNT)] == [made.id]
     new = [{"ip": f"192.0.2.{n}", "comment": f"portcullis:x:{n}"} for n in range(25)]
+    refused(cloudflare.PermissionDeniedError, 10000, lambda: lists.list(account_id="e" * 32))
     there.control({"settings": {"operation": 0.5}})
     begun = lists.items.create(made.id, account_id=ACCOUNT, body=[*new, {"ip": "2001:DB8::/64"}])
     refused(cloudflare.RateLimitError, 10015,
@@ -134,6 +135,7 @@ def refused(kind, code, call):
 
 
 port, there = fake.start()
+there.control({"accounts": [ACCOUNT]})
 
 
 def main() -> int:

@@ -277,11 +277,17 @@ def webhooks_get_signed_cloud_events(fake, folder):
 
 def the_examples_are_what_each_service_takes(fake, folder):
     """The documentation's own sections, with the addresses and files of this test."""
+    secrets = folder / "secrets"
+    secrets.mkdir()
+    for name, secret in {"telegram": TOKEN, "siem": HOOK_SECRET, "siem-token": "x", "ntfy": "x", "gotify": "x",
+                         "discord": "https://discord.com/api/webhooks/1/x", "slack": "https://hooks.slack.com/x"}.items():
+        (secrets / name).write_text(secret)
+        (secrets / name).chmod(0o600)
     examples, accepts = {}, {"ntfy": is_ntfy, "discord": is_discord, "slack": is_slack, "gotify": is_gotify,
                              "pushover": is_pushover}
     for number, text in enumerate(re.findall(r"```toml\n(.*?)```", DOCS, re.S)):
         file = folder / f"{number}.toml"
-        file.write_text(text)
+        file.write_text(text.replace("/etc/portcullis/secrets", str(secrets)))
         checked = subprocess.run([PORTCULLIS, "check", "-c", file], capture_output=True, text=True)
         assert checked.returncode == 0, checked
         examples |= tomllib.loads(text)["enforce"].get("webhooks", {})
@@ -364,6 +370,11 @@ def a_dry_run_tells_nobody_and_says_what_it_would(fake, folder):
     until("it says so", lambda: "Would tell" in service.log.read_text() and "203.0.113.7" in service.log.read_text())
     service.stop()
     assert len(fake.messages) == told, fake.texts()
+    (folder / "token").write_text("")
+    service.start("--dry-run")
+    until("the empty file is named", lambda: any(f"bot_token_file: {folder}/token is empty" in problem
+                                                 for problem in service.report("telegram")[1]))
+    service.stop()
 
 
 def another_host_tells_when_the_one_that_told_is_killed_or_stopped(fake, folder):

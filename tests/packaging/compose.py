@@ -84,9 +84,9 @@ class Cluster:
         """As the README says: after `docker compose kill` Docker would not start it again, not even after a reboot."""
         self.machines[int(service[-1])].compose("exec", "-T", service, "sh", "-c", f"kill -{name} 1")
 
-    def get(self, client, number, path):
+    def get(self, client, number, path, *headers):
         """The status that the client gets from the Traefik of a machine; 0 for silence."""
-        ask = ["curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--connect-timeout", SILENCE_S,
+        ask = ["curl", *(word for header in headers for word in ("--header", header)), "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", "--connect-timeout", SILENCE_S,
                "--max-time", DEADLINE_S, f"http://{ADDRESSES[number]}{path}"]
         ended = subprocess.run([str(word) for word in [*self.clients[client].enter(), *ask]], capture_output=True, text=True,
                                check=False)

@@ -15,7 +15,7 @@ LOCK = Path("/run/xtables.lock")
 CLIENT, OTHER = "203.0.113.66", "203.0.113.67"
 OFFENCES = 10
 """As many as its configuration takes."""
-PAGE = "/varz"
+PAGE, PORT = "/varz", 8222
 """What every NATS server has."""
 
 
@@ -30,7 +30,7 @@ def docker_announces_a_service_and_status_finds_nothing_wrong(cluster):
         machine.compose("up", "-d")
     machine.docker("run", "--detach", "--restart", "unless-stopped", "--network", "single-host_default",
                    "--label", "traefik.enable=true", "--label", f"traefik.http.routers.page.rule=Path(`{PAGE}`)",
-                   "--label", "traefik.http.services.page.loadbalancer.server.port=8222", "nats:2.12", "-m", "8222")
+                   "--label", f"traefik.http.services.page.loadbalancer.server.port={PORT}", "nats:2.12", "-m", str(PORT))
     until("the service answers", lambda: answers(machine))
     assert cluster.get(OTHER, 1, PAGE) == 200
     until("status shows whose request that was", lambda: OTHER in verb(machine, "status"))
@@ -133,6 +133,41 @@ def a_rotation_loses_no_line(cluster):
     verb(machine, "unban", CLIENT)
 
 
+def a_client_behind_a_proxy_is_refused_before_the_service(cluster):
+    """`OTHER` is a proxy here, which says whose requests it sends."""
+    machine = cluster.machines[1]
+    traefik, portcullis = machine.project / "traefik" / "traefik.yaml", machine.project / "portcullis" / "portcullis.toml"
+    before = {path: path.read_text() for path in (traefik, portcullis)}
+    trusted, proxies = "      trustedIPs:\n", 'trusted_proxies = ["cloudflare"]'
+    assert trusted in before[traefik] and proxies in before[portcullis]
+    traefik.write_text(before[traefik].replace(trusted, f"{trusted}        - {OTHER}\n"))
+    portcullis.write_text(before[portcullis].replace(proxies, f'trusted_proxies = ["cloudflare", "{OTHER}"]')
+                          + f'\n[enforce.forwarded_for]\nenabled = true\nports = ["{PORT}"]\n')
+    machine.namespace.run("sysctl", "--write", "net.bridge.bridge-nf-call-iptables=1")
+    machine.compose("restart", "traefik", "portcullis")
+
+    def ask(client, path=PAGE):
+        return cluster.get(OTHER, 1, path, f"X-Forwarded-For: {client}")
+
+    banned, neighbour = "192.0.2.1", "192.0.2.10"
+    until("the service answers", lambda: answers(machine))
+    assert ask(banned) == 200
+    for number in range(OFFENCES):
+        assert ask(banned, f"/missing-{number}") == 404
+    until("Traefik cannot reach the service for it", lambda: ask(banned) == 502)
+    assert ask(neighbour) == 200
+    assert cluster.get(OTHER, 1, PAGE) == 200, "the proxy itself"
+    assert "via_proxy" in verb(machine, "explain", banned, "--json")
+    until("status finds nothing wrong", lambda: verb_code(machine, "status") == 0)
+    verb(machine, "unban", banned)
+    until("it is served", lambda: ask(banned) == 200)
+    for path, text in before.items():
+        path.write_text(text)
+    machine.compose("restart", "traefik", "portcullis")
+    until("no rule is left between Traefik and the service",
+          lambda: "PORTCULLIS-FWD" not in machine.namespace.run("iptables-save"))
+
+
 def a_teardown_leaves_nothing(cluster):
     machine = cluster.machines[1]
     machine.compose("stop", "portcullis")
@@ -153,6 +188,7 @@ TESTS = [
     another_back_end_takes_over_beside_docker,
     an_unbanned_client_is_served,
     a_rotation_loses_no_line,
+    a_client_behind_a_proxy_is_refused_before_the_service,
     a_teardown_leaves_nothing,
 ]
 

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod brute;
+pub mod cloudflare;
 pub mod cluster;
 pub mod netns;
 pub mod portcullis;

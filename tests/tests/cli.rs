@@ -67,6 +67,45 @@ fn the_configurations_in_deploy_pass_check() {
 }
 
 #[test]
+fn check_reads_the_secrets_of_back_ends_and_notifiers_and_shows_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let text = format!(
+        "[enforce.cloudflare]\napi_token_file = {:?}\nscope = \"user\"\n[enforce.telegram]\nbot_token_file = {:?}\n\
+         chat_id = 1\n[enforce.webhooks.a]\nurl_file = {:?}\nsecret_file = {:?}\n",
+        path("cloudflare"),
+        path("telegram"),
+        path("hook"),
+        path("secret"),
+    );
+    std::fs::write(path("portcullis.toml"), text).unwrap();
+    let write = |name: &str, text: &str| {
+        std::fs::write(path(name), text).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(path(name), mode).unwrap();
+    };
+    write("telegram", "\n");
+    write("hook", "hush-hush");
+    let check = |code| portcullis(["check", "-c", &path("portcullis.toml")]).unwrap().expect(code).unwrap();
+    let answer = check(64);
+    for (key, file) in [
+        ("enforce.cloudflare.api_token_file", "cloudflare"),
+        ("enforce.telegram.bot_token_file", "telegram"),
+        ("enforce.webhooks.a.url_file", "hook"),
+        ("enforce.webhooks.a.secret_file", "secret"),
+    ] {
+        let is_named = |line: &str| line.contains(key) && line.contains(&path(file));
+        assert!(answer.stderr.lines().any(is_named), "{key}:\n{}", answer.stderr);
+    }
+    for (name, text) in [("cloudflare", "hush"), ("telegram", "1:hush"), ("hook", "https://x/hush"), ("secret", "hush")]
+    {
+        write(name, text);
+    }
+    let fine = check(0);
+    assert!(!format!("{answer:?}{fine:?}").contains("hush"), "{answer:?} {fine:?}");
+}
+
+#[test]
 fn check_refuses_a_listener_whose_senders_are_strangers() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("portcullis.toml");

@@ -3,72 +3,48 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
+use tests::cloudflare::Ours;
 use tests::netns::Namespace;
 use tests::portcullis::{Service, binary, wait_for};
 
 const TOKEN: &str = "hush-0123456789";
 const ZONES: [&str; 2] = ["11111111111111111111111111111111", "22222222222222222222222222222222"];
 
-/// The stand-in, in a namespace of its own. Ended when dropped.
+/// The stand-in, in a namespace of its own.
 struct Fake {
     namespace: Namespace,
-    process: Child,
+    fake: tests::cloudflare::Fake,
     port: String,
 }
 
 impl Fake {
     fn start() -> Self {
         let namespace = Namespace::new().unwrap();
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/cloudflare/fake.py");
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", namespace.name(), "python3", script]);
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut port = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
-        Self { namespace, process, port: port.trim().to_owned() }
+        let fake = tests::cloudflare::Fake::start(&namespace, "127.0.0.1").unwrap();
+        let port = fake.address().rsplit(':').next().unwrap().to_owned();
+        Self { namespace, fake, port }
     }
 
     fn control(&self, wishes: &Value) -> Value {
-        let address = format!("http://127.0.0.1:{}/_fake", self.port);
-        let said = self.namespace.run("curl", &["-s", "--noproxy", "*", "-d", &wishes.to_string(), &address]).unwrap();
-        serde_json::from_str(&said).unwrap()
+        self.fake.control(&self.namespace, wishes).unwrap()
     }
 
     /// Ours, by zone, with how often each is there.
-    fn ours(&self) -> BTreeMap<String, BTreeMap<String, usize>> {
-        let state = self.control(&json!({}));
-        let mut ours: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
-        for (place, rules) in state["rules"].as_object().unwrap() {
-            for rule in rules.as_array().unwrap() {
-                if rule["notes"].as_str().unwrap().starts_with("portcullis:shop:") {
-                    let value = rule["configuration"]["value"].as_str().unwrap().to_owned();
-                    *ours.entry(place.clone()).or_default().entry(value).or_default() += 1;
-                }
-            }
-        }
-        ours
+    fn ours(&self) -> Ours {
+        self.fake.ours(&self.namespace, "shop").unwrap()
     }
 
     /// Waits until each zone has exactly these.
     fn expect(&self, wanted: &BTreeSet<String>) {
         let each: BTreeMap<String, usize> = wanted.iter().map(|target| (target.clone(), 1)).collect();
-        let expected = |ours: &BTreeMap<String, BTreeMap<String, usize>>| {
+        let expected = |ours: &Ours| {
             ZONES.iter().all(|zone| ours.get(&format!("zones/{zone}")).map_or(each.is_empty(), |found| *found == each))
         };
         let found = wait_for("Cloudflare is as desired", || Some(self.ours()).filter(expected));
         assert!(found.is_ok(), "{found:?}: {:?}", self.ours());
-    }
-}
-
-impl Drop for Fake {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
     }
 }
 
@@ -144,9 +120,17 @@ fn a_kill_between_calls_leaves_no_gap_no_duplicate_and_no_secret() {
     fake.expect(&wanted);
 
     let config = path("portcullis.toml");
-    let said = fake.namespace.run(binary().unwrap().to_str().unwrap(), &["enforce", "--teardown", "-c", &config]);
-    let said = said.unwrap();
-    assert!(said.contains(&format!("removed {} entries at Cloudflare", 2 * wanted.len())), "{said}");
+    let command = format!("{} enforce --teardown -c {config} 2>&1", binary().unwrap().display());
+    let said = fake.namespace.run("sh", &["-c", &command]).unwrap();
+    let is_begun = |zone: &str| {
+        let begins = |line: &&str| line.contains("Removing our entries from Cloudflare") && line.contains(zone);
+        said.lines().filter(begins).count() == 1
+    };
+    assert!(ZONES.into_iter().all(is_begun), "what it waits for is said before it waits: {said}");
+    for zone in ZONES {
+        let line = format!("removed {} entries at Cloudflare: zone {zone} (installation shop)", wanted.len());
+        assert!(said.contains(&line), "{said}");
+    }
     fake.expect(&BTreeSet::new());
     let stats = &fake.control(&json!({}))["stats"];
     assert_eq!(stats.get("over"), None, "{stats}");

@@ -14,6 +14,7 @@ use tests::cluster::{CONVERGENCE, Cluster, Layout};
 use tests::portcullis::wait_until;
 
 mod bench;
+mod cloudflare;
 mod faults;
 mod operator;
 mod takeover;

@@ -253,6 +253,7 @@ impl Host {
             bus_servers,
             kept,
             state_dir: self.state_dir.clone(),
+            service_dir: self.config.state_dir.clone(),
             dry_run: self.dry_run,
             clock: self.clock.clone(),
             metrics: enforce::EnforceMetrics::register(&mut self.registry),

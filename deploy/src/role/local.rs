@@ -73,6 +73,7 @@ pub(super) async fn run(process: Process) -> anyhow::Result<()> {
         kept: watch::Sender::new(0),
         bus_servers: watch::channel(Vec::new()).1,
         state_dir: state_dir.clone(),
+        service_dir: config.state_dir.clone(),
         dry_run,
         clock: clock.clone(),
         metrics: enforce_metrics,

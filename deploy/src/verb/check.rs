@@ -19,6 +19,7 @@ use crate::output::Output;
 
 pub(super) fn run(args: CheckArgs, out: &mut Output<'_>) -> anyhow::Result<Exit> {
     let config = Location::new(args.config.config, Vec::new()).load()?;
+    config.require_secrets()?;
     show(&config, out)?;
     Ok(Exit::Done)
 }

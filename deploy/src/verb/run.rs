@@ -60,7 +60,7 @@ pub(super) fn block_on<F: Future<Output = anyhow::Result<()>>>(
         let shutdown = Shutdown::new();
         let (hangups, reload) = watch::channel(0);
         let signals = Signals::install().context("cannot install the signal handlers")?;
-        tokio::spawn(signals.run(shutdown.clone(), hangups));
+        tokio::spawn(signals.run(shutdown.clone(), hangups, Clock::system()));
         run(Process { roles, config, location, dry_run, clock: Clock::system(), shutdown, reload }).await
     });
     // Everything in flight has ended or missed its deadline: wait for no thread.

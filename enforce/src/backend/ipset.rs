@@ -26,6 +26,10 @@ pub(crate) const PROBE: &str = "portcullis-probe";
 const REFUSED_MAX: usize = 100;
 /// Steps of one process at most, so that a batch that has to be taken up again stays cheap.
 const BATCH_MAX: usize = 16_384;
+/// Members of a new set for each bucket, of 12 places: one that runs full makes the set grow.
+const MEMBERS_OF_BUCKET: usize = 2;
+/// Buckets of a set for few, as `ipset` makes it unless told.
+const BUCKETS_MIN: usize = 1_024;
 
 /// The program. Clones share the process that waits.
 #[derive(Clone, Debug)]
@@ -106,7 +110,7 @@ impl Ipset {
         let mut again_until = None;
         while start < range.end {
             let end = again_until.unwrap_or(range.end);
-            match self.restore(&steps[start..end]).await? {
+            match self.restore(steps, start..end).await? {
                 Batch::Done if end == range.end => return Ok(()),
                 // What came before the refused line is in now; go on after it.
                 Batch::Done => {
@@ -134,10 +138,11 @@ impl Ipset {
         Ok(())
     }
 
-    async fn restore(&self, steps: &[Step]) -> Result<Batch, CommandError> {
-        let mut input = String::with_capacity(steps.len() * 64);
-        for step in steps {
-            render(step, &mut input);
+    async fn restore(&self, steps: &[Step], range: std::ops::Range<usize>) -> Result<Batch, CommandError> {
+        let mut input = String::with_capacity(range.len() * 64);
+        for at in range {
+            let coming = if let Step::Create { set, .. } = &steps[at] { count_coming(&steps[at..], *set) } else { 0 };
+            render(&steps[at], coming, &mut input);
         }
         let ahead = self.lock().take().and_then(|mut ahead| ahead.is_alive().then_some(ahead));
         let restore = ahead.map_or_else(|| self.start(), Ok)?;
@@ -207,12 +212,19 @@ fn is_repeatable(step: &Step) -> bool {
     !matches!(step, Step::Swap(_) | Step::Destroy(_))
 }
 
-fn render(step: &Step, out: &mut String) {
+/// How many members the steps put into the set that the first of them creates.
+fn count_coming(steps: &[Step], wanted: SetId) -> usize {
+    steps.iter().filter(|step| matches!(step, Step::Add { set, .. } if *set == wanted)).count()
+}
+
+/// `coming`: members that a new set is about to get. It is made as large as it will be, as growing costs a third of the time.
+fn render(step: &Step, coming: usize, out: &mut String) {
     let written = match step {
         Step::Create { set, maxelem } => {
             let family = render_family(set.family());
             let extras = if set.holds_bans() { " timeout 0 comment" } else { "" };
-            writeln!(out, "create {} hash:net family {family} maxelem {maxelem}{extras}", set.name())
+            let buckets = (coming / MEMBERS_OF_BUCKET).next_power_of_two().max(BUCKETS_MIN);
+            writeln!(out, "create {} hash:net family {family} hashsize {buckets} maxelem {maxelem}{extras}", set.name())
         }
         Step::Swap(family) => writeln!(out, "swap {} {}", SetId::Fresh(*family).name(), SetId::Bans(*family).name()),
         Step::Destroy(set) => writeln!(out, "destroy {}", set.name()),
@@ -323,8 +335,28 @@ mod tests {
         let target = "2001:db8::/64".parse().unwrap();
         let step = Step::Add { set, target, timeout_s: Some(5), comment: "rule-1".into() };
         let mut line = String::new();
-        render(&step, &mut line);
+        render(&step, 0, &mut line);
         assert_eq!(parse_member(line.trim(), set), Some((target, Some(5), "rule-1".into())));
+    }
+
+    #[test]
+    fn a_new_set_has_room_for_what_is_about_to_come() {
+        let set = |family| SetId::Fresh(family);
+        let create = |family| Step::Create { set: set(family), maxelem: 9 };
+        let add = |n: u32| Step::Add {
+            set: set(Family::V4),
+            target: std::net::Ipv4Addr::from_bits(n).to_string().parse().unwrap(),
+            timeout_s: None,
+            comment: "".into(),
+        };
+        let steps: Vec<Step> = [create(Family::V6), create(Family::V4)].into_iter().chain((0..5000).map(add)).collect();
+        let coming = |steps: &[Step], family| {
+            let mut line = String::new();
+            render(&create(family), count_coming(steps, set(family)), &mut line);
+            line
+        };
+        assert!(coming(&steps[1..], Family::V4).contains(" hashsize 4096 "), "half of 5,000, rounded up");
+        assert!(coming(&steps, Family::V6).contains(" hashsize 1024 "));
     }
 
     #[test]

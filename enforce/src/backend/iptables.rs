@@ -106,19 +106,17 @@ impl Iptables {
         };
         for &family in families {
             self.placed.remove(&family);
-            match self.teardown(family).await {
-                Ok(removed) => {
-                    outcome.steps.extend(removed.iter().map(RuleStep::kind));
-                    if let Some(members) = &mut members {
-                        members.lose(family);
-                    }
-                }
-                Err(error) => {
-                    outcome.failed += 1;
-                    tracing::warn!(family = family.as_str(), error = %error, cause = cause(&error), "Firewall rules not lifted");
-                    let text = format!("{}: rules not lifted: {}", family.as_str(), chain_of(&error));
-                    outcome.problems.push(Problem::degraded(text));
-                }
+            let removal = self.teardown(family).await;
+            // Whatever is left of it is not written again.
+            if let Some(members) = &mut members {
+                members.lose(family);
+            }
+            outcome.steps.extend(removal.kinds);
+            outcome.failed += usize::from(!removal.left.is_empty());
+            for (what, error) in removal.left {
+                outcome.unfinished |= matches!(error, CommandError::Unfinished { .. });
+                tracing::warn!(what, error = %error, cause = cause(&error), "Firewall rules not lifted");
+                outcome.problems.push(Problem::degraded(format!("{what} not lifted: {}", chain_of(&error))));
             }
         }
         outcome
@@ -454,20 +452,53 @@ impl Iptables {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Removes all that is ours from both variants of a family; returns what was removed.
-    pub(crate) async fn teardown(&mut self, family: Family) -> Result<Vec<RuleStep>, CommandError> {
+    /// Removes all that can be removed of ours from both variants of a family.
+    pub(crate) async fn teardown(&mut self, family: Family) -> Removal {
+        let mut removal = Removal::default();
+        if let Err(error) = self.calls.check_finished() {
+            removal.left.push((format!("our {} rules", family.as_str()), error));
+            return removal;
+        }
         let (views, unreadable) = self.look(family).await;
-        let mut removed = Vec::new();
         for (variant, view) in &views {
             let Some(&programs) = self.programs.get(&(family, *variant)) else { continue };
             for step in rules::plan_removal(view, |_| false, |_| false) {
-                if !self.dry_run {
-                    self.calls.apply(programs, &step).await?;
+                let what =
+                    format!("{} ({}, {})", rules::describe_removal(&step, view), family.as_str(), variant.as_str());
+                let done = if self.dry_run { Ok(()) } else { self.calls.apply(programs, &step).await };
+                match done {
+                    Ok(()) => {
+                        removal.kinds.push(step.kind());
+                        removal.removed.push(what);
+                    }
+                    Err(error) => removal.left.push((name_obstacles(what, &step, view), error)),
                 }
-                removed.push(step);
             }
         }
-        unreadable.map_or(Ok(removed), Err)
+        if let Some(error) = unreadable {
+            removal.left.push((format!("our {} rules, where they cannot be read", family.as_str()), error));
+        }
+        removal
+    }
+}
+
+/// What a removal did in one family.
+#[derive(Debug, Default)]
+pub(crate) struct Removal {
+    /// For people.
+    pub(crate) removed: Vec<String>,
+    /// For metrics.
+    kinds: Vec<&'static str>,
+    /// What could not be removed, for people, and why.
+    pub(crate) left: Vec<(String, CommandError)>,
+}
+
+/// Adds the rules of others on whose account the chain stays.
+fn name_obstacles(what: String, step: &RuleStep, view: &View) -> String {
+    let RuleStep::RemoveChain(table) = step else { return what };
+    match rules::foreign_jumps(view, *table) {
+        jumps if jumps.is_empty() => what,
+        jumps => format!("{what}, which others lead to by `{}`,", jumps.join("`, `")),
     }
 }
 

@@ -135,6 +135,9 @@ pub(super) enum CallError {
     /// It is longer than any that we ask for.
     #[error("Cloudflare's answer is too long")]
     TooLong,
+    /// It was not made: it is another host's.
+    #[error("another host does this")]
+    Deposed,
     /// Too many calls.
     #[error("Cloudflare wants fewer calls")]
     Limited {
@@ -169,7 +172,7 @@ impl CallError {
     pub(super) fn is_unclear(&self) -> bool {
         match self {
             Self::Transport(_) | Self::Timeout | Self::Unreadable(_) | Self::TooLong | Self::Unavailable { .. } => true,
-            Self::Limited { .. } | Self::Refused { .. } => false,
+            Self::Deposed | Self::Limited { .. } | Self::Refused { .. } => false,
         }
     }
 
@@ -198,6 +201,7 @@ impl CallError {
         match self {
             Self::Transport(_) | Self::Timeout => "unreachable",
             Self::Unreadable(_) | Self::TooLong => "unreadable",
+            Self::Deposed => "deposed",
             Self::Limited { .. } => "limited",
             Self::Unavailable { .. } => "unavailable",
             Self::Refused { .. } => "refused",

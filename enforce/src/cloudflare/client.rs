@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use proto::bus::duty::Claim;
 use proto::net::Target;
 use proto::secret::Secret;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
@@ -15,7 +16,7 @@ use super::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use super::metrics::CloudflareMetrics;
 use super::pace::Pace;
 use super::wire::{self, Envelope, ResultInfo};
-use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope};
+use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretError, check_sendable};
 
 /// Entries that one page is asked for.
 const PAGE: usize = 500;
@@ -34,10 +35,10 @@ pub(super) struct Login {
 /// There is no login.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoginError {
-    #[error("{0}")]
-    File(String),
-    #[error("the file with Cloudflare's token or key holds something else")]
-    NoSecret,
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    #[error("the client is not made yet")]
+    NotMade,
     #[error("cannot make an HTTP client")]
     Http(#[source] reqwest::Error),
 }
@@ -45,25 +46,29 @@ pub(crate) enum LoginError {
 impl Login {
     /// Reads it.
     pub(super) fn read(login: &CloudflareLogin) -> Result<Self, LoginError> {
-        let (CloudflareLogin::Token(source) | CloudflareLogin::Key(_, source)) = login;
-        let secret = source.load().map_err(LoginError::File)?;
+        let (key, source) = match login {
+            CloudflareLogin::Token(source) => ("api_token", source),
+            CloudflareLogin::Key(_, source) => ("api_key", source),
+        };
         let value = |text: &str| {
-            let is_sound = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
-            let mut value = HeaderValue::try_from(text).map_err(|_| LoginError::NoSecret)?;
+            let mut value = HeaderValue::try_from(text).map_err(|_| "cannot be sent as a header".to_owned())?;
             value.set_sensitive(true);
-            if is_sound { Ok(value) } else { Err(LoginError::NoSecret) }
+            Ok::<_, String>(value)
         };
-        value(secret.expose())?;
-        let headers = match login {
-            CloudflareLogin::Token(_) => {
-                HeaderMap::from_iter([(AUTHORIZATION, value(&format!("Bearer {}", secret.expose()))?)])
-            }
-            CloudflareLogin::Key(email, _) => HeaderMap::from_iter([
-                (HeaderName::from_static("x-auth-email"), value(email)?),
-                (HeaderName::from_static("x-auth-key"), value(secret.expose())?),
-            ]),
+        let make = |secret: &Secret| {
+            check_sendable(secret.expose())?;
+            let headers = match login {
+                CloudflareLogin::Token(_) => {
+                    HeaderMap::from_iter([(AUTHORIZATION, value(&format!("Bearer {}", secret.expose()))?)])
+                }
+                CloudflareLogin::Key(email, _) => HeaderMap::from_iter([
+                    (HeaderName::from_static("x-auth-email"), value(email)?),
+                    (HeaderName::from_static("x-auth-key"), value(secret.expose())?),
+                ]),
+            };
+            Ok(Self { headers, secret: secret.clone() })
         };
-        Ok(Self { headers, secret })
+        Ok(source.load_as(key, make)?)
     }
 }
 
@@ -105,6 +110,8 @@ pub(super) struct Client {
     mode: Mode,
     login: Login,
     pace: Arc<Pace>,
+    /// Under which calls may be made.
+    claim: Claim,
     metrics: CloudflareMetrics,
 }
 
@@ -126,7 +133,13 @@ impl Client {
         let builder = if is_plain { builder.no_proxy().tls_certs_only([]) } else { builder };
         let http = builder.build().map_err(LoginError::Http)?;
         let (base, scope) = (config.api_url.clone(), config.scope.clone());
-        Ok(Self { http, base, scope, mode: config.mode, login, pace, metrics })
+        let claim = Claim::default();
+        Ok(Self { http, base, scope, mode: config.mode, login, pace, claim, metrics })
+    }
+
+    /// From now on no call begins when this is not held any more.
+    pub(super) fn under(self, claim: Claim) -> Self {
+        Self { claim, ..self }
     }
 
     /// The same for other places.
@@ -270,6 +283,9 @@ impl Client {
 
     async fn send<T: DeserializeOwned>(&self, request: Request) -> Result<(T, ResultInfo), CallError> {
         self.pace.wait(request.frees).await;
+        if !self.claim.is_held() {
+            return Err(CallError::Deposed);
+        }
         let sent = self.exchange(request).await;
         self.metrics.count_call(sent.as_ref().map_or_else(CallError::outcome, |_| "done"));
         let (result, info) = sent?;

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::time::Duration;
 
 use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 use tokio::time::sleep;
 
-use super::RemovalError;
+use super::call::{Answer, Call, CallError};
 use super::client::Client;
 use super::mirror::{Mark, Mirror, Tempo};
 use super::places::{self, Place};
@@ -18,6 +19,8 @@ use crate::guard::{Guard, GuardFacts};
 
 /// How long after a failure it is tried again.
 const PAUSE: Duration = Duration::from_secs(300);
+/// How often somebody who waits for an answer is told so.
+const WAIT_TOLD: Duration = Duration::from_secs(10);
 
 /// Those that may still hold entries of ours.
 #[derive(Debug, Default)]
@@ -61,29 +64,28 @@ impl Former {
     }
 
     /// Takes what came of it.
-    pub(super) fn take(&mut self, place: &Place, cleared: Result<usize, RemovalError>, now: Timestamp) {
-        match cleared {
-            Ok(removed) => {
-                tracing::info!(%place, removed, "Emptied a former place at Cloudflare");
-                self.left.remove(place);
-                self.problem = self.problem.take().filter(|_| !self.left.is_empty());
-                self.keep();
+    pub(super) fn take(&mut self, place: &Place, emptied: &Emptied, now: Timestamp) {
+        let Some(failure) = &emptied.failure else {
+            match emptied.is_gone {
+                true => tracing::info!(%place, "A former list is not at Cloudflare any more"),
+                false => tracing::info!(%place, removed = emptied.removed, "Emptied a former place at Cloudflare"),
             }
-            Err(error) => {
-                let (error, file) = (chain(&error), places::file(&self.state_dir));
-                let text = format!(
-                    "bans of a former configuration have no end of their own and cannot be removed: {error}; if it is \
-                     gone there, stop, take it out of {} and start",
-                    file.display()
-                );
-                tracing::warn!(reason = text, "Former place at Cloudflare not emptied");
-                self.problem = Some(Problem::degraded(text));
-                if self.left.last() == Some(place) {
-                    self.due = now.saturating_add(PAUSE);
-                }
-                self.failed = Some(place.clone());
-            }
+            self.left.remove(place);
+            self.problem = self.problem.take().filter(|_| !self.left.is_empty());
+            self.keep();
+            return;
+        };
+        let text = format!(
+            "bans of a former configuration have no end of their own and cannot be removed: {place}: {failure}; if it is \
+             gone there, stop, take it out of {} and start",
+            places::file(&self.state_dir).display()
+        );
+        tracing::warn!(reason = text, "Former place at Cloudflare not emptied");
+        self.problem = Some(Problem::degraded(text));
+        if self.left.last() == Some(place) {
+            self.due = now.saturating_add(PAUSE);
         }
+        self.failed = Some(place.clone());
     }
 
     /// What is left to do, for people.
@@ -107,14 +109,24 @@ pub(super) struct Way<'a> {
     pub(super) clock: &'a Clock,
     /// Only count.
     pub(super) dry_run: bool,
+    /// Somebody waits for it, and is told what for.
+    pub(super) is_awaited: bool,
 }
 
-/// Removes all that is ours at `place`. Returns how many entries that is.
-///
-/// # Errors
-/// When it could not be done. What was removed until then is gone.
-pub(super) async fn clear(client: &Client, place: &Place, way: Way<'_>) -> Result<usize, RemovalError> {
-    let Way { config, tempo, clock, dry_run } = way;
+/// What came of emptying a place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Emptied {
+    /// Entries of ours that are gone, also where others could not be removed; in a dry run those that are there.
+    pub(super) removed: usize,
+    /// The account has no such list any more, and so nothing of ours in it.
+    pub(super) is_gone: bool,
+    /// Why something may be left.
+    pub(super) failure: Option<String>,
+}
+
+/// Removes all that is ours at `place`.
+pub(super) async fn clear(client: &Client, place: &Place, way: Way<'_>) -> Emptied {
+    let Way { config, tempo, clock, dry_run, .. } = way;
     let client = client.at(place.scope());
     let config = CloudflareConfig { scope: place.scope(), ..config.clone() };
     let guard = Guard::new(&GuardFacts::default());
@@ -124,18 +136,38 @@ pub(super) async fn clear(client: &Client, place: &Place, way: Way<'_>) -> Resul
     }
     mirror.handle_pause(true, clock.now());
     loop {
+        let summary = mirror.summary();
+        let removed = if dry_run { summary.entries } else { summary.removed };
+        if mirror.lacks_list() {
+            return Emptied { removed, is_gone: true, failure: None };
+        }
         let Some(call) = mirror.next(clock.raw()) else {
-            let summary = mirror.summary();
-            if let Some((_, text)) = summary.troubles.first() {
-                return Err(RemovalError::Refused { place: place.clone(), text: text.clone() });
-            }
-            match mirror.pause(clock.raw()) {
-                None => return Ok(if dry_run { summary.entries } else { summary.removed }),
+            let failure = summary.troubles.into_iter().next().map(|(_, text)| text);
+            match mirror.pause(clock.raw()).filter(|_| failure.is_none()) {
+                None => return Emptied { removed, is_gone: false, failure },
                 Some(pause) => sleep(pause).await,
             }
             continue;
         };
-        let answer = client.carry_out(&call).await;
+        let answer = ask(&client, &call, place, way.is_awaited).await;
         mirror.handle(call, answer, clock.raw());
+    }
+}
+
+/// Carries out a call; who waits for it is told so.
+async fn ask(client: &Client, call: &Call, place: &Place, is_awaited: bool) -> Result<Answer, CallError> {
+    let mut asked = pin!(client.carry_out(call));
+    loop {
+        tokio::select! {
+            answer = &mut asked => {
+                if let Some(error) = answer.as_ref().err().filter(|_| is_awaited) {
+                    tracing::warn!(%place, error = chain(error), "A call of Cloudflare failed");
+                }
+                return answer;
+            }
+            () = sleep(WAIT_TOLD), if is_awaited => {
+                tracing::warn!(%place, "Waiting for Cloudflare to answer, or to take more calls");
+            }
+        }
     }
 }

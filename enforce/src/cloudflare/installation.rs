@@ -17,7 +17,10 @@ const NAME_BYTES: usize = 8;
 /// There is no name.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InstallationError {
-    #[error("there is no place to keep the name of this installation: set `installation`, or make state_dir writable")]
+    #[error(
+        "there is no place to keep the name of this installation: set enforce.cloudflare.installation, or make state_dir \
+         writable"
+    )]
     NoPlace,
     #[error("cannot {action} the name of this installation at {}", .path.display())]
     Io {
@@ -27,34 +30,40 @@ pub(crate) enum InstallationError {
         source: io::Error,
     },
     #[error(
-        "no name of this installation is kept, so what is ours is not known: set `installation` as `status` showed it"
+        "no name of this installation is kept, so what is ours is not known: set enforce.cloudflare.installation as \
+         `status` showed it"
     )]
     Unknown,
     #[error("{} holds no name of an installation: [a-z0-9-]{{1,63}}", .path.display())]
     NoName { path: PathBuf },
 }
 
-/// The name: as configured, as kept, or a new one, which is kept unless `read_only`.
-pub(crate) fn name(
-    configured: Option<&str>,
-    state_dir: Option<&Path>,
-    read_only: bool,
-) -> Result<String, InstallationError> {
+/// The name: as configured, as kept in `state_dir`, or a new one, which is kept there.
+pub(crate) fn name(configured: Option<&str>, state_dir: Option<&Path>) -> Result<String, InstallationError> {
     if let Some(name) = configured {
         return Ok(name.to_owned());
     }
-    let path = state_dir.ok_or(InstallationError::NoPlace)?.join(FILE);
+    let state_dir = state_dir.ok_or(InstallationError::NoPlace)?;
+    if let Some(name) = read(state_dir)? {
+        return Ok(name);
+    }
+    let path = state_dir.join(FILE);
+    let failed = |action| {
+        let path = path.clone();
+        move |source| InstallationError::Io { action, path, source }
+    };
+    let name = make().map_err(failed("make"))?;
+    keep(&path, &format!("{name}\n")).map_err(failed("keep"))?;
+    Ok(name)
+}
+
+/// The name that is kept in `state_dir`, if there is one.
+fn read(state_dir: &Path) -> Result<Option<String>, InstallationError> {
+    let path = state_dir.join(FILE);
     match fs::read_to_string(&path) {
-        Ok(text) if is_name(text.trim()) => Ok(text.trim().to_owned()),
+        Ok(text) if is_name(text.trim()) => Ok(Some(text.trim().to_owned())),
         Ok(_) => Err(InstallationError::NoName { path }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let name = make().map_err(|source| InstallationError::Io { action: "make", path: path.clone(), source })?;
-            if !read_only {
-                let kept = keep(&path, &format!("{name}\n"));
-                kept.map_err(|source| InstallationError::Io { action: "keep", path, source })?;
-            }
-            Ok(name)
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(InstallationError::Io { action: "read", path, source }),
     }
 }
@@ -75,8 +84,7 @@ pub(crate) fn known(configured: Option<&str>, state_dirs: &[PathBuf]) -> Result<
     if let Some(name) = configured {
         return Ok(vec![name.to_owned()]);
     }
-    let kept = state_dirs.iter().filter(|dir| dir.join(FILE).exists());
-    kept.map(|dir| name(None, Some(dir), true)).collect()
+    state_dirs.iter().filter_map(|dir| read(dir).transpose()).collect()
 }
 
 /// Durable before the first entry carries it.
@@ -96,18 +104,18 @@ mod tests {
     #[test]
     fn a_name_is_made_once_and_kept() {
         let dir = tempfile::tempdir().unwrap();
-        assert_ne!(name(None, Some(dir.path()), true).unwrap(), name(None, Some(dir.path()), true).unwrap());
-        let made = name(None, Some(dir.path()), false).unwrap();
+        let made = name(None, Some(dir.path())).unwrap();
         assert!(is_name(&made) && made.len() == 2 * NAME_BYTES, "{made}");
-        assert_eq!(name(None, Some(dir.path()), false).unwrap(), made);
-        assert_eq!(name(Some("mine"), Some(dir.path()), false).unwrap(), "mine");
+        assert_eq!(name(None, Some(dir.path())).unwrap(), made);
+        assert_eq!(name(Some("mine"), Some(dir.path())).unwrap(), "mine");
         let elsewhere = tempfile::tempdir().unwrap();
+        assert_ne!(name(None, Some(tempfile::tempdir().unwrap().path())).unwrap(), made);
         let dirs = [elsewhere.path().to_owned(), dir.path().to_owned()];
         assert_eq!(known(None, &dirs).unwrap(), [made]);
         assert_eq!(known(Some("mine"), &dirs).unwrap(), ["mine"]);
         assert_eq!(known(None, &dirs[..1]).unwrap(), [] as [String; 0], "none is invented");
         fs::write(dir.path().join(FILE), "Not a name").unwrap();
-        assert!(matches!(name(None, Some(dir.path()), false), Err(InstallationError::NoName { .. })));
-        assert!(matches!(name(None, None, false), Err(InstallationError::NoPlace)));
+        assert!(matches!(name(None, Some(dir.path())), Err(InstallationError::NoName { .. })));
+        assert!(matches!(name(None, None), Err(InstallationError::NoPlace)));
     }
 }

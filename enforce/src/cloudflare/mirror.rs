@@ -230,6 +230,11 @@ impl Mirror {
         self.books.iter().find_map(Book::list)
     }
 
+    /// Whether Cloudflare says that the account has no list of addresses of that name.
+    pub(super) fn lacks_list(&self) -> bool {
+        self.books.iter().any(Book::lacks_list)
+    }
+
     /// The ban set and what is made of it.
     pub(super) fn wishes(&self) -> &Wishes {
         &self.terms.wishes

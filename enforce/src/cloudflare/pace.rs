@@ -17,6 +17,8 @@ const BURST_SHARE: u32 = 4;
 const RESERVE_SHARE: u32 = 5;
 /// So many calls left in Cloudflare's own count are for those that free somebody.
 const LEFT_MIN: u64 = 20;
+/// Shorter than that no limit is taken to last.
+const RESET_MIN: Duration = Duration::from_secs(1);
 /// Longer than that nothing is waited for, whatever an answer says.
 const HOLD_MAX: Duration = Duration::from_secs(900);
 const ONE: NonZeroU32 = NonZeroU32::MIN;
@@ -55,20 +57,21 @@ impl Pace {
 
     /// Returns when a call may be made. It is counted then.
     pub(super) async fn wait(&self, frees: bool) {
-        loop {
-            let now = self.clock.raw();
-            let holds = self.holds();
-            let until = if frees { holds.all } else { holds.all.max(holds.others) };
-            if until > now {
-                tokio::time::sleep(until.since(now)).await;
-                continue;
-            }
-            let checked = if frees { Ok(()) } else { self.others.check(ONE) };
-            match checked.and_then(|()| self.all.check(ONE)) {
-                Ok(()) => return,
-                Err(wait) => tokio::time::sleep(wait).await,
-            }
+        while let Err(wait) = self.check(frees) {
+            tokio::time::sleep(wait).await;
         }
+    }
+
+    /// Counts a call that may be made now, or says how long none may.
+    pub(super) fn check(&self, frees: bool) -> Result<(), Duration> {
+        let now = self.clock.raw();
+        let holds = self.holds();
+        let until = if frees { holds.all } else { holds.all.max(holds.others) };
+        if until > now {
+            return Err(until.since(now));
+        }
+        let checked = if frees { Ok(()) } else { self.others.check(ONE) };
+        checked.and_then(|()| self.all.check(ONE))
     }
 
     /// Takes what an answer says of the limit. Returns how long it asks for no calls at all.
@@ -82,7 +85,8 @@ impl Pace {
             holds.all = holds.all.max(now.saturating_add(after.min(HOLD_MAX)));
         }
         if let Some((left, resets)) = text("ratelimit").and_then(parse_ratelimit) {
-            let until = now.saturating_add(resets.min(HOLD_MAX));
+            // It comes in whole seconds: what is said to be none may be half a second.
+            let until = now.saturating_add(resets.clamp(RESET_MIN, HOLD_MAX));
             if left == 0 {
                 holds.all = holds.all.max(until);
             }
@@ -160,6 +164,9 @@ mod tests {
         assert_eq!((pace.holds().all, pace.holds().others), (Timestamp::EPOCH, at(30)));
         pace.learn(StatusCode::OK, &headers(&[("ratelimit", "\"default\";r=0;t=40")]));
         assert_eq!(pace.holds().all, at(40));
+        let soon = Pace::new(1000, Duration::from_secs(300), Clock::manual(at(0)));
+        soon.learn(StatusCode::OK, &headers(&[("ratelimit", "\"default\";r=0;t=0")]));
+        assert_eq!(soon.holds().all, at(1));
         let after = pace.learn(StatusCode::TOO_MANY_REQUESTS, &headers(&[("retry-after", "99999")]));
         assert_eq!((after, pace.holds().all), (Some(Duration::from_secs(99999)), at(900)));
     }

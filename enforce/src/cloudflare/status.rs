@@ -17,7 +17,8 @@ pub(super) use crate::reconcile::chain_of as chain;
 #[derive(Debug)]
 pub(super) struct Status<'a> {
     pub(super) config: &'a CloudflareConfig,
-    pub(super) installation: &'a Result<String, InstallationError>,
+    /// `None` where none was made yet.
+    pub(super) installation: &'a Result<Option<String>, InstallationError>,
     pub(super) login_error: Option<&'a LoginError>,
     pub(super) mirror: Option<&'a Mirror>,
     /// Set where another host does the work, with its name, where that is known.
@@ -80,7 +81,11 @@ impl Status<'_> {
     }
 
     fn details(&self, summary: &Summary) -> Vec<String> {
-        let mut details: Vec<String> = self.installation.iter().map(|name| format!("installation {name}")).collect();
+        let named = |name: &Option<String>| match name {
+            Some(name) => format!("installation {name}"),
+            None => "no installation yet: its name is made at the first start".to_owned(),
+        };
+        let mut details: Vec<String> = self.installation.iter().map(named).collect();
         let waiting = format!("{} to add, {} to remove", summary.additions, summary.removals);
         if self.dry_run {
             details.push(format!("dry run: nothing is changed; {waiting}"));

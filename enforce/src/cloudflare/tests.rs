@@ -26,6 +26,7 @@ use crate::action::Surroundings;
 use crate::board::Board;
 use crate::config::{CloudflareConfig, CloudflareLogin, FirewallConfig, Mode, Scope, SecretSource};
 use crate::metrics::EnforceMetrics;
+use crate::teardown::CloudflareRemoval;
 use crate::testing::surroundings;
 
 const ACCOUNT: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
@@ -141,6 +142,7 @@ impl Host {
         let around = Surroundings {
             host_pause: self.pause.subscribe(),
             state_dir: Some(self.dir.path().to_owned()),
+            service_dir: self.dir.path().to_owned(),
             dry_run: self.dry_run,
             board: self.board.clone(),
             metrics: self.metrics.clone(),
@@ -529,8 +531,12 @@ async fn a_place_that_is_not_configured_any_more_is_emptied_once_the_new_one_sta
     let told = left_behind(&dirs).unwrap();
     assert!(told.contains("list bad (installation you2)") && told.contains("--teardown"), "{told}");
     let config = config(&fake, Scope::Account(ACCOUNT.to_owned()));
-    assert_eq!(remove_all(&config, &dirs, true).await.unwrap(), 2);
-    assert_eq!(remove_all(&config, &dirs, false).await.unwrap(), 2);
+    let list = CloudflareRemoval { place: "list bad (installation you2)".to_owned(), entries: 2, is_gone: false };
+    for dry_run in [true, false] {
+        let (removed, done) = remove_all(&config, &dirs, dry_run).await;
+        done.unwrap();
+        assert_eq!(removed, std::slice::from_ref(&list));
+    }
     assert_eq!(foreign(&fake.state().await), before);
     assert_eq!(left_behind(&dirs), None);
 }
@@ -555,12 +561,66 @@ async fn a_former_place_that_refuses_is_said_and_its_entries_are_not_forgotten()
 }
 
 #[tokio::test]
+async fn a_former_list_that_its_account_has_no_more_is_forgotten_and_one_that_may_not_be_seen_is_not() {
+    let elsewhere = Scope::List { account: "e".repeat(32), list: "bad".to_owned() };
+    let fake = Fake::start(json!({})).await;
+    let mut host = Host::new();
+    let places = |scope: &Scope| super::places::Place::all("me", scope);
+    super::places::write(host.dir.path(), &places(&elsewhere).union(&places(&list())).cloned().collect()).unwrap();
+    fake.control(json!({"remove_lists": [LIST]})).await;
+    host.ban(&["203.0.113.9"]);
+    host.start(&config(&fake, Scope::User));
+    let kept = || super::places::read(host.dir.path()).unwrap();
+    until(&fake, "the list is forgotten", |_| !kept().iter().any(|place| places(&list()).contains(place))).await;
+    until(&fake, "the other is said", |_| host.has_problem("cannot be removed: list bad (installation me): ")).await;
+    assert!(places(&elsewhere).is_subset(&kept()));
+    host.kill().await;
+
+    let dirs = [host.dir.path().to_owned()];
+    super::places::write(host.dir.path(), &places(&list())).unwrap();
+    let stranger = CloudflareLogin::Token(SecretSource::Given(Secret::new("wrong")));
+    let stranger = CloudflareConfig { login: stranger, ..config(&fake, list()) };
+    let (removed, done) = remove_all(&stranger, &dirs, false).await;
+    assert!(removed.is_empty() && done.unwrap_err().to_string().contains("code 9109"));
+    assert!(left_behind(&dirs).is_some(), "a login that may not look says nothing of the list");
+    let (removed, done) = remove_all(&config(&fake, list()), &dirs, false).await;
+    done.unwrap();
+    let gone = CloudflareRemoval { place: "list bad (installation me)".to_owned(), entries: 0, is_gone: true };
+    assert_eq!((removed, left_behind(&dirs)), (vec![gone], None));
+}
+
+#[tokio::test]
+async fn a_place_that_refuses_hides_nothing_of_what_was_removed_elsewhere() {
+    let rule = |n: usize| {
+        json!({"whose": zone(n), "target": "ip", "value": "203.0.113.9", "mode": "block",
+        "notes": "portcullis:me:r"})
+    };
+    let fake = Fake::start(json!({"rules": [rule(0), rule(1)], "items": [
+        {"list": LIST, "ip": "203.0.113.9", "comment": "portcullis:me:r"},
+    ], "settings": {"sealed": [LIST]}}))
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let dirs = [dir.path().to_owned()];
+    super::places::write(dir.path(), &super::places::Place::all("me", &list())).unwrap();
+    let (removed, done) = remove_all(&config(&fake, zones()), &dirs, false).await;
+    let expected = ZONES.map(|zone| CloudflareRemoval {
+        place: format!("zone {zone} (installation me)"),
+        entries: 1,
+        is_gone: false,
+    });
+    assert_eq!(removed, expected);
+    let error = done.unwrap_err().to_string();
+    assert!(error.starts_with("list bad (installation me): Cloudflare refuses (HTTP 403"), "{error}");
+    assert!(left_behind(&dirs).is_some(), "what is left is not forgotten");
+}
+
+#[tokio::test]
 async fn without_a_name_nothing_is_said_to_be_removed() {
     let fake = Fake::start(json!({})).await;
     let dir = tempfile::tempdir().unwrap();
     let config = CloudflareConfig { installation: None, ..config(&fake, Scope::User) };
-    let error = remove_all(&config, &[dir.path().to_owned()], false).await.unwrap_err();
-    assert!(error.to_string().contains("set `installation`"), "{error}");
+    let error = remove_all(&config, &[dir.path().to_owned()], false).await.1.unwrap_err();
+    assert!(error.to_string().contains("set enforce.cloudflare.installation"), "{error}");
 }
 
 #[tokio::test]
@@ -583,10 +643,19 @@ async fn a_dry_run_changes_nothing_and_says_what_it_would_do() {
     let mut host = Host::new();
     host.dry_run = true;
     host.ban(&["203.0.113.9", "203.0.113.10"]);
-    host.start(&CloudflareConfig { installation: None, ..config(&fake, Scope::User) });
+    let config = CloudflareConfig { installation: None, ..config(&fake, Scope::Zones(vec![ZONES[0].to_owned()])) };
+    host.start(&config);
+    let says = |host: &Host, text: &str| host.said().0.detail.iter().any(|detail| detail.contains(text));
     let would = "dry run: nothing is changed; 2 to add, 0 to remove";
-    until(&fake, "it is said", |_| host.said().0.detail.iter().any(|detail| detail == would)).await;
-    assert_eq!(ours(&fake.state().await).get("user"), None);
+    until(&fake, "it is said", |_| says(&host, would)).await;
+    assert!(says(&host, "no installation yet"), "none is made up: {:?}", host.said());
     assert_eq!(std::fs::read_dir(host.dir.path()).unwrap().count(), 0);
+    host.kill().await;
+    // That of the service is known by what the service keeps.
+    std::fs::write(host.dir.path().join("installation"), "you\n").unwrap();
+    host.start(&config);
+    let would = "dry run: nothing is changed; 2 to add, 1 to remove";
+    until(&fake, "it is said", |_| says(&host, would) && says(&host, "installation you")).await;
+    assert_eq!(ours(&fake.state().await).get(&zone(0)), None);
     host.stop().await;
 }

@@ -8,7 +8,7 @@ use proto::subject::is_name;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::config::secret::{RawSecret, SecretSource, check_secret, is_safe_url};
+use crate::config::secret::{RawSecret, SecretSource, check_secret, check_sendable, is_safe_url};
 
 /// Where the API is, unless configured.
 const API_URL: &str = "https://api.cloudflare.com/client/v4";
@@ -16,7 +16,7 @@ const API_URL: &str = "https://api.cloudflare.com/client/v4";
 const ZONES_MAX: usize = 50;
 /// Access rules that an account has.
 const RULES_MAX: u32 = 50_000;
-/// Items that the largest plan has.
+/// Items that the lists of an account hold together with the largest plan.
 const ITEMS_MAX: u32 = 500_000;
 /// What Cloudflare takes in five minutes.
 const CALLS_MAX: u32 = 1200;
@@ -55,7 +55,8 @@ pub struct CloudflareConfig {
     pub mode: Mode,
     /// What our entries are known by; `None` = made once and kept in `state_dir`.
     pub installation: Option<String>,
-    /// Entries of ours at most, in each zone. Default 10,000: what a list of the free plan holds.
+    /// Entries of ours at most, in each zone. Default 10,000: what all lists of an account hold together, but with
+    /// Enterprise.
     pub entries_max: u32,
     /// Calls in five minutes at most, 60 to 1,200. Default 1,000: the rest is for people and other programs.
     pub calls_max: u32,
@@ -195,8 +196,8 @@ impl RawCloudflare {
     pub(super) fn check(self, mistakes: &mut Mistakes) -> Option<CloudflareConfig> {
         self.unknown.check(&Self::KEYS, mistakes);
         let mut own = Mistakes::new();
-        let token = check_sendable("api_token", (self.api_token, self.api_token_file), &mut own);
-        let key = check_sendable("api_key", (self.api_key, self.api_key_file), &mut own);
+        let token = check_header_secret("api_token", (self.api_token, self.api_token_file), &mut own);
+        let key = check_header_secret("api_key", (self.api_key, self.api_key_file), &mut own);
         let login = check_login(token, self.email.take("email", &mut own), key, &mut own);
         let scope = self.scope.required("scope", &mut own);
         for mistake in scope.iter().flat_map(Scope::mistakes) {
@@ -245,7 +246,7 @@ impl RawCloudflare {
 }
 
 /// A secret that is sent as a header.
-fn check_sendable(
+fn check_header_secret(
     key: &str,
     secret: (Field<RawSecret>, Field<PathBuf>),
     mistakes: &mut Mistakes,
@@ -261,11 +262,7 @@ fn check_sendable(
 
 /// Whether it can be sent as a header. Does not show it.
 fn check_header(key: &str, text: &str, mistakes: &mut Mistakes) -> bool {
-    let fine = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
-    if !fine {
-        mistakes.add(key, "expected printable ASCII without spaces");
-    }
-    fine
+    check_sendable(text).map_err(|expected| mistakes.add(key, expected)).is_ok()
 }
 
 fn check_login(

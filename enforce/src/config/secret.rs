@@ -45,22 +45,50 @@ pub enum SecretSource {
     File(PathBuf),
 }
 
+/// A secret cannot be used. Names its key, and its file where it is in one, and does not show it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {text}")]
+pub(crate) struct SecretError {
+    key: String,
+    text: String,
+}
+
+impl SecretError {
+    /// Notes it where mistakes of its section are noted.
+    pub(crate) fn note(self, mistakes: &mut Mistakes) {
+        mistakes.add(&self.key, self.text);
+    }
+}
+
 impl SecretSource {
-    /// The secret, without white space around it.
+    /// The secret under `key`, without white space around it.
     ///
     /// # Errors
-    /// When its file cannot be read, is open to others or holds nothing, in words.
-    pub(crate) fn load(&self) -> Result<Secret, String> {
+    /// When its file cannot be read, is open to others or holds nothing.
+    pub(crate) fn load(&self, key: &str) -> Result<Secret, SecretError> {
+        self.load_as(key, |secret| Ok(secret.clone()))
+    }
+
+    /// What is made of the secret under `key`.
+    ///
+    /// # Errors
+    /// When it cannot be loaded, or nothing can be made of it: then `make` says what is expected.
+    pub(crate) fn load_as<T>(
+        &self,
+        key: &str,
+        make: impl FnOnce(&Secret) -> Result<T, String>,
+    ) -> Result<T, SecretError> {
         let path = match self {
-            Self::Given(secret) => return Ok(secret.clone()),
+            Self::Given(secret) => return make(secret).map_err(|text| SecretError { key: key.to_owned(), text }),
             Self::File(path) => path,
         };
-        let secret = read_file(path, FILE_BYTES_MAX).map_err(|error| chain_of(&error))?;
+        let failed = |text| SecretError { key: format!("{key}_file"), text };
+        let secret = read_file(path, FILE_BYTES_MAX).map_err(|error| failed(chain_of(&error)))?;
         let secret = Secret::new(secret.expose().trim());
         if secret.expose().is_empty() {
-            return Err(format!("{} is empty", path.display()));
+            return Err(failed(format!("{} is empty", path.display())));
         }
-        Ok(secret)
+        make(&secret).map_err(|text| failed(format!("{}: {text}", path.display())))
     }
 }
 
@@ -94,6 +122,15 @@ pub(super) fn check_secret(
         (None, Some(path)) => Some(Some(SecretSource::File(path))),
         (None, None) => Some(None),
     }
+}
+
+/// Whether it can be sent in a header.
+///
+/// # Errors
+/// What is expected, without showing it.
+pub(crate) fn check_sendable(text: &str) -> Result<(), String> {
+    let fine = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+    if fine { Ok(()) } else { Err("expected printable ASCII without spaces".to_owned()) }
 }
 
 /// Whether a secret may be sent there: by TLS, or to this host. It has no user, query or fragment.

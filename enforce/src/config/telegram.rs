@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use proto::secret::Secret;
 use proto::settings::{Field, Mistakes, Unknown};
 use reqwest::Url;
 use serde::Deserialize;
 
 use crate::config::notify::{check_events, check_look_up, check_template};
-use crate::config::secret::{RawSecret, SecretSource, check_secret, is_safe_url};
+use crate::config::secret::{RawSecret, SecretError, SecretSource, check_secret, is_safe_url};
 use crate::notify::message::EventKind;
 use crate::notify::template::{PLACEHOLDERS, Template};
 use crate::notify::text::{HTML, Texts, defaults};
@@ -50,6 +51,26 @@ pub struct TelegramConfig {
     pub(crate) look_up: Template,
     /// The texts, as HTML.
     pub(crate) texts: Texts,
+}
+
+impl TelegramConfig {
+    /// The bot's token.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is none.
+    pub(crate) fn load_token(&self) -> Result<Secret, SecretError> {
+        let is_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_');
+        self.token.load_as("bot_token", |token| match token.expose().chars().all(is_token) {
+            true => Ok(token.clone()),
+            false => Err("expected a token as @BotFather gives it: digits, a colon, letters and digits".to_owned()),
+        })
+    }
+
+    pub(super) fn check_secrets(&self, mistakes: &mut Mistakes) {
+        if let Err(error) = self.load_token() {
+            error.note(mistakes);
+        }
+    }
 }
 
 impl RawTelegram {

@@ -4,14 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use proto::secret::Secret;
 use proto::settings::{Field, Mistakes, Unknown};
 use proto::subject::is_name;
-use reqwest::Method;
 use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, Url};
 use serde::Deserialize;
 
 use crate::config::notify::{check_events, check_look_up, check_template};
-use crate::config::secret::{Hidden, RawSecret, SecretSource, check_secret};
+use crate::config::secret::{Hidden, RawSecret, SecretError, SecretSource, check_secret, check_sendable};
 use crate::notify::message::EventKind;
 use crate::notify::template::{Escape, PLACEHOLDERS, Template, Values};
 use crate::notify::webhook::{SIGNATURE, parse_url};
@@ -36,7 +37,7 @@ pub(super) struct RawWebhook {
     method: Field<String>,
     content_type: Field<String>,
     body: Field<String>,
-    headers: Field<Hidden<BTreeMap<String, RawSecret>>>,
+    headers: Field<Hidden<BTreeMap<String, Field<RawSecret>>>>,
     token: Field<RawSecret>,
     token_file: Field<PathBuf>,
     secret: Field<RawSecret>,
@@ -78,8 +79,46 @@ pub struct WebhookConfig {
     pub(crate) look_up: Template,
 }
 
+impl WebhookConfig {
+    /// Where it is.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is none.
+    pub(crate) fn load_url(&self) -> Result<Url, SecretError> {
+        self.url.load_as("url", |text| parse_url(text.expose()))
+    }
+
+    /// The value of `Authorization`, where there is a token.
+    ///
+    /// # Errors
+    /// When it cannot be read or sent.
+    pub(crate) fn load_bearer(&self) -> Result<Option<HeaderValue>, SecretError> {
+        let make = |token: &Secret| {
+            check_sendable(token.expose())?;
+            let value = HeaderValue::from_str(&format!("Bearer {}", token.expose()));
+            let mut value = value.map_err(|_| "cannot be sent as a header".to_owned())?;
+            value.set_sensitive(true);
+            Ok(value)
+        };
+        self.token.as_ref().map(|token| token.load_as("token", make)).transpose()
+    }
+
+    /// What requests are signed with.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(crate) fn load_secret(&self) -> Result<Option<Secret>, SecretError> {
+        self.secret.as_ref().map(|secret| secret.load("secret")).transpose()
+    }
+
+    pub(super) fn check_secrets(&self, mistakes: &mut Mistakes) {
+        let errors = [self.load_url().err(), self.load_bearer().err(), self.load_secret().err()];
+        errors.into_iter().flatten().for_each(|error| error.note(mistakes));
+    }
+}
+
 /// `[enforce.webhooks]` as a file says it.
-pub(super) type RawWebhooks = BTreeMap<String, Hidden<RawWebhook>>;
+pub(super) type RawWebhooks = BTreeMap<String, Field<Hidden<RawWebhook>>>;
 
 /// All of them, by name.
 pub(super) fn check(webhooks: RawWebhooks, mistakes: &mut Mistakes) -> Option<Vec<WebhookConfig>> {
@@ -88,7 +127,12 @@ pub(super) fn check(webhooks: RawWebhooks, mistakes: &mut Mistakes) -> Option<Ve
     if !fine {
         mistakes.add("", format!("expected at most {WEBHOOKS_MAX}, got {}", webhooks.len()));
     }
-    for (name, Hidden(raw)) in webhooks {
+    for (name, raw) in webhooks {
+        let is_absent = matches!(raw, Field::Absent);
+        let Some(Hidden(raw)) = raw.take(&name, mistakes) else {
+            fine &= is_absent;
+            continue;
+        };
         mistakes.within(&name, |mistakes| {
             let is_fine = is_name(&name) && name.len() <= NAME_CHARS_MAX;
             if !is_fine {
@@ -222,7 +266,7 @@ fn check_body(body: Field<String>, content_type: Field<String>, mistakes: &mut M
 }
 
 fn check_headers(
-    given: Field<Hidden<BTreeMap<String, RawSecret>>>,
+    given: Field<Hidden<BTreeMap<String, Field<RawSecret>>>>,
     has_token: bool,
     mistakes: &mut Mistakes,
 ) -> Option<HeaderMap> {
@@ -232,7 +276,12 @@ fn check_headers(
     };
     let (mut headers, mut fine) = (HeaderMap::new(), true);
     mistakes.within("headers", |mistakes| {
-        for (name, RawSecret(value)) in given {
+        for (name, value) in given {
+            let is_absent = matches!(value, Field::Absent);
+            let Some(RawSecret(value)) = value.take(&name, mistakes) else {
+                fine &= is_absent;
+                continue;
+            };
             let mut refuse = |why: &str| {
                 mistakes.add(&name, why);
                 fine = false;
@@ -328,7 +377,11 @@ mod tests {
             "A",
             "b.bdy",
             "b.events",
-            "b.headers",
+            "b.headers.Authorization",
+            "b.headers.Content-Type",
+            "b.headers.X Y",
+            "b.headers.X-A",
+            "b.headers.X-B",
             "b.method",
             "b.secret",
             "b.timeout",
@@ -350,8 +403,7 @@ mod tests {
 
     #[test]
     fn an_address_in_the_place_of_a_table_is_not_shown() {
-        let raw: Result<Hidden<RawWebhooks>, String> =
-            proto::settings::FromValue::from_value(json!({"slack": "https://hooks.slack.com/s3cret"}));
-        assert_eq!(raw.unwrap_err(), "expected a table");
+        let texts = checked(json!({"slack": "https://hooks.slack.com/s3cret", "none": null})).unwrap_err();
+        assert_eq!(texts, ["slack: expected a table"]);
     }
 }

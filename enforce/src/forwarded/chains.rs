@@ -94,7 +94,7 @@ impl Chains {
     }
 
     /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
-    /// somebody stay as they are. A family that failed is left alone until there are others, or it is told to `retry`.
+    /// somebody stay as they are. A family that failed is left alone until nobody is to be refused, or it is told to `retry`.
     pub(crate) async fn put(
         &mut self,
         searches: &Searches,
@@ -129,8 +129,8 @@ impl Chains {
             self.searches = searches.clone();
             self.placed.clear();
         }
-        // Whoever is freed, by a pause too, does not wait for the next look at everything.
-        if differ || retry {
+        // A pause does not wait for the next look at everything. Single bans do: under attack they come in quick succession.
+        if retry || (differ && *searches == Searches::new()) {
             self.failed.clear();
         }
     }
@@ -231,17 +231,24 @@ fn report(family: Family, reading: &Reading, layout: &Layout, outcome: &mut Outc
     }
 }
 
-/// Removes our chains from both variants of a family. Returns how many rules and chains went, and what could not be done.
-pub(crate) async fn remove(iptables: &mut Iptables, family: Family, dry_run: bool) -> (usize, Option<CommandError>) {
+/// Removes our chains from both variants of a family. Returns what went, for people, and what could not be done.
+pub(crate) async fn remove(
+    iptables: &mut Iptables,
+    family: Family,
+    dry_run: bool,
+) -> (Vec<String>, Option<CommandError>) {
     let (views, mut failure) = iptables.read_all(family).await;
-    let mut removed = 0;
+    let mut removed = Vec::new();
     for (variant, view) in views {
         let lines = plan::plan_removal(&view);
         let change = async {
             if dry_run { Ok(()) } else { iptables.change_filter((family, variant), &lines, "remove our chains").await }
         };
         match change.await {
-            Ok(()) => removed += lines.iter().filter(|line| !line.starts_with("-F")).count(),
+            Ok(()) => {
+                let place = format!("({}, {})", family.as_str(), variant.as_str());
+                removed.extend(plan::describe_removal(&view).into_iter().map(|what| format!("{what} {place}")));
+            }
             Err(error) => drop(failure.get_or_insert(error)),
         }
     }
@@ -253,16 +260,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_family_that_failed_is_tried_again_when_others_are_to_be_refused_or_nobody() {
+    fn a_family_that_failed_is_tried_again_in_its_turn_or_for_a_pause_and_not_at_each_ban() {
         let (config, firewall) = (ForwardedForConfig::default(), FirewallConfig::default());
         let mut chains = Chains::new(config, firewall, false, Clock::system());
         let mut somebody = Searches::new();
         somebody.grow([("\r\nX-Forwarded-For: 192.0.2.1,".to_owned(), None)].into(), 2);
         chains.take(&somebody, false);
         let fail = |chains: &mut Chains| drop(chains.failed.insert(Family::V4, "broken".to_owned()));
-        for (searches, retry, tried) in
-            [(&somebody, false, false), (&somebody, true, true), (&Searches::new(), false, true)]
-        {
+        let mut others = Searches::new();
+        others.grow([("\r\nX-Forwarded-For: 192.0.2.2,".to_owned(), None)].into(), 2);
+        for (searches, retry, tried) in [
+            (&somebody, false, false),
+            (&others, false, false),
+            (&others, true, true),
+            (&Searches::new(), false, true),
+            (&Searches::new(), false, false),
+        ] {
             fail(&mut chains);
             chains.take(searches, retry);
             assert_eq!(chains.failed.is_empty(), tried, "{searches:?} {retry}");

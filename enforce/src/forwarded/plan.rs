@@ -221,6 +221,15 @@ pub(crate) fn plan_removal(view: &View) -> Vec<String> {
     lines
 }
 
+/// What [`plan_removal`] removes, for people.
+pub(crate) fn describe_removal(view: &View) -> Vec<String> {
+    let jumps = plan_unjumps(view, |_| false);
+    let chain_of = |jump: String| jump.split(' ').nth(1).unwrap_or_default().to_owned();
+    let jumps = jumps.map(|jump| format!("the jump from {}", chain_of(jump)));
+    let chains = ours(view).into_iter().map(|(chain, rules)| format!("chain {chain} with {} rules", rules.len()));
+    jumps.chain(chains).collect()
+}
+
 fn plan_unjumps(view: &View, keep: impl Fn(&str) -> bool) -> impl Iterator<Item = String> {
     let filter = view.tables.get(&Table::Filter).into_iter().flatten();
     let foreign = filter.filter(move |(chain, _)| !chain.starts_with(FORWARDED_CHAIN) && !keep(chain));

@@ -56,6 +56,14 @@ impl Channel {
         }
     }
 
+    /// Reads what a message needs.
+    fn make_ready(&mut self) -> Result<(), String> {
+        match self {
+            Self::Telegram(telegram) => telegram.make_ready(),
+            Self::Webhook(webhook) => webhook.make_ready(),
+        }
+    }
+
     fn destination(&self) -> String {
         match self {
             Self::Telegram(telegram) => telegram.destination(),
@@ -99,6 +107,8 @@ pub(crate) struct Notifier {
     has_begun: bool,
     destination: String,
     advice: Option<String>,
+    /// What no message could be sent for.
+    unready: Option<String>,
     /// What is wrong with the message in front, and whether it may pass.
     trouble: Option<(String, bool)>,
     /// What became of the last message that was refused, until one is delivered.
@@ -141,6 +151,7 @@ impl Notifier {
             is_announced: false,
             has_begun: false,
             advice: None,
+            unready: None,
             trouble: None,
             refusal: None,
             kept_problem,
@@ -164,6 +175,10 @@ impl Notifier {
         let shutdown = self.shutdown.clone();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.make_ready();
+        if let Some(why) = &self.unready {
+            tracing::error!(notifier = self.name, reason = why, "No message can be delivered");
+        }
         loop {
             let (is_held, timeout) = (self.is_held(), self.timeout());
             tokio::select! {
@@ -314,7 +329,17 @@ impl Notifier {
         self.trouble = Some((why, may_pass));
     }
 
+    /// Before there is anything to tell, as a mistake is better found now; also where another host tells, or nobody.
+    fn make_ready(&mut self) {
+        let Some(channel) = &mut self.channel else { return };
+        self.unready = channel.make_ready().err();
+        self.destination = channel.destination();
+    }
+
     async fn handle_tick(&mut self) {
+        if self.unready.is_some() {
+            self.make_ready();
+        }
         self.keep().await;
         self.tell().await;
         self.report();
@@ -425,7 +450,9 @@ impl Notifier {
     fn problems(&self) -> Vec<Problem> {
         let duty = self.duty.as_ref().and_then(Duty::problem);
         let mut problems: Vec<Problem> = duty.into_iter().chain(self.feed.problem()).collect();
-        if let Some((why, may_pass)) = &self.trouble
+        if let Some(why) = &self.unready {
+            problems.push(Problem::degraded(format!("messages are not delivered: {why}")));
+        } else if let Some((why, may_pass)) = &self.trouble
             && (!may_pass || self.queue.failures() >= FAILURES_SILENT)
         {
             problems.push(Problem::degraded(format!("messages are not delivered: {why}")));

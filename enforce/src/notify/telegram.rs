@@ -123,14 +123,10 @@ impl Telegram {
         }
     }
 
-    fn make_ready(&mut self) -> Result<(), String> {
+    /// Reads what a message needs, unless that was done.
+    pub(crate) fn make_ready(&mut self) -> Result<(), String> {
         if self.token.is_none() {
-            let token = self.config.token.load()?;
-            let is_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '_');
-            if !token.expose().chars().all(is_token) || token.expose().is_empty() {
-                return Err("the bot token is not one that @BotFather gives".to_owned());
-            }
-            self.token = Some(token);
+            self.token = Some(self.config.load_token().map_err(|error| error.to_string())?);
         }
         if self.http.is_none() {
             self.http = Some(http::client(&self.config.api_url, TIMEOUT)?);
@@ -203,10 +199,11 @@ impl Telegram {
             401 | 404 => {
                 // The file may hold another by the next time.
                 self.token = None;
-                Outcome::Broken(format!("Telegram does not accept the bot token ({} {words})", reply.error_code))
+                let answer = spoken(reply.error_code, words);
+                Outcome::Broken(format!("Telegram does not accept the bot token ({answer})"))
             }
-            403 => Outcome::Broken(format!("the bot may not write to {} ({words})", self.destination())),
-            code => Outcome::Failed(format!("Telegram answers {code} {words}")),
+            403 => Outcome::Broken(format!("the bot may not write to {} ({})", self.destination(), spoken(403, words))),
+            code => Outcome::Failed(format!("Telegram answers {}", spoken(code, words))),
         }
     }
 
@@ -236,5 +233,20 @@ impl Telegram {
             Ok(chat) => self.judge(&chat),
             Err(outcome) => outcome,
         }
+    }
+}
+
+/// A code, and what was said with it, if anything was.
+fn spoken(code: u16, words: &str) -> String {
+    format!("{code} {words}").trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_without_words_is_its_code_alone() {
+        assert_eq!((spoken(500, "").as_str(), spoken(400, "Bad Request").as_str()), ("500", "400 Bad Request"));
     }
 }

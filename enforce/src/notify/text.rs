@@ -24,7 +24,7 @@ pub(crate) const HTML: [(&str, &str); 7] = [
          Host: {host}\nPaths: {paths}\nSeen by: {nodes}\n<a href=\"{look_up}\">Who is that?</a>",
     ),
     ("started", "<b>Portcullis started</b> on {node} (version {version})"),
-    ("stopped", "<b>Portcullis stopped</b> on {node}; bans stay in force"),
+    ("stopped", "<b>Portcullis stopped</b> on {node}; that lifts no ban"),
     ("unbanned", "<b>Unbanned</b> <code>{target}</code> (rule {rule})\n{reason}"),
 ];
 

@@ -9,7 +9,7 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{StatusCode, Url};
 use ring::hmac;
 
-use crate::config::WebhookConfig;
+use crate::config::{SecretError, WebhookConfig};
 use crate::notify::http;
 use crate::notify::message::Message;
 use crate::notify::queue::Outcome;
@@ -17,7 +17,7 @@ use crate::notify::text::{cut_html, defaults, html, plain};
 
 /// The header of the signature: `t=SECONDS,v1=HEX`, of which HEX is the HMAC-SHA256 of `SECONDS.BODY`.
 pub(crate) const SIGNATURE: &str = "x-portcullis-signature";
-/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 of a message, title included.
+/// Longest `{text}`, in UTF-16 units: Discord takes 2,000 as content, and Slack 3,000 in a block.
 const TEXT_UNITS_MAX: usize = 1800;
 /// Wait where the server asks for one and does not say how long.
 const WAIT_UNNAMED: Duration = Duration::from_secs(30);
@@ -46,8 +46,7 @@ impl Webhook {
 
     /// Where messages go, for people: without what may be secret.
     pub(crate) fn destination(&self) -> String {
-        let read = || self.config.url.load().and_then(|text| parse_url(text.expose()));
-        let url = self.ready.as_ref().map_or_else(read, |ready| Ok(ready.url.clone()));
+        let url = self.ready.as_ref().map_or_else(|| self.config.load_url(), |ready| Ok(ready.url.clone()));
         url.map_or_else(|_| "no address yet".to_owned(), |url| http::shown(&url))
     }
 
@@ -62,10 +61,10 @@ impl Webhook {
 
     /// Sends one message.
     pub(crate) async fn send(&mut self, message: &Message) -> Outcome {
-        let ready = match self.ready.take().map_or_else(|| self.make_ready(), Ok) {
-            Ok(ready) => self.ready.insert(ready),
-            Err(why) => return Outcome::Broken(why),
-        };
+        if let Err(why) = self.make_ready() {
+            return Outcome::Broken(why);
+        }
+        let Some(ready) = &self.ready else { return Outcome::Failed(String::new()) };
         let (url, mut headers) = (ready.url.clone(), ready.headers.clone());
         let (secret, client) = (ready.secret.clone(), ready.http.clone());
         let body = self.render(message);
@@ -80,20 +79,25 @@ impl Webhook {
         }
     }
 
-    fn make_ready(&self) -> Result<Ready, String> {
+    /// Reads what a message needs, unless that was done.
+    pub(crate) fn make_ready(&mut self) -> Result<(), String> {
+        if self.ready.is_none() {
+            self.ready = Some(self.read()?);
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<Ready, String> {
         let config = &self.config;
-        let text = config.url.load()?;
-        let url = parse_url(text.expose())?;
+        let told = |error: SecretError| error.to_string();
+        let url = config.load_url().map_err(told)?;
         let mut headers = config.headers.clone();
         let content_type = HeaderValue::from_str(&config.content_type).map_err(|error| error.to_string())?;
         headers.insert(CONTENT_TYPE, content_type);
-        if let Some(token) = &config.token {
-            let bearer = format!("Bearer {}", token.load()?.expose());
-            let mut value = HeaderValue::from_str(&bearer).map_err(|_| "the token is not plain text".to_owned())?;
-            value.set_sensitive(true);
-            headers.insert(AUTHORIZATION, value);
+        if let Some(bearer) = config.load_bearer().map_err(told)? {
+            headers.insert(AUTHORIZATION, bearer);
         }
-        let secret = config.secret.as_ref().map(|secret| secret.load()).transpose()?;
+        let secret = config.load_secret().map_err(told)?;
         let http = http::client(&url, config.timeout)?;
         Ok(Ready { url, headers, secret, http })
     }

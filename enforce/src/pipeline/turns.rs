@@ -16,9 +16,51 @@ const PLAIN_RESYNCS: u32 = 30;
 /// Resyncs after which it is looked for, and told, that a former back end still bans.
 const FORMER_RESYNCS: u32 = 4;
 
+/// Looks at sets that do not become empty in a pause, before the firewall is let go all the same.
+const UNLIFTED_LOOKS_MAX: u32 = 3;
+
+/// How far our rules are gone in a pause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lifted {
+    /// Nothing is known of it yet, or a change of ours may still come into effect.
+    No,
+    /// What can be removed is.
+    Partly,
+    /// They are gone.
+    Wholly,
+}
+
+impl Lifted {
+    fn after(outcome: &RulesOutcome) -> Self {
+        match outcome.lifts {
+            true if outcome.failed == 0 => Self::Wholly,
+            true if !outcome.unfinished => Self::Partly,
+            _ => Self::No,
+        }
+    }
+}
+
+/// What a host's firewall does after we stopped, for people.
+fn describe_rest(backend: BackendKind, method: Option<Method>, is_paused: bool) -> &'static str {
+    match (backend, method) {
+        (BackendKind::None, _) => "no bans, as no firewall is configured",
+        _ if is_paused => "bans stay lifted, as they are paused",
+        (_, Some(_)) => "bans stay in force, each until its end",
+        (_, None) => "no bans but those of before, as no back end worked",
+    }
+}
+
 impl Enforcer {
     fn is_paused(&self) -> bool {
         self.besides.gate.paused.is_some()
+    }
+
+    /// What the firewall does without us, for people.
+    pub(super) fn without_us(&self) -> &'static str {
+        if self.inputs.dry_run {
+            return "as it was, as a dry run changes nothing";
+        }
+        describe_rest(self.config.firewall.backend, self.reconciler.method(), self.reconciler.paused().is_some())
     }
 
     /// Follows the file that pauses this host.
@@ -28,7 +70,12 @@ impl Enforcer {
             let paused = gate.paused.clone();
             tracing::warn!(paused = paused.as_deref().unwrap_or("no more"), "This host's own pause changed");
             self.besides.host_pause.send_replace(paused.clone());
-            self.rules_lifted = false;
+            self.begin_lifting();
+            // To try a back end is to change the firewall, and what any of them holds is lifted without it.
+            match self.is_paused() {
+                true => self.search.end(),
+                false => self.begin_search(),
+            }
             self.reconciler.handle_host_pause(paused).await;
             self.begin_rules();
             // Where there are no rules to lift first, nothing else would begin it soon.
@@ -43,17 +90,40 @@ impl Enforcer {
         }
     }
 
-    /// Lets go of the firewall, where nothing of ours is left that could ban, and nothing is under way. Ask once the sets
-    /// are empty.
+    /// Nothing is known yet of what can be lifted.
+    fn begin_lifting(&mut self) {
+        self.lifted = Lifted::No;
+        self.unlifted_looks = 0;
+        self.former.was_tried = false;
+    }
+
+    /// Lets go of the firewall, where nothing is under way and all that can be lifted is: what is left then is not made
+    /// good here, and who tears down may do better.
     pub(super) fn stand_off(&mut self) {
-        let idle = self.rules_job.is_none() && self.former.job.is_none();
-        if idle && self.is_without_rules() && self.is_without_former() {
-            self.besides.gate.stand_off();
+        let idle = self.rules_job.is_none() && self.former.job.is_none() && self.search.job.is_none();
+        let no_sets = self.reconciler.method().is_none();
+        let is_empty = no_sets || self.reconciler.is_lifted();
+        let sets_tried = is_empty || self.reconciler.is_failing() || self.unlifted_looks >= UNLIFTED_LOOKS_MAX;
+        let rules_tried = self.is_without_rules() || self.lifted == Lifted::Partly;
+        let former_tried = self.is_without_former() || self.former.was_tried;
+        if idle && sets_tried && rules_tried && former_tried {
+            let is_partial = !(is_empty && self.is_without_rules() && self.is_without_former());
+            self.besides.gate.stand_off(is_partial);
+            self.reconciler.stand_off(true);
+        }
+    }
+
+    /// Tries again to lift what could not be, while nobody else is at work.
+    pub(super) fn take_back(&mut self) {
+        if self.is_paused() && self.besides.gate.take_back() {
+            self.reconciler.stand_off(false);
+            self.begin_lifting();
         }
     }
 
     fn is_without_rules(&self) -> bool {
-        self.rules_lifted || self.inputs.dry_run || (self.rules.is_none() && self.rules_job.is_none())
+        let none = self.rules.is_none() && self.rules_job.is_none();
+        self.lifted == Lifted::Wholly || self.inputs.dry_run || none
     }
 
     fn is_without_former(&self) -> bool {
@@ -66,7 +136,7 @@ impl Enforcer {
         if let Some(rules) = self.reconciler.take_rules() {
             self.rules = Some(rules);
             self.rules_families.clear();
-            self.rules_lifted = false;
+            self.lifted = Lifted::No;
             self.outcome = RulesOutcome::default();
             self.dropped_before = self.dropped_now();
             self.dropped = (0, 0);
@@ -82,7 +152,10 @@ impl Enforcer {
 
     /// A back end that nothing can be done with for so long is given up, where another may be chosen; and so is the last
     /// resort.
-    pub(super) async fn replace_broken(&mut self) {
+    pub(super) fn replace_broken(&mut self) {
+        if self.is_paused() {
+            return;
+        }
         let families = self.rules_families.len();
         let rules_broken = self.outcome.failed >= families.max(1);
         let is_broken = self.reconciler.method().is_some() && (rules_broken || self.reconciler.is_failing());
@@ -91,20 +164,13 @@ impl Enforcer {
         let may = self.config.firewall.backend == BackendKind::Auto && !self.inputs.dry_run;
         if self.broken >= BROKEN_MAX && idle && may {
             self.broken = 0;
-            self.choose_anew(None).await;
+            self.begin_search_anew(None);
         }
         let is_plain = self.reconciler.method() == Some(Method::Plain) && !self.is_paused() && !self.inputs.dry_run;
         self.plain_for = if is_plain { self.plain_for + 1 } else { 0 };
         if self.plain_for >= PLAIN_RESYNCS && idle {
             self.plain_for = 0;
-            self.choose_anew(Some(Method::Plain)).await;
-        }
-    }
-
-    async fn choose_anew(&mut self, but: Option<Method>) {
-        if self.reconciler.reopen(but).await {
-            self.take_new_rules();
-            self.begin_observation(true);
+            self.begin_search_anew(Some(Method::Plain));
         }
     }
 
@@ -130,7 +196,7 @@ impl Enforcer {
         let is_due = match self.config.firewall.backend {
             BackendKind::None => self.former.was_used(),
             // Sets go after the rules that look them up.
-            _ if self.is_paused() => self.is_without_rules(),
+            _ if self.is_paused() => self.is_without_rules() || self.lifted == Lifted::Partly,
             _ => {
                 let placed = self.outcome.failed == 0 && !self.outcome.places.is_empty();
                 placed && self.rules.is_some() && self.reconciler.is_settled()
@@ -182,7 +248,7 @@ impl Enforcer {
         metrics.dropped_bytes.inc_by(outcome.dropped.1.saturating_sub(self.dropped.1));
         self.dropped = (self.dropped.0.max(outcome.dropped.0), self.dropped.1.max(outcome.dropped.1));
         self.rules_repairs += outcome.repairs;
-        self.rules_lifted = outcome.lifts && outcome.failed == 0;
+        self.lifted = Lifted::after(&outcome);
         let lifts = outcome.lifts;
         self.outcome = outcome;
         self.begin_clearing();
@@ -192,5 +258,33 @@ impl Enforcer {
         }
         self.report();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bans_are_said_to_stay_in_force_only_where_there_are_some() {
+        let rest = |method, is_paused| describe_rest(BackendKind::Auto, method, is_paused);
+        assert!(rest(Some(Method::Ipset), false).starts_with("bans stay in force"));
+        for other in [
+            rest(Some(Method::Ipset), true),
+            rest(None, false),
+            describe_rest(BackendKind::None, None, false),
+            describe_rest(BackendKind::None, None, true),
+        ] {
+            assert!(!other.contains("in force"), "{other}");
+        }
+    }
+
+    #[test]
+    fn rules_that_cannot_be_removed_may_stay_in_a_pause_but_not_a_change_that_may_yet_come() {
+        let outcome = |lifts, failed, unfinished| RulesOutcome { lifts, failed, unfinished, ..RulesOutcome::default() };
+        assert_eq!(Lifted::after(&outcome(true, 0, false)), Lifted::Wholly);
+        assert_eq!(Lifted::after(&outcome(true, 1, false)), Lifted::Partly);
+        assert_eq!(Lifted::after(&outcome(true, 1, true)), Lifted::No);
+        assert_eq!(Lifted::after(&outcome(false, 0, false)), Lifted::No);
     }
 }

@@ -405,6 +405,31 @@ pub fn plan_removal(
     steps
 }
 
+/// Rules of others that lead to our chain under a condition of their own, as iptables shows them. It cannot be removed while
+/// they stand.
+pub fn foreign_jumps(view: &View, table: Table) -> Vec<String> {
+    let leads_to_ours = |rule: &&String| {
+        let mut words = rule.split(' ').skip_while(|word| !matches!(*word, "-j" | "-g"));
+        words.next().is_some() && words.next() == Some(CHAIN) && !is_jump(rule)
+    };
+    let chains = view.tables.get(&table).into_iter().flatten();
+    chains
+        .flat_map(|(chain, rules)| rules.iter().filter(leads_to_ours).map(move |rule| format!("-A {chain} {rule}")))
+        .collect()
+}
+
+/// What a step of [`plan_removal`] removes from `view`, for people.
+pub fn describe_removal(step: &RuleStep, view: &View) -> String {
+    let (table, chain) = match step {
+        RuleStep::Unjump(place) => return format!("the jump from {place}"),
+        RuleStep::RemoveChain(table) => (*table, CHAIN),
+        RuleStep::RemoveProbe(table) => (*table, PROBE),
+        other => return other.to_string(),
+    };
+    let chain = ChainRef::new(table, chain);
+    format!("chain {chain} with {} rules", view.rules(&chain).map_or(0, Vec::len))
+}
+
 fn plan_chain(table: Table, wanted: &[String], view: &View, steps: &mut Vec<RuleStep>) {
     let there = view.rules(&ChainRef::new(table, CHAIN));
     if there.is_none() {

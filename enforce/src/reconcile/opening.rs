@@ -3,43 +3,48 @@
 use proto::report::Problem;
 
 use crate::backend::Rules;
-use crate::choose::{self, Chosen, Method, Trial};
+use crate::choose::{Chosen, Method};
 use crate::config::BackendKind;
 use crate::plan::{self, Kernel, Step};
 use crate::reconcile::Reconciler;
 
 impl Reconciler {
-    /// Finds the back end, if there was none before.
-    pub(crate) async fn open(&mut self) {
-        if self.sets.is_some() || self.config.backend == BackendKind::None {
-            return;
-        }
-        let trial = if self.dry_run { Trial::DryRun } else { Trial::Patient };
-        match choose::choose(&self.config, trial, &self.clock).await {
-            Ok(chosen) => self.take_choice(chosen).await,
-            Err(text) => {
-                let problem = Problem::degraded(text);
-                if self.unavailable.as_ref() != Some(&problem) {
-                    tracing::error!(reason = problem.text, "No firewall back end");
-                }
-                self.unavailable = Some(problem);
-            }
-        }
+    /// Whether a back end is to be found, as there is none.
+    pub(crate) fn lacks_back_end(&self) -> bool {
+        self.sets.is_none() && self.config.backend != BackendKind::None
     }
 
-    /// Chooses anew, because what was chosen does not work any more, or something else than `but` may work by now.
-    /// Returns whether a choice was taken.
-    pub(crate) async fn reopen(&mut self, but: Option<Method>) -> bool {
-        let chosen = choose::choose(&self.config, Trial::Strict, &self.clock).await;
-        let Some(chosen) = chosen.ok().filter(|chosen| Some(chosen.method) != but) else { return false };
-        tracing::warn!(former = self.backend_name(), "Firewall back end is chosen anew");
-        self.kernel = Kernel::default();
-        self.refused.clear();
-        self.generation += 1;
-        self.doubtful = true;
-        self.failure = None;
+    /// No back end works, or none is known to.
+    pub(crate) fn handle_no_choice(&mut self, text: String) {
+        let problem = Problem::degraded(text);
+        if self.unavailable.as_ref() != Some(&problem) {
+            tracing::error!(reason = problem.text, "No firewall back end");
+        }
+        self.unavailable = Some(problem);
+    }
+
+    /// Takes a back end, instead of the former, if there was one.
+    pub(crate) async fn handle_choice(&mut self, chosen: Chosen) {
+        if self.sets.is_some() {
+            tracing::warn!(former = self.backend_name(), "Firewall back end is chosen anew");
+            self.kernel = Kernel::default();
+            self.refused.clear();
+            self.generation += 1;
+            self.doubtful = true;
+            self.failure = None;
+        }
         self.take_choice(chosen).await;
-        true
+    }
+
+    /// Takes over what the kernel holds and puts the desired set in force.
+    pub(crate) async fn take_over(&mut self) {
+        if let Some(observation) = self.observe_members() {
+            let observed = observation.run(self.clock.clone()).await;
+            self.handle_observed(observed).await;
+        }
+        if self.dry_run {
+            self.apply_plan().await;
+        }
     }
 
     async fn take_choice(&mut self, chosen: Chosen) {

@@ -1,16 +1,21 @@
 //! The choice between back ends, plain rules, and what a former back end leaves.
 
 use std::env;
+use std::fs::File;
+use std::path::Path;
 
-use super::{Host, Part, Scenario, hide, nftables, until};
+use super::{Host, Part, Scenario, hide, nftables, until, until_at_last};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 6] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 9] = [
     ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
     ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
     ("a_back_end_that_breaks_for_good_is_replaced", replaces_broken),
     ("a_pause_from_the_start_lifts_what_stands_in_any_form", lifts_at_start),
     ("a_former_back_end_that_has_to_stay_is_told_and_goes_as_soon_as_it_can", tells_of_former),
     ("a_lock_that_is_held_does_not_change_the_back_end", waits_for_lock),
+    ("a_lock_that_is_held_for_ever_does", does_without_lock),
+    ("an_ipset_that_hangs_holds_up_nothing_and_nftables_takes_over", does_without_hanging_ipset),
+    ("bans_and_pauses_do_not_wait_for_a_search_for_something_better", searches_aside),
 ];
 
 fn enforcer(host: &Host, shell: &str, keys: &str) -> Part {
@@ -129,7 +134,7 @@ fn lifts_at_start(host: &Host) {
         std::fs::write(&paused, "").unwrap();
         let part = enforcer(host, after.0, after.1);
         until("the pause is known", || part.report()["paused"].is_string());
-        until("the firewall is let go", || std::fs::File::open(&lock).unwrap().try_lock().is_ok());
+        until("the firewall is let go", || File::open(&lock).unwrap().try_lock().is_ok());
         assert!(bad.through("new 8080"), "{before:?} still bans under {after:?}");
         std::fs::remove_file(&paused).unwrap();
         until("the client is cut off again", || !bad.through("new 8080"));
@@ -154,18 +159,68 @@ fn tells_of_former(host: &Host) {
     assert!(part.report()["problems"].to_string().contains("ipv6: none of the configured chains exists"));
 }
 
-fn waits_for_lock(host: &Host) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("lock");
-    let lock = std::fs::File::create(&path).unwrap();
+/// An enforcer on a host whose only iptables knows a lock, which is held.
+fn locked_out(host: &Host, dir: &Path) -> (Part, File) {
+    let path = dir.join("lock");
+    let lock = File::create(&path).unwrap();
     lock.lock().unwrap();
-    // The host's only iptables knows a lock.
     let shell =
         format!("export XTABLES_LOCKFILE={}; {}", path.display(), hide("$(readlink -f $(command -v iptables-nft))"));
     let part = enforcer(host, &shell, "{}");
     until("that it waits is said", || {
         part.report()["problems"].to_string().contains("cannot tell yet whether iptables with ipset")
     });
+    (part, lock)
+}
+
+fn waits_for_lock(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let (part, lock) = locked_out(host, dir.path());
     drop(lock);
     until("it is taken once it can be tried", || detail(&part).contains("iptables with ipset, the first choice"));
+}
+
+fn does_without_lock(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let (part, _lock) = locked_out(host, dir.path());
+    until_at_last("nftables took over", || nftables::holds(host, "10.77.0.2"));
+    let why = detail(&part);
+    assert!(why.contains("nftables, because iptables with ipset") && why.contains("the lock of iptables"), "{why}");
+}
+
+fn does_without_hanging_ipset(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let shell = host.program(dir.path(), "ipset", "exec sleep 600");
+    let part = enforcer(host, &shell, "{}");
+    until("bans are followed meanwhile", || part.report()["backends"][0]["desired"] == 2);
+    let problems = part.report()["problems"].to_string();
+    assert!(problems.contains("not known yet") || problems.contains("cannot tell yet"), "{problems}");
+    until_at_last("nftables took over", || nftables::holds(host, "10.77.0.2"));
+    assert!(detail(&part).contains("no answer within 10s"), "{}", detail(&part));
+    until("it is used", || !host.client("10.77.0.2").through("new 8080"));
+}
+
+fn searches_aside(host: &Host) {
+    let _server = host.server();
+    let bad = host.client("10.77.0.2");
+    let dir = tempfile::tempdir().unwrap();
+    let shell = format!("{}; export PATH={}:$PATH", hide("$(command -v ipset)"), dir.path().display());
+    let part = enforcer(host, &shell, r#"{"backend":"iptables"}"#);
+    until("bans are rules", || !bad.through("new 8080"));
+    host.program(dir.path(), "ipset", "echo $$ > hangs; exec sleep 600");
+    let pid = || std::fs::read_to_string(dir.path().join("hangs")).ok().filter(|pid| pid.ends_with('\n'));
+    until_at_last("something better is looked for", || pid().is_some());
+    let hangs = || Path::new("/proc").join(pid().unwrap().trim()).exists();
+
+    part.ask("unban 10.77.0.2");
+    until("the client is freed", || bad.through("new 8080"));
+    part.ask("ban 10.77.0.2 600");
+    until("the client is banned", || !bad.through("new 8080"));
+    assert!(hangs(), "it was waited for");
+    std::fs::write(host.state.path().join("paused"), "").unwrap();
+    until("the pause frees", || bad.through("new 8080"));
+    until("the firewall is let go", || File::open(host.state.path().join("enforce.lock")).unwrap().try_lock().is_ok());
+    until("what would try the firewall is ended", || !hangs());
+    std::fs::remove_file(host.state.path().join("paused")).unwrap();
+    until("the client is banned again", || !bad.through("new 8080"));
 }

@@ -8,8 +8,11 @@ use super::{Host, Part, Scenario, hide, until};
 
 pub(super) const OF_EVERY_BACK_END: [(&str, Scenario); 1] =
     [("a_kill_at_any_moment_is_made_good_by_the_next_start", survives_kills)];
-pub(super) const OF_IPTABLES: [(&str, Scenario); 1] =
-    [("programs_that_are_taken_away_are_missed_and_bans_stay", goes_on_robbed)];
+pub(super) const OF_IPTABLES: [(&str, Scenario); 3] = [
+    ("programs_that_are_taken_away_are_missed_and_bans_stay", goes_on_robbed),
+    ("a_teardown_beside_a_running_enforce_goes_on_where_a_chain_has_to_stay", tears_down_around_others),
+    ("a_teardown_beside_a_running_enforce_goes_on_where_that_one_cannot_read_the_rules", tears_down_for_the_blind),
+];
 
 /// Kills, each a little later after the bans are known.
 const KILLS: u32 = 10;
@@ -83,4 +86,61 @@ fn goes_on_robbed(host: &Host) {
     assert!(!bad.through("new 8080"));
     until("nothing is wrong any more", || part.report()["problems"].as_array().is_some_and(Vec::is_empty));
     part.stop();
+}
+
+fn tears_down_around_others(host: &Host) {
+    let (_server, enforcer) = (host.server(), host.enforcer(&host.quick()));
+    let bad = host.client("10.77.0.2");
+    enforcer.ask("ban 10.77.0.2 600");
+    until("the client is cut off", || !bad.through("new 8080"));
+    host.iptables("4", "-t raw -A PREROUTING -s 198.18.0.9 -j PORTCULLIS");
+    let told = host.teardown_beside(&host.quick());
+    assert!(told.starts_with("1 paused") && told.contains("portcullis-v4"), "{told}");
+    let (_, left) = told.split_once(", left ").unwrap();
+    assert_eq!(left.matches("cannot remove ").count(), 1, "{left}");
+    assert!(left.contains("chain raw/PORTCULLIS") && left.contains("-A PREROUTING -s 198.18.0.9/32 -j PORTCULLIS"));
+    assert!(bad.through("new 8080"), "it still bans");
+    assert!(host.run("ipset list -n").trim().is_empty());
+    let ours = || host.rules().into_iter().filter(|rule| rule.contains("PORTCULLIS")).collect::<Vec<_>>();
+    assert_eq!(ours(), ["-A PREROUTING -s 198.18.0.9/32 -j PORTCULLIS"]);
+    let has_chain = || host.try_run(&format!("iptables-{} -w 5 -t raw -S PORTCULLIS", host.variant)).is_some();
+    until("that something is left is said", || {
+        enforcer.report()["problems"].to_string().contains("not all of ours could be lifted")
+    });
+    assert!(has_chain() && ours().len() == 1, "something came back");
+
+    host.iptables("4", "-t raw -D PREROUTING -s 198.18.0.9 -j PORTCULLIS");
+    until("the chain goes once it can", || !has_chain());
+    until("nothing is said to be left", || enforcer.report()["problems"].to_string().contains("all bans are lifted"));
+    assert!(bad.through("new 8080") && ours().is_empty());
+    fs::remove_file(host.state.path().join("paused")).unwrap();
+    until("the client is cut off again", || !bad.through("new 8080"));
+    enforcer.stop();
+}
+
+fn tears_down_for_the_blind(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let fail = "case $0 in *ip6tables*) if [ -e broken ]; then echo no answer >&2; exit 1; fi;; esac";
+    let shell = host.stand_in(dir.path(), "save", fail);
+    let before = host.rules();
+    let enforcer = host.enforcer_after(&shell, &host.quick());
+    enforcer.ask("ban 10.77.0.2,fd77::2 600");
+    until("both families have their rules", || {
+        host.rules().iter().filter(|rule| rule.ends_with("-j DROP") && rule.contains("PORTCULLIS")).count() == 2
+    });
+    fs::write(dir.path().join("broken"), "").unwrap();
+    let told = host.teardown_beside(&host.quick());
+    assert!(told.starts_with("1 paused") && told.ends_with("left []"), "{told}");
+    assert_eq!(host.rules(), before);
+    until("what could not be done is said", || {
+        let problems = enforcer.report()["problems"].to_string();
+        problems.contains("not all of ours could be lifted") && problems.contains("no answer")
+    });
+    assert_eq!(host.rules(), before, "something came back");
+    fs::remove_file(dir.path().join("broken")).unwrap();
+    until("it finds nothing left to lift", || {
+        enforcer.report()["problems"].to_string().contains("all bans are lifted")
+    });
+    assert_eq!(host.rules(), before);
+    enforcer.stop();
 }

@@ -121,6 +121,23 @@ impl Host {
         format!("export PATH={}:$PATH", dir.display())
     }
 
+    /// A program in `dir`, which comes before all others after the shell that is returned.
+    pub(crate) fn program(&self, dir: &Path, name: &str, shell: &str) -> String {
+        let made = dir.join(format!("{name}.new"));
+        fs::write(&made, format!("#!/bin/sh\ncd {}\n{shell}\n", dir.display())).unwrap();
+        fs::set_permissions(&made, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(made, dir.join(name)).unwrap();
+        format!("export PATH={}:$PATH", dir.display())
+    }
+
+    /// Runs a teardown beside the enforcer of this host; what it removed and what is left.
+    pub(crate) fn teardown_beside(&self, config: &str) -> String {
+        let own = env::current_exe().unwrap();
+        let told =
+            self.run(&format!("{} --inside teardown-beside {config} {}", own.display(), self.state.path().display()));
+        told.trim_end().to_owned()
+    }
+
     pub(crate) fn enforcer_after(&self, shell: &str, config: &str) -> Part {
         let args = ["enforcer", config, self.state.path().to_str().unwrap(), "for-real"];
         let part = Part::after(shell, &self.name, &args);
@@ -258,8 +275,17 @@ impl Drop for Part {
     }
 }
 
-pub(crate) fn until(what: &str, mut state: impl FnMut() -> bool) {
-    for _ in 0..POLLS_MAX {
+pub(crate) fn until(what: &str, state: impl FnMut() -> bool) {
+    until_in(POLLS_MAX, what, state);
+}
+
+/// The like of what takes its time by design.
+pub(crate) fn until_at_last(what: &str, state: impl FnMut() -> bool) {
+    until_in(9 * POLLS_MAX, what, state);
+}
+
+fn until_in(polls: usize, what: &str, mut state: impl FnMut() -> bool) {
+    for _ in 0..polls {
         if state() {
             return;
         }

@@ -3,7 +3,7 @@
 
 use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ pub(crate) fn main(args: &[String]) {
     match args[0].as_str() {
         "enforcer" => enforcer(&args[1..]),
         "teardown" => teardown(&args[1]),
+        "teardown-beside" => teardown_beside(&args[1], &args[2]),
         "server" => server(),
         "service" => service(),
         "sender" => sender(),
@@ -53,9 +54,18 @@ fn config(text: &str) -> enforce::EnforceConfig {
 }
 
 fn teardown(text: &str) {
-    let (report, done) = runtime().block_on(enforce::teardown(&config(text), None, false));
-    done.unwrap();
+    let (report, left) = runtime().block_on(enforce::teardown(&config(text), None, false));
+    assert!(left.is_empty(), "{left:?}");
     answer(format!("{report:?}"));
+}
+
+fn teardown_beside(text: &str, state_dir: &str) {
+    runtime().block_on(async {
+        let held = enforce::StandOff::begin(Path::new(state_dir)).await.unwrap();
+        let (report, left) = enforce::teardown(&config(text), Some(Path::new(state_dir)), false).await;
+        let left: Vec<String> = left.iter().map(ToString::to_string).collect();
+        answer(format!("{} paused, removed {report:?}, left {left:?}", held.files.len()));
+    });
 }
 
 fn enforcer(args: &[String]) {
@@ -75,6 +85,7 @@ fn enforcer(args: &[String]) {
         trusted_proxies: NetSet::default(),
         kept: tokio::sync::watch::Sender::new(0),
         bus_servers: tokio::sync::watch::channel(Vec::new()).1,
+        service_dir: state_dir.clone(),
         state_dir: Some(state_dir),
         dry_run,
         clock: clock.clone(),

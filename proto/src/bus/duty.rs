@@ -4,7 +4,7 @@
 //! way then may still end.
 
 use crate::bus::nats::Connection;
-use crate::bus::nats::lease::{Holder, Keeper, Lease};
+use crate::bus::nats::lease::{Holder, Keeper, Lease, Tenure};
 use crate::report::Problem;
 
 /// Key of an action's lease, before its name.
@@ -49,7 +49,12 @@ pub struct Duty(Option<Keeper>);
 impl Duty {
     /// Whether it is ours now.
     pub fn is_held(&self) -> bool {
-        self.0.as_ref().is_none_or(|keeper| keeper.state().held)
+        self.claim().is_held()
+    }
+
+    /// Tells whether it is ours, at any later moment too.
+    pub fn claim(&self) -> Claim {
+        Claim(self.0.as_ref().map(Keeper::tenure))
     }
 
     /// Node whose duty it is, as far as known; `None` also without a cluster.
@@ -75,5 +80,16 @@ impl Duty {
         if let Some(keeper) = self.0 {
             keeper.give_back().await;
         }
+    }
+}
+
+/// Whether a duty is ours, for what is about to be done for it. Without a cluster it always is.
+#[derive(Clone, Debug, Default)]
+pub struct Claim(Option<Tenure>);
+
+impl Claim {
+    /// Whether it is ours now: asked again after every wait, as this process may have stood still meanwhile.
+    pub fn is_held(&self) -> bool {
+        self.0.as_ref().is_none_or(Tenure::is_held)
     }
 }

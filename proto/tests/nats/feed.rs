@@ -290,6 +290,46 @@ async fn a_host_that_no_server_answers_leaves_its_duty_and_takes_it_again() {
     wait_for(&mut duty, true).await;
 }
 
+/// On one thread nothing else runs before this test waits again: as in a process that was stopped and goes on.
+#[tokio::test]
+async fn a_host_that_stood_still_has_left_its_duty_before_anything_of_it_goes_on() {
+    let server = Server::start();
+    let clock = Clock::manual(Clock::system().now());
+    // Which makes the buckets.
+    server.bus().await;
+    let connection = Connection::open(&server.config(), "test", "edge-1", clock.clone()).await.unwrap();
+    connection.ready().await.unwrap();
+    let mut duty = Duties::shared(&connection, holder("edge-1")).take("cloudflare");
+    let claim = duty.claim();
+    assert!(!claim.is_held());
+    wait_for(&mut duty, true).await;
+    assert!(claim.is_held());
+    clock.set(clock.now().saturating_add(LEASE_TTL));
+    assert!(!claim.is_held() && !duty.is_held(), "another may have it by now");
+    let renewed = async {
+        while !claim.is_held() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, renewed).await.expect("nobody else wanted it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_whose_duty_was_anothers_in_between_is_told_so() {
+    let server = Server::start();
+    let connection = server.bus().await;
+    let mut duty = Duties::shared(&connection, holder("edge-1")).take("cloudflare");
+    wait_for(&mut duty, true).await;
+    // What another leaves behind that has taken it, and has given it back.
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("KV-Operation", "DEL");
+    let raw = async_nats::connect(format!("nats://127.0.0.1:{}", server.port)).await.unwrap();
+    raw.publish_with_headers("$KV.portcullis_duty.enforce.cloudflare", headers, "".into()).await.unwrap();
+    raw.flush().await.unwrap();
+    wait_for(&mut duty, false).await;
+    wait_for(&mut duty, true).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_cut_from_the_lease_gives_the_duty_to_another() {
     let server = Server::start();

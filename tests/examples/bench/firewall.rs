@@ -1,9 +1,9 @@
-//! What 100,000 bans cost in each back end: to load at start, to add and to remove one, and every packet of others; beside
-//! fail2ban's way, a rule a ban.
+//! What 100,000 bans cost in each back end: to load at start, to add and to remove one, and the packets and requests of others;
+//! beside fail2ban's way, a rule and a process a ban.
 
 use std::fs::File;
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tests::portcullis::{Service, wait_until};
 
 use crate::host::Host;
 use crate::latency::bad_lines;
+use crate::requests;
 use crate::table::{Numbers, number, render};
 
 /// Bans that stand.
@@ -22,7 +23,9 @@ const SAMPLES: u32 = 100;
 /// Rules of fail2ban's way, and of those how many are timed.
 const PEER_BANS: [u32; 2] = [1_000, 10_000];
 const PEER_SAMPLES: u32 = 30;
-/// Packets of one round, and rounds before and with the bans.
+/// Loads of all bans into an empty kernel.
+const LOADS: usize = 5;
+/// Packets of one round, and rounds with and without bans.
 const PACKETS: u32 = 100_000;
 const ROUNDS: usize = 9;
 /// For 100,000 bans to be decided and put in force.
@@ -36,15 +39,15 @@ const RULE: &str = "[detect.rules.forceful-browsing]\nmatch = \"Status(`404`)\"\
 /// One way to ban.
 struct Measured {
     name: String,
-    /// Milliseconds until all were in the kernel; NaN where they were not added by the way itself.
-    load: f64,
+    /// Milliseconds until all were in the kernel.
+    load: Numbers,
     /// Milliseconds each.
     added: Numbers,
     removed: Numbers,
-    /// Packets a second, to no bans.
-    ratio: f64,
-    /// The same with a ban of each length from /16 to /32; NaN where that makes no difference.
-    lengths: f64,
+    /// What gets through, to no bans.
+    others: Others,
+    /// Packets with a ban of each length from /16 to /32; none where that makes no difference.
+    lengths: Numbers,
 }
 
 /// Measures all, prints the table, and returns the lines of the summary.
@@ -58,48 +61,65 @@ pub(crate) fn run(folder: &Path) -> Result<Vec<String>> {
             all.push(measure_rules(&folder.join(format!("{variant}-{bans}")), variant, bans)?);
         }
     }
-    let header = ["bans (ms)", "load", "add p50", "p99", "remove p50", "p99", "packets/s to none", "with /16 to /32"];
+    let header = [
+        "bans (ms)",
+        "load",
+        "add p50",
+        "p99",
+        "remove p50",
+        "p99",
+        "packets/s to none",
+        "with /16 to /32",
+        "requests/s to none",
+    ];
     let row = |one: &Measured| {
         let at = |numbers: &Numbers, percent| number(numbers.percentile(percent));
+        let spread = |numbers: &Numbers| if numbers.count() == 0 { "-".to_owned() } else { numbers.spread(number) };
         let (added, removed) = (&one.added, &one.removed);
-        let name = one.name.clone();
         [
-            name,
-            number(one.load),
+            one.name.clone(),
+            spread(&one.load),
             at(added, 50),
             at(added, 99),
             at(removed, 50),
             at(removed, 99),
-            number(one.ratio),
-            number(one.lengths),
+            spread(&one.others.packets),
+            spread(&one.lengths),
+            spread(&one.others.requests),
         ]
     };
     println!("{}", render(header, &all.iter().map(row).collect::<Vec<_>>()));
     let line = |one: &Measured| {
-        let (load, added) = (number(one.load), number(one.added.median()));
-        format!("{}: loaded in {load} ms, one more in {added} ms, packets/s {} of none", one.name, number(one.ratio))
+        let [load, added, packets, requests] =
+            [&one.load, &one.added, &one.others.packets, &one.others.requests].map(|numbers| number(numbers.median()));
+        let name = &one.name;
+        format!(
+            "{name}: loaded in {load} ms, one more in {added} ms, packets/s {packets} and requests/s {requests} of none"
+        )
     };
     Ok(all.iter().map(line).collect())
 }
 
 fn measure(folder: &Path, backend: &str) -> Result<Measured> {
     let host = Host::new(folder)?;
-    let packets = Packets::new(&host)?;
-    let before = packets.rounds()?;
+    let others = Way::new(folder, &host)?;
     let config = format!("{RULE}[enforce.firewall]\nbackend = \"{backend}\"\n");
-    let service = host.start_portcullis(&config)?;
+    let mut service = host.start_portcullis(&config)?;
     let mut log = File::options().append(true).open(host.log()).context("could not open the log")?;
     let addresses: Vec<IpAddr> = (0..BANS).map(address).collect();
     log.write_all(bad_lines(&addresses).as_bytes()).context("could not write to the log")?;
     wait_for_members(&host, BANS)?;
-    service.stop()?;
-    // As after a reboot: the bans are known, and the kernel holds none.
-    let config = host.folder.join("portcullis.toml").display().to_string();
-    let binary = tests::portcullis::binary()?.display().to_string();
-    host.server.run(&binary, &["enforce", "--teardown", "-c", &config])?;
-    let service = Service::start(&host.folder, host.server.name())?;
-    wait_for_members(&host, BANS)?;
-    let (_, load) = applied(&host)?;
+    let mut loads = Vec::new();
+    for _ in 0..LOADS {
+        service.stop()?;
+        // As after a reboot: the bans are known, and the kernel holds none.
+        let config = host.folder.join("portcullis.toml").display().to_string();
+        let binary = tests::portcullis::binary()?.display().to_string();
+        host.server.run(&binary, &["enforce", "--teardown", "-c", &config])?;
+        service = Service::start(&host.folder, host.server.name())?;
+        wait_for_members(&host, BANS)?;
+        loads.push(applied(&host)?.1);
+    }
     let (mut added, mut removed) = (Vec::new(), Vec::new());
     for n in BANS..BANS + SAMPLES {
         let before = applied(&host)?;
@@ -111,24 +131,24 @@ fn measure(folder: &Path, backend: &str) -> Result<Measured> {
         service.verb(&["unban", &address(n).to_string()])?.expect(0)?;
         removed.push(wait_for_batch(&host, before)?);
     }
-    let ratio = packets.rounds()?.median() / before.median();
+    let ratios = others.ratios()?;
     for prefix in 16..32u32 {
         let net = Ipv4Addr::from_bits(FIRST + (prefix << 20));
         service.verb(&["ban", &format!("{net}/{prefix}"), "--for", "1h"])?.expect(0)?;
     }
     wait_for_members(&host, BANS + 16)?;
-    let lengths = packets.rounds()?.median() / before.median();
+    let lengths = others.packets()?;
     service.stop()?;
     let name = if backend == "iptables" { "iptables with ipset" } else { backend };
     let name = format!("{name}, {} bans", number(f64::from(BANS)));
-    Ok(Measured { name, load, added: Numbers::new(added), removed: Numbers::new(removed), ratio, lengths })
+    let (load, added, removed) = (Numbers::new(loads), Numbers::new(added), Numbers::new(removed));
+    Ok(Measured { name, load, added, removed, others: ratios, lengths })
 }
 
 /// As fail2ban does it: a process and a rule a ban.
 fn measure_rules(folder: &Path, variant: &str, bans: u32) -> Result<Measured> {
     let host = Host::new(folder)?;
-    let packets = Packets::new(&host)?;
-    let before = packets.rounds()?;
+    let others = Way::new(folder, &host)?;
     let program = format!("iptables-{variant}");
     let rule = |n: u32| format!("-s {}/32 -j DROP", address(n));
     let call = |change: &str, n: u32| -> Result<f64> {
@@ -138,21 +158,16 @@ fn measure_rules(folder: &Path, variant: &str, bans: u32) -> Result<Measured> {
         host.server.run(&program, &arguments.split(' ').collect::<Vec<_>>())?;
         Ok(clock.now().since(begin).as_secs_f64() * 1e3)
     };
-    let lines: String = (0..bans).map(|n| format!("-A INPUT {}\n", rule(n))).collect();
-    let path = host.folder.join("rules");
-    std::fs::write(&path, format!("*filter\n{lines}COMMIT\n")).context("could not write rules")?;
-    host.server.run(&format!("{program}-restore"), &["--noflush", &path.display().to_string()])?;
+    let load = (0..bans).map(|n| call("-I", n)).sum::<Result<f64>>()?;
     let added = (bans..bans + PEER_SAMPLES).map(|n| call("-I", n)).collect::<Result<Vec<_>>>()?;
     let removed = (bans..bans + PEER_SAMPLES).map(|n| call("-D", n)).collect::<Result<Vec<_>>>()?;
-    let ratio = packets.rounds()?.median() / before.median();
-    let name = format!("a rule a ban ({variant}), {}", number(f64::from(bans)));
     Ok(Measured {
-        name,
-        load: f64::NAN,
+        name: format!("a rule a ban ({variant}), {}", number(f64::from(bans))),
+        load: Numbers::new([load]),
         added: Numbers::new(added),
         removed: Numbers::new(removed),
-        ratio,
-        lengths: f64::NAN,
+        others: others.ratios()?,
+        lengths: Numbers::new([]),
     })
 }
 
@@ -179,35 +194,68 @@ fn wait_for_batch(host: &Host, (count, ms): (f64, f64)) -> Result<f64> {
     })
 }
 
-/// Sends packets from the client's namespace to the server's, whose kernel looks each up before the sender goes on.
-struct Packets {
-    sender: UdpSocket,
-    receiver: UdpSocket,
+/// What gets through of others: medians and extremes of pairs of rounds, each with bans to one without, taken in turn.
+struct Others {
+    packets: Numbers,
+    requests: Numbers,
 }
 
-impl Packets {
+/// The way to the host that is measured, and to one without any rule.
+struct Way<'a> {
+    measured: (&'a Host, Road),
+    bare: (Host, Road),
+}
+
+impl<'a> Way<'a> {
+    fn new(folder: &Path, host: &'a Host) -> Result<Self> {
+        let bare = Host::new(&folder.join("bare"))?;
+        let road = Road::new(&bare)?;
+        Ok(Self { measured: (host, Road::new(host)?), bare: (bare, road) })
+    }
+
+    fn ratios(&self) -> Result<Others> {
+        let requests = |host: &Host, road: &Road| requests::measure(&host.client, road.service, "");
+        Ok(Others { packets: self.packets()?, requests: self.compare(requests)? })
+    }
+
+    fn packets(&self) -> Result<Numbers> {
+        self.compare(|_, road| road.packets())
+    }
+
+    fn compare(&self, rate: impl Fn(&Host, &Road) -> Result<f64>) -> Result<Numbers> {
+        let ratio = |_| Ok(rate(self.measured.0, &self.measured.1)? / rate(&self.bare.0, &self.bare.1)?);
+        Ok(Numbers::new((0..ROUNDS).map(ratio).collect::<Result<Vec<_>>>()?))
+    }
+}
+
+/// From a client to a host.
+struct Road {
+    sender: UdpSocket,
+    receiver: UdpSocket,
+    service: SocketAddr,
+}
+
+impl Road {
     fn new(host: &Host) -> Result<Self> {
         let server = host.address();
         let receiver = host.server.within(|| Ok(UdpSocket::bind((server, 0))?))?;
         let sender = host.client.within(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
         sender.connect(receiver.local_addr()?)?;
         receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
-        Ok(Self { sender, receiver })
+        let service = SocketAddr::new(server, requests::listen(&host.server, 0, requests::answer)?);
+        Ok(Self { sender, receiver, service })
     }
 
-    /// Packets a second, of several rounds.
-    fn rounds(&self) -> Result<Numbers> {
+    /// Packets a second, which the host's kernel looks up before the sender goes on.
+    fn packets(&self) -> Result<f64> {
         let clock = Clock::system();
-        let mut rates = Vec::new();
-        for _ in 0..ROUNDS {
-            let begin = clock.now();
-            for _ in 0..PACKETS {
-                self.sender.send(&[0; 64]).context("could not send a packet")?;
-            }
-            rates.push(f64::from(PACKETS) / clock.now().since(begin).as_secs_f64());
+        let begin = clock.now();
+        for _ in 0..PACKETS {
+            self.sender.send(&[0; 64]).context("could not send a packet")?;
         }
+        let rate = f64::from(PACKETS) / clock.now().since(begin).as_secs_f64();
         // What the receiver has no room for is dropped behind the rules; some must have come.
         ensure!(self.receiver.recv(&mut [0; 64]).is_ok(), "no packet arrived");
-        Ok(Numbers::new(rates))
+        Ok(rate)
     }
 }

@@ -1,15 +1,11 @@
 //! What rules about forwarded clients cost requests on their way from Traefik to a service, through a host that forwards
 //! them: rules as `portcullis run` makes them from a log, beside one plain rule a pattern, and none.
-//!
-//! Sender, service and the kernel between them spend this process's time, so figures are by processor time: what else runs on
-//! the machine matters little.
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,8 +14,8 @@ use tests::access::{Access, SECOND};
 use tests::netns::{Namespace, host};
 
 use crate::host::Host;
-use crate::process::cpu_of_self;
-use crate::table::{Numbers, number, render, to_f64};
+use crate::requests;
+use crate::table::{Numbers, number, render};
 
 /// Clients refused at once.
 const CLIENTS: [u32; 5] = [10, 50, 100, 200, 1_000];
@@ -33,10 +29,6 @@ const NETWORK: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 8));
 const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
 const REQUESTS_PORT: u16 = 8_080;
 const BULK_PORT: u16 = 8_081;
-/// Connections that ask, each for the next answer after the last.
-const CONNECTIONS: usize = 4;
-/// One figure takes that long.
-const SPAN: Duration = Duration::from_millis(500);
 const ROUNDS: usize = 5;
 const BULK_BYTES: usize = 256 << 10;
 const LOOK: Duration = Duration::from_millis(20);
@@ -104,16 +96,8 @@ impl Way {
         let via = host_side.address().to_string();
         host_side.client.run("ip", &["route", "add", "default", "via", &via])?;
         let service = SocketAddr::new(host(NETWORK, 2), REQUESTS_PORT);
-        for (port, serve) in [(REQUESTS_PORT, answer as fn(TcpStream)), (BULK_PORT, swallow)] {
-            let listener =
-                namespace.within(|| Ok(TcpListener::bind(("0.0.0.0", port))?)).context("could not listen")?;
-            // They end with the process.
-            std::thread::spawn(move || {
-                for stream in listener.incoming().flatten() {
-                    std::thread::spawn(move || serve(stream));
-                }
-            });
-        }
+        requests::listen(&namespace, REQUESTS_PORT, requests::answer)?;
+        requests::listen(&namespace, BULK_PORT, swallow)?;
         Ok(Self { host: host_side, service, _namespace: namespace })
     }
 
@@ -185,75 +169,20 @@ impl Way {
 
     /// Requests answered a second of processor time, with a head as Traefik writes it.
     fn requests(&self) -> Result<f64> {
-        let request = format!(
-            "GET /products/12345?color=blue HTTP/1.1\r\nHost: shop.example.net\r\nUser-Agent: Mozilla/5.0 (X11; Linux \
-             x86_64; rv:128.0) Gecko/20100101 Firefox/128.0\r\nAccept: text/html,application/xhtml+xml\r\nCookie: \
-             session={}\r\nX-Forwarded-For: 100.127.4.7, {PROXY}\r\nX-Forwarded-Host: shop.example.net\r\n\
-             X-Forwarded-Port: 443\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Server: edge-1\r\nX-Real-Ip: {PROXY}\r\n\
-             Accept-Encoding: gzip\r\n\r\n",
-            "0123456789abcdef".repeat(8)
+        let more = format!(
+            "X-Forwarded-For: 100.127.4.7, {PROXY}\r\nX-Forwarded-Host: shop.example.net\r\nX-Forwarded-Port: 443\r\n\
+             X-Forwarded-Proto: https\r\nX-Forwarded-Server: edge-1\r\nX-Real-Ip: {PROXY}\r\n"
         );
-        self.through(CONNECTIONS, self.service, |stream| {
-            stream.write_all(request.as_bytes()).ok()?;
-            stream.read_exact(&mut [0; ANSWER.len()]).ok().map(|()| 1)
-        })
+        requests::measure(&self.host.client, self.service, &more)
     }
 
     /// Bytes sent on one connection, a second of processor time.
     fn bulk(&self) -> Result<f64> {
         let bytes = vec![b'x'; BULK_BYTES];
         let to = SocketAddr::new(self.service.ip(), BULK_PORT);
-        self.through(1, to, |stream| stream.write_all(&bytes).ok().map(|()| u64::try_from(BULK_BYTES).unwrap_or(0)))
-    }
-
-    /// What `step` adds up to in a second of processor time.
-    fn through(
-        &self,
-        connections: usize,
-        to: SocketAddr,
-        step: impl Fn(&mut TcpStream) -> Option<u64> + Sync,
-    ) -> Result<f64> {
-        let (done, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-        let connect = || (0..connections).map(|_| Ok(TcpStream::connect(to)?)).collect::<Result<Vec<TcpStream>>>();
-        let streams = self.host.client.within(connect).context("could not reach the service")?;
-        let (count, seconds) = std::thread::scope(|scope| {
-            for mut stream in streams {
-                let (done, stop, step) = (&done, &stop, &step);
-                scope.spawn(move || {
-                    let _ = stream.set_nodelay(true);
-                    while !stop.load(Ordering::Relaxed)
-                        && let Some(more) = step(&mut stream)
-                    {
-                        done.fetch_add(more, Ordering::Relaxed);
-                    }
-                });
-            }
-            let (begin, before) = (cpu_of_self(), done.load(Ordering::Relaxed));
-            std::thread::sleep(SPAN);
-            let count = done.load(Ordering::Relaxed) - before;
-            let end = cpu_of_self();
-            stop.store(true, Ordering::Relaxed);
-            end.and_then(|end| Ok((count, end - begin?)))
-        })?;
-        ensure!(count > 0, "nothing gets through to {to}");
-        Ok(to_f64(count) / seconds)
-    }
-}
-
-const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok";
-
-/// Answers each head of a request.
-fn answer(mut stream: TcpStream) {
-    let _ = stream.set_nodelay(true);
-    let (mut head, mut bytes) = (Vec::new(), [0; 4_096]);
-    while let Ok(count @ 1..) = stream.read(&mut bytes) {
-        head.extend_from_slice(&bytes[..count]);
-        if head.ends_with(b"\r\n\r\n") {
-            head.clear();
-            if stream.write_all(ANSWER).is_err() {
-                return;
-            }
-        }
+        requests::through(&self.host.client, 1, to, |stream| {
+            stream.write_all(&bytes).ok().map(|()| u64::try_from(BULK_BYTES).unwrap_or(0))
+        })
     }
 }
 

@@ -31,6 +31,7 @@ mod kernel;
 mod latency;
 mod process;
 mod replay;
+mod requests;
 mod sources;
 mod stream;
 mod table;

@@ -128,6 +128,17 @@ fn a_file_pauses_one_host_a_teardown_needs_no_stop_and_a_reloaded_never_ban_free
     let config = world.folder.path().join("portcullis.toml");
     let binary = binary().unwrap().display().to_string();
     let teardown = ["enforce", "--teardown", "-c", config.to_str().unwrap()];
+    let running = world.firewall();
+    let told = world.server.run(&binary, &[&teardown[..], &["--dry-run"]].concat()).unwrap();
+    for part in [
+        &*format!("would pause the enforce that runs on this host, by the file {}", file.display()),
+        "would remove the jump from raw/PREROUTING (ipv6, nft)",
+        "would remove chain raw/PORTCULLIS with 2 rules (ipv4, nft)",
+        "would remove set portcullis-v4 with 1 members",
+    ] {
+        assert!(told.contains(part), "{part} is not in {told}");
+    }
+    assert!(world.firewall() == running && !file.exists(), "a dry run changed something");
     let answer = world.server.run(&binary, &teardown).unwrap();
     assert!(answer.contains("to enforce again: rm ") && file.exists(), "{answer}");
     assert_eq!(world.firewall(), before);

@@ -148,8 +148,12 @@ pub(super) async fn restore_input(programs: Programs, input: &str, step: &str) -
 
 #[cfg(test)]
 mod tests {
+    use proto::time::Clock;
+
     use super::*;
-    use crate::config::ChainRef;
+    use crate::backend::iptables::Iptables;
+    use crate::config::{ChainRef, FirewallConfig};
+    use crate::plan::Family;
 
     /// A stand-in that notes its arguments and, the first time, goes on only once there is a file `go`.
     const HANGING: &str = "#!/bin/sh\ncd \"$(dirname \"$0\")\"\nif ! [ -e done ]; then until [ -e go ]; do sleep 0.02; done; fi\n\
@@ -176,6 +180,11 @@ mod tests {
                 assert!(matches!(calls.apply(programs, step).await, Err(CommandError::Unfinished { .. })));
             }
             assert!(matches!(calls.check_finished(), Err(CommandError::Unfinished { .. })));
+            let mut iptables = Iptables::new(FirewallConfig::default(), false, Clock::system());
+            iptables.calls = calls;
+            let lifted = iptables.lift(&[Family::V4]).await;
+            assert!(lifted.unfinished && lifted.failed == 1, "a teardown would not wait for it");
+            calls = iptables.calls;
             assert!(!dir.path().join("done").exists(), "something was changed");
 
             std::fs::write(dir.path().join("go"), "").unwrap();

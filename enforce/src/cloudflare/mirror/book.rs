@@ -27,9 +27,10 @@ const FIND_MAX: usize = 20;
 const REFUSALS_MAX: u32 = 5;
 /// New items that are asked for one by one before they are added; for more, the whole list is read.
 const ASK_MAX: usize = 10;
-/// How old a look at a list may be when items are added, for each `LOOK_AGE_ITEMS` items: reading them takes 20 calls.
-const LOOK_AGE_MAX: Duration = Duration::from_secs(60);
-const LOOK_AGE_ITEMS: usize = 10_000;
+/// How old a look at a list may be at least when items are added: with a high `calls_max` and few items it is soon done.
+const LOOK_AGE_MIN: Duration = Duration::from_secs(60);
+/// So many times as old as it took, a look may be: at a slow pace, or of a long list, none would ever be young enough.
+const LOOK_AGE_SHARE: u32 = 3;
 /// More entries than any place has.
 const ENTRIES_MAX: usize = 2_000_000;
 /// Other installations that are named.
@@ -133,12 +134,16 @@ pub(super) struct Book {
     queue: Queue,
     /// A target to ask for before anything else, and whether Cloudflare called its entry a duplicate.
     find: Option<(Target, bool)>,
-    /// When the last whole look began.
+    /// When the last whole look began, and how long it took. Time in which Cloudflare worked on an operation of ours does
+    /// not count: it takes no change of anybody's then.
     looked_at: Timestamp,
+    look_took: Duration,
     /// Targets that were asked for since, and are not there.
     absent: BTreeSet<Target>,
     /// ID of the list.
     list: Option<String>,
+    /// The account's lists were read, and it is not among them.
+    lacks_list: bool,
     operation: Option<Operation>,
     /// When an addition that may have begun unseen should have ended, and shows.
     second_look: Option<Timestamp>,
@@ -165,8 +170,10 @@ impl Book {
             queue: Queue::default(),
             find: None,
             looked_at: Timestamp::EPOCH,
+            look_took: Duration::ZERO,
             absent: BTreeSet::new(),
             list: None,
+            lacks_list: false,
             operation: None,
             second_look: None,
             batch_max: BATCH_MAX,
@@ -309,8 +316,7 @@ impl Book {
     /// Cloudflare puts an item in the place of one that is there, and does not tell. So first it is asked for each, or for
     /// all, unless that was done just now.
     fn append(&mut self, batch: Vec<(Target, String)>, view: &View<'_>) -> Ask {
-        let known = self.held.len() + self.taken.len();
-        let age_max = LOOK_AGE_MAX.saturating_mul(1 + u32::try_from(known / LOOK_AGE_ITEMS).unwrap_or(u32::MAX));
+        let age_max = self.look_took.saturating_mul(LOOK_AGE_SHARE).max(LOOK_AGE_MIN);
         if view.now.since(self.looked_at) <= age_max {
             return Ask::Append(batch);
         }
@@ -404,7 +410,7 @@ impl Book {
         if reading.is_wide || self.form == Form::List {
             self.others.clear();
         }
-        self.looked_at = reading.began;
+        (self.looked_at, self.look_took) = (reading.began, view.now.since(reading.began));
         for entry in reading.seen.into_values() {
             self.note(entry, view);
         }
@@ -453,6 +459,8 @@ impl Book {
     }
 
     fn take_list(&mut self, found: Option<(String, bool)>, view: &View<'_>) {
+        // The kind of a list never changes: one of another kind is another list.
+        self.lacks_list = !matches!(found, Some((_, true)));
         match found {
             Some((id, true)) => {
                 self.list = Some(id);
@@ -504,6 +512,7 @@ impl Book {
                 }
             }
             Progress::Completed => {
+                self.looked_at = self.looked_at.saturating_add(view.now.since(operation.began));
                 let done = self.operation.take().map(|operation| operation.ask);
                 self.trouble.clear();
                 self.batch_max = (self.batch_max * 2).min(BATCH_MAX);
@@ -611,6 +620,11 @@ impl Book {
     /// ID of the list, once it is known.
     pub(super) fn list(&self) -> Option<&str> {
         self.list.as_deref()
+    }
+
+    /// Whether the account has no such list.
+    pub(super) fn lacks_list(&self) -> bool {
+        self.lacks_list
     }
 
     /// What we have entries for.

@@ -13,6 +13,11 @@ impl Mark {
         Self(format!("{ALL}{installation}:"))
     }
 
+    /// Of an installation without a name: no entry has it.
+    pub(in crate::cloudflare) fn of_nobody() -> Self {
+        Self::new("")
+    }
+
     /// The note of an entry that `rule` is behind.
     pub(in crate::cloudflare) fn note(&self, rule: &str) -> String {
         format!("{}{rule}", self.0)

@@ -8,10 +8,11 @@ use proto::ban::{BanChange, BanRecord};
 use proto::bus::memory::BanUpdate;
 use proto::net::Target;
 use proto::secret::Secret;
-use proto::time::Timestamp;
+use proto::time::{Clock, Timestamp};
 
 use super::{Form, Mark, Mirror, Tempo};
 use crate::cloudflare::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
+use crate::cloudflare::pace::Pace;
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
 use crate::guard::{Guard, GuardFacts};
 use crate::testing;
@@ -73,11 +74,12 @@ struct Model {
     churns: bool,
     dice: Dice,
     ours_max: usize,
+    /// Entries on a page.
+    page: usize,
 }
 
 /// Nobody's list takes it.
 const UNWELCOME: &str = "192.0.2.13";
-const PAGE: usize = 3;
 
 impl Model {
     fn add(&mut self, place: usize, target: Target, note: &str) -> u64 {
@@ -130,14 +132,14 @@ impl Model {
                 self.churn(place);
                 // A page is where it is, whatever is added before it; a cursor is after what was read.
                 let (start, notes, before) = match cursor {
-                    Cursor::Page { notes, page } => ((*page as usize - 1) * PAGE, notes.as_str(), u64::MAX),
+                    Cursor::Page { notes, page } => ((*page as usize - 1) * self.page, notes.as_str(), u64::MAX),
                     Cursor::After(after) => (0, "", after.as_ref().map_or(u64::MAX, |after| after.parse().unwrap())),
                 };
                 // The newest first, so that what is added moves all others.
                 let all = self.places[place].range(..before).map(|(_, seen)| seen).rev();
                 let seen: Vec<Seen> = all.filter(|seen| seen.note.to_lowercase().contains(notes)).cloned().collect();
-                let entries: Vec<Seen> = seen.iter().skip(start).take(PAGE).cloned().collect();
-                let end = start + PAGE;
+                let entries: Vec<Seen> = seen.iter().skip(start).take(self.page).cloned().collect();
+                let end = start + self.page;
                 let more = end < seen.len();
                 let (next, total) = match cursor {
                     Cursor::Page { notes, page } => {
@@ -252,9 +254,9 @@ impl Run {
             churns: true,
             dice: Dice(seed),
             ours_max,
+            page: 3,
         };
-        let mirror = Mirror::new(&config, Mark::new("me"), guard(&["192.0.2.3/32"]), Tempo::default(), seed);
-        let mut run = Self { mirror, model, now: Timestamp::from_secs(1000), revision: 0, bans: BTreeMap::new() };
+        let mut run = Self::of(&config, model, seed);
         for (n, note) in ["", "portcullis:you:r", "Portcullis:me:r", "portcullis:me2:r"].iter().enumerate() {
             run.model.add(0, format!("192.0.2.{n}").parse().unwrap(), note);
             run.model.add(count - 1, format!("203.0.113.{n}").parse().unwrap(), note);
@@ -263,6 +265,11 @@ impl Run {
         run.model.add(0, "192.0.2.20".parse().unwrap(), "portcullis:me:r");
         run.model.add(0, "198.51.100.0/24".parse().unwrap(), "portcullis:me:gone");
         run
+    }
+
+    fn of(config: &CloudflareConfig, model: Model, seed: u64) -> Self {
+        let mirror = Mirror::new(config, Mark::new("me"), guard(&["192.0.2.3/32"]), Tempo::default(), seed);
+        Self { mirror, model, now: Timestamp::from_secs(1000), revision: 0, bans: BTreeMap::new() }
     }
 
     fn publish(&mut self, snapshot: bool, changes: Vec<BanChange>) {
@@ -460,6 +467,42 @@ fn an_item_that_somebody_adds_between_two_looks_is_left_alone() {
         let kept = run.model.find(0, &theirs).unwrap();
         assert_eq!(run.model.places[0][&kept].note, "of a person");
     }
+}
+
+#[test]
+fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
+    const CALLS: u32 = 60;
+    let model = Model { fails: false, page: 500, ours_max: 2000, ..Run::new(Form::List, 1).model };
+    let mut run = Run::of(&CloudflareConfig { calls_max: CALLS, ..config(Form::List, 2000) }, model, 1);
+    let clock = Clock::manual(run.now);
+    let pace = Pace::new(CALLS, Tempo::default().window, clock.clone());
+    // What may come at once is used up.
+    while pace.check(false).is_ok() {}
+    for n in 0..5000 {
+        run.model.add(0, format!("198.18.{}.{}", n / 250, n % 250).parse().unwrap(), "of a person");
+    }
+    let foreign = run.model.foreign();
+    let bans = (0..1200).map(|n| BanChange::Put(record(&format!("203.0.{}.{}", n / 250, n % 250), None, 1)));
+    run.publish(true, bans.collect());
+    let mut looks = 0;
+    while !run.mirror.is_settled() {
+        let Some(call) = run.mirror.next(run.now) else {
+            run.now = run.now.saturating_add(run.mirror.pause(run.now).expect("something to wait for"));
+            run.mirror.handle_time(run.now);
+            continue;
+        };
+        clock.set(run.now);
+        while let Err(wait) = pace.check(call.ask.frees()) {
+            run.now = run.now.saturating_add(wait);
+            clock.set(run.now);
+        }
+        looks += usize::from(matches!(call.ask, Ask::Look(Cursor::After(None))));
+        assert!(looks <= 3, "it only looks: {:?}", run.mirror.summary());
+        let answer = run.model.carry_out(&call);
+        run.mirror.handle(call, answer, run.now);
+    }
+    assert_eq!(run.model.ours(0).len(), 1200);
+    assert_eq!(run.model.foreign(), foreign);
 }
 
 #[test]

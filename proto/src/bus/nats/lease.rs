@@ -5,6 +5,8 @@
 //! update without it would make the lease last for ever, and so would taking over a key that has once ended.
 
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -17,6 +19,7 @@ use super::trouble::{Trouble, problem};
 use super::{BusError, Connection, Stored, WRONG_LAST_SEQUENCE, answer, encode};
 use crate::report::Problem;
 use crate::subject::{bucket_key, bucket_stream};
+use crate::time::{Clock, Timestamp};
 
 /// How long a lease lasts without renewal. Whole seconds, as the server counts no finer.
 pub const LEASE_TTL: Duration = Duration::from_secs(3);
@@ -49,13 +52,15 @@ pub struct Lease {
     /// Newest revision seen of another, and how often it was seen unchanged.
     other: (u64, u32),
     holder: Option<Holder>,
+    /// How often it was taken: in between it may have been another's.
+    takings: u64,
 }
 
 impl Lease {
     /// The lease `name` in `bucket`, not held.
     pub fn new(connection: &Connection, bucket: String, name: &str, me: Holder) -> Self {
         let (connection, key) = (connection.clone(), name.to_owned());
-        Self { connection, bucket, key, me, held: None, other: (0, 0), holder: None }
+        Self { connection, bucket, key, me, held: None, other: (0, 0), holder: None, takings: 0 }
     }
 
     /// Whether we held it at the last word from the server.
@@ -117,6 +122,7 @@ impl Lease {
             return Ok(false);
         }
         self.held = self.write(revision).await?;
+        self.takings += u64::from(!is_ours);
         Ok(self.held.is_some())
     }
 
@@ -139,7 +145,49 @@ impl Lease {
 pub struct Keeper {
     wanted: watch::Sender<bool>,
     state: watch::Receiver<LeaseState>,
+    lapse: Arc<Lapse>,
     task: JoinHandle<()>,
+}
+
+/// When another may hold what we held.
+#[derive(Debug)]
+struct Lapse {
+    clock: Clock,
+    /// On the clock that nobody sets.
+    at_ns: AtomicI64,
+}
+
+impl Lapse {
+    fn new(clock: Clock) -> Self {
+        Self { at_ns: AtomicI64::new(clock.raw().as_nanos()), clock }
+    }
+
+    fn at(&self) -> Timestamp {
+        Timestamp::from_nanos(self.at_ns.load(Ordering::Acquire))
+    }
+
+    fn put_off(&self, at: Timestamp) {
+        self.at_ns.store(at.as_nanos(), Ordering::Release);
+    }
+
+    fn is_past(&self) -> bool {
+        self.clock.raw() >= self.at()
+    }
+}
+
+/// Tells at any moment whether a lease without a fence is still ours: also in a process that stood still, before its keeper
+/// has come to notice.
+#[derive(Clone, Debug)]
+pub struct Tenure {
+    state: watch::Receiver<LeaseState>,
+    lapse: Arc<Lapse>,
+}
+
+impl Tenure {
+    /// Whether it is ours now.
+    pub fn is_held(&self) -> bool {
+        self.state.borrow().held && !self.lapse.is_past()
+    }
 }
 
 /// What is known of a lease.
@@ -175,8 +223,9 @@ impl Keeper {
     fn start(lease: Lease, is_fenced: bool) -> Self {
         let (wanted, wanted_in) = watch::channel(false);
         let (state_out, state) = watch::channel(LeaseState::default());
-        let task = tokio::spawn(keep(lease, is_fenced, wanted_in, state_out));
-        Self { wanted, state, task }
+        let lapse = Arc::new(Lapse::new(lease.connection.clock().clone()));
+        let task = tokio::spawn(keep(lease, is_fenced, lapse.clone(), (wanted_in, state_out)));
+        Self { wanted, state, lapse, task }
     }
 
     /// From now on the lease is taken when it may be, or given back.
@@ -187,6 +236,11 @@ impl Keeper {
     /// What is known now.
     pub fn state(&self) -> LeaseState {
         self.state.borrow().clone()
+    }
+
+    /// Whether a lease without a fence is ours, at any later moment too.
+    pub fn tenure(&self) -> Tenure {
+        Tenure { state: self.state.clone(), lapse: self.lapse.clone() }
     }
 
     /// Returns when what is known has changed.
@@ -211,13 +265,17 @@ impl Drop for Keeper {
     }
 }
 
-async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<bool>, state: watch::Sender<LeaseState>) {
+async fn keep(
+    mut lease: Lease,
+    is_fenced: bool,
+    lapse: Arc<Lapse>,
+    (mut wanted, state): (watch::Receiver<bool>, watch::Sender<LeaseState>),
+) {
     let mut ticks = tokio::time::interval(LEASE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trouble = Trouble::default();
     let clock = lease.connection.clock().clone();
-    // When another may hold what we held.
-    let mut lapses_at = clock.raw();
+    let mut takings = 0;
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -227,12 +285,12 @@ async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<boo
         let held = if is_wanted {
             let asked_at = clock.raw();
             let kept = {
-                let (mut keeping, mut lapse) = (pin!(lease.keep()), pin!(sleep(lapses_at.since(asked_at))));
+                let (mut keeping, mut lapsed) = (pin!(lease.keep()), pin!(sleep(lapse.at().since(asked_at))));
                 loop {
                     tokio::select! {
                         biased;
                         kept = &mut keeping => break kept,
-                        () = lapse.as_mut(), if !is_fenced && state.borrow().held => {
+                        () = lapsed.as_mut(), if !is_fenced && state.borrow().held => {
                             state.send_modify(|state| (state.held, state.holder) = (false, None));
                         }
                     }
@@ -241,11 +299,13 @@ async fn keep(mut lease: Lease, is_fenced: bool, mut wanted: watch::Receiver<boo
             trouble.note(&lease.connection, kept.as_ref().map(drop));
             match kept {
                 Ok(held) => {
-                    lapses_at = asked_at.saturating_add(UNFENCED_MAX);
-                    held
+                    lapse.put_off(asked_at.saturating_add(UNFENCED_MAX));
+                    // What was lost and taken again in one go is given up for once: others may have done things meanwhile.
+                    let is_anew = std::mem::replace(&mut takings, lease.takings) != lease.takings;
+                    held && (is_fenced || !is_anew || !state.borrow().held)
                 }
                 // Nobody answers us. Others may be answered, so what has no fence ends in time.
-                Err(_) => lease.is_held() && (is_fenced || clock.raw() < lapses_at),
+                Err(_) => lease.is_held() && (is_fenced || !lapse.is_past()),
             }
         } else {
             // If the server does not hear of it, the lease ends by itself.
