@@ -228,6 +228,9 @@ impl Enforcer {
             tokio::select! {
                 biased;
                 () = shutdown.draining() => return Ok(()),
+                // First, as bans that come without end must not keep a pause or a report from being seen.
+                _ = tick.tick() => self.handle_tick().await,
+                _ = resync.tick() => self.handle_resync().await,
                 changed = revision.changed() => if changed.is_ok() { self.take_bans().await },
                 changed = self.inputs.lists.changed(), if lists_open => match changed {
                     Ok(()) => self.take_lists().await,
@@ -252,8 +255,7 @@ impl Enforcer {
                 done = finish(&mut self.former.job) => self.former.take(self.reconciler.method().is_some(), done)?,
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
-                _ = tick.tick() => self.handle_tick().await,
-                _ = resync.tick() => self.handle_resync().await,
+                () = self.reconciler.late() => self.begin_observation(true),
             }
         }
     }
@@ -318,16 +320,25 @@ impl Enforcer {
         let was_failing = self.reconciler.is_failing();
         self.reconciler.handle_bans(&update).await;
         self.unstored = true;
-        // What fails now may do so because somebody took our sets away. What lasts is looked at with each resync.
-        if !was_failing && self.reconciler.is_failing() && self.observe_job.is_none() && !self.besides.gate.stands_off {
+        // What fails now may do so because somebody took our sets away.
+        self.look_after_failure(was_failing);
+    }
+
+    /// Looks at the kernel where a change has just failed, or waits for a look because the last one did.
+    fn look_after_failure(&mut self, was_failing: bool) {
+        let failed = !was_failing && self.reconciler.is_failing();
+        let may = self.observe_job.is_none() && !self.besides.gate.stands_off;
+        if may && (failed || self.reconciler.is_change_due()) {
             self.begin_observation(true);
         }
     }
 
     async fn take_lists(&mut self) {
         let lists = self.inputs.lists.borrow_and_update().clone();
+        let was_failing = self.reconciler.is_failing();
         self.reconciler.handle_lists(lists).await;
         self.unstored = true;
+        self.look_after_failure(was_failing);
     }
 
     fn tell_kept(&self) {
@@ -348,8 +359,10 @@ impl Enforcer {
     }
 
     async fn handle_tick(&mut self) {
+        let was_failing = self.reconciler.is_failing();
         self.handle_gate().await;
         self.reconciler.handle_time().await;
+        self.look_after_failure(was_failing);
         self.handle_clock();
         self.tell_kept();
         self.store();

@@ -4,6 +4,7 @@
 //! Observations take time; what was changed meanwhile ([`Reconciler::touched`]) is not overridden by them.
 
 mod explain;
+mod late;
 mod opening;
 mod problems;
 
@@ -28,6 +29,7 @@ use crate::host::{self, HostError};
 use crate::last_set::LastSet;
 use crate::metrics::EnforceMetrics;
 use crate::plan::{self, Family, Form, Frame, Kernel, SetId, Step};
+use crate::reconcile::late::Late;
 
 /// Owns the desired set and what is known of the kernel's.
 #[derive(Debug)]
@@ -58,6 +60,7 @@ pub(crate) struct Reconciler {
     unavailable: Option<Problem>,
     /// Why the last batch failed.
     failure: Option<String>,
+    late: Late,
     refused: BTreeMap<Target, String>,
     touched: BTreeSet<Target>,
     /// Counts steps that change more than one ban; an observation begun before such a step is worth nothing.
@@ -139,6 +142,7 @@ impl Reconciler {
             why: None,
             unavailable: None,
             failure: None,
+            late: Late::default(),
             refused: BTreeMap::new(),
             touched: BTreeSet::new(),
             generation: 0,
@@ -235,21 +239,16 @@ impl Reconciler {
         new
     }
 
-    /// Lifts all bans of this host, or puts them back; others may have changed what is ours meanwhile.
+    /// Lifts all bans of this host. At its end, they are put back by the next look: others may have changed what is ours.
     pub(crate) async fn handle_host_pause(&mut self, why: Option<String>) {
         self.host_pause = why;
         self.stands_off = false;
         let is_new = self.take_pause();
-        if self.host_pause.is_some() {
-            if is_new {
-                self.apply_plan().await;
-            }
-            return;
-        }
-        self.generation += 1;
-        if let Some(observation) = self.observe_members() {
-            let observed = observation.run(self.clock.clone()).await;
-            self.handle_observed(observed).await;
+        if self.host_pause.is_none() {
+            self.generation += 1;
+            self.doubtful = true;
+        } else if is_new {
+            self.apply_plan().await;
         }
     }
 
@@ -286,21 +285,22 @@ impl Reconciler {
         if all || self.doubtful {
             return self.observe_members();
         }
-        self.touched.clear();
         let sets = self.sets.clone()?;
+        self.touched.clear();
         Some(Observation { generation: self.generation, sets, brief: true })
     }
 
     fn observe_members(&mut self) -> Option<Observation> {
+        let sets = self.sets.clone().filter(|_| !self.late.is_under_way())?;
         self.touched.clear();
-        let sets = self.sets.clone()?;
+        self.late.is_due = false;
         Some(Observation { generation: self.generation, sets, brief: false })
     }
 
     /// Takes an observation and puts right what differs. Returns whether everything should be observed at once.
     pub(crate) async fn handle_observed(&mut self, observed: Observed) -> bool {
         match observed {
-            Observed::Looked(Look::Nothing) => self.doubtful = false,
+            Observed::Looked(Look::Nothing) => (self.doubtful, self.failure) = (false, None),
             Observed::Looked(Look::Unchanged) => {}
             Observed::Looked(Look::Changed) => return true,
             Observed::Looked(Look::Headers(headers)) => return !self.agrees(&headers),
@@ -378,8 +378,20 @@ impl Reconciler {
             steps.retain(|step| matches!(step, Step::Delete { set, .. } | Step::Flush(set) if set.holds_bans()));
         }
         let Some(sets) = self.sets.clone().filter(|_| !steps.is_empty()) else { return self.sets.is_some() };
+        if self.failure.is_some() {
+            // It may hang again, and only a look tells whether it would not.
+            self.late.is_due = true;
+            return false;
+        }
         let started = self.clock.now();
-        let applied = sets.apply(&steps).await;
+        let (steps, applied) = match self.late.run(sets, steps).await {
+            Ok(done) => done,
+            Err(text) => {
+                self.generation += 1;
+                self.fail(text);
+                return false;
+            }
+        };
         let took = self.clock.now().since(started);
         self.metrics.apply_seconds.observe(took.as_secs_f64());
         let done = self.note(&steps, &applied, started);

@@ -85,7 +85,13 @@ impl Enforcer {
             return Ok(());
         };
         if self.take_search(done).await? {
-            self.reconciler.take_over().await;
+            self.begin_observation(true);
+            if self.observe_job.is_some()
+                && let Ok(done) = tokio::time::timeout(super::START_WAIT, finish(&mut self.observe_job)).await
+            {
+                self.take_observed(done).await?;
+            }
+            self.reconciler.begin_dry_run().await;
         }
         Ok(())
     }

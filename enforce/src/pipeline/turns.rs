@@ -77,6 +77,11 @@ impl Enforcer {
                 false => self.begin_search(),
             }
             self.reconciler.handle_host_pause(paused).await;
+            if !self.is_paused() {
+                // A look that began in the pause is worth nothing.
+                self.observe_job = None;
+                self.begin_observation(true);
+            }
             self.begin_rules();
             // Where there are no rules to lift first, nothing else would begin it soon.
             self.begin_clearing();
@@ -100,7 +105,10 @@ impl Enforcer {
     /// Lets go of the firewall, where nothing is under way and all that can be lifted is: what is left then is not made
     /// good here, and who tears down may do better.
     pub(super) fn stand_off(&mut self) {
-        let idle = self.rules_job.is_none() && self.former.job.is_none() && self.search.job.is_none();
+        let idle = self.rules_job.is_none()
+            && self.former.job.is_none()
+            && self.search.job.is_none()
+            && !self.reconciler.is_change_under_way();
         let no_sets = self.reconciler.method().is_none();
         let is_empty = no_sets || self.reconciler.is_lifted();
         let sets_tried = is_empty || self.reconciler.is_failing() || self.unlifted_looks >= UNLIFTED_LOOKS_MAX;

@@ -32,16 +32,13 @@ impl Reconciler {
             self.generation += 1;
             self.doubtful = true;
             self.failure = None;
+            self.late.end();
         }
         self.take_choice(chosen).await;
     }
 
-    /// Takes over what the kernel holds and puts the desired set in force.
-    pub(crate) async fn take_over(&mut self) {
-        if let Some(observation) = self.observe_members() {
-            let observed = observation.run(self.clock.clone()).await;
-            self.handle_observed(observed).await;
-        }
+    /// In a dry run nothing is looked at, and what would be done at the start is said.
+    pub(crate) async fn begin_dry_run(&mut self) {
         if self.dry_run {
             self.apply_plan().await;
         }

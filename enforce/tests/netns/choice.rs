@@ -1,12 +1,13 @@
 //! The choice between back ends, plain rules, and what a former back end leaves.
 
+use std::cell::Cell;
 use std::env;
 use std::fs::File;
 use std::path::Path;
 
 use super::{Host, Part, Scenario, hide, nftables, until, until_at_last};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 9] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 10] = [
     ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
     ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
     ("a_back_end_that_breaks_for_good_is_replaced", replaces_broken),
@@ -15,6 +16,7 @@ pub(super) const SCENARIOS: [(&str, Scenario); 9] = [
     ("a_lock_that_is_held_does_not_change_the_back_end", waits_for_lock),
     ("a_lock_that_is_held_for_ever_does", does_without_lock),
     ("an_ipset_that_hangs_holds_up_nothing_and_nftables_takes_over", does_without_hanging_ipset),
+    ("an_ipset_that_begins_to_hang_holds_up_neither_reports_nor_pauses", does_without_ipset_for_a_while),
     ("bans_and_pauses_do_not_wait_for_a_search_for_something_better", searches_aside),
 ];
 
@@ -198,6 +200,39 @@ fn does_without_hanging_ipset(host: &Host) {
     until_at_last("nftables took over", || nftables::holds(host, "10.77.0.2"));
     assert!(detail(&part).contains("no answer within 10s"), "{}", detail(&part));
     until("it is used", || !host.client("10.77.0.2").through("new 8080"));
+}
+
+fn does_without_ipset_for_a_while(host: &Host) {
+    let _server = host.server();
+    let (bad, dir) = (host.client("10.77.0.2"), tempfile::tempdir().unwrap());
+    let hangs = dir.path().join("hangs");
+    let shell = "[ ! -e hangs ] || exec sleep 600\nPATH=${PATH#*:}\nexec ipset \"$@\"";
+    let shell = host.program(dir.path(), "ipset", shell);
+    let part = enforcer(host, &shell, r#"{"backend":"iptables"}"#);
+    until("the client is banned", || !bad.through("new 8080"));
+
+    std::fs::write(&hangs, "").unwrap();
+    let asked = Cell::new(0);
+    let ban_another = || {
+        asked.set(asked.get() + 1);
+        part.ask(&format!("ban 192.0.2.{} 600", asked.get()));
+    };
+    // The program that was started ahead still works.
+    until("it is told what is not done", || {
+        ban_another();
+        part.report()["problems"].to_string().contains("is not done after")
+    });
+    ban_another();
+    until("bans are followed meanwhile", || part.report()["backends"][0]["desired"] == 2 + asked.get());
+    std::fs::write(host.state.path().join("paused"), "").unwrap();
+    until("a pause lifts the rules, which need no ipset", || bad.through("new 8080"));
+
+    std::fs::remove_file(&hangs).unwrap();
+    std::fs::remove_file(host.state.path().join("paused")).unwrap();
+    until_at_last("all are banned once it answers", || {
+        !bad.through("new 8080") && host.holds(&format!("192.0.2.{}", asked.get()))
+    });
+    until("nothing is told any more", || part.report()["problems"].as_array().is_some_and(Vec::is_empty));
 }
 
 fn searches_aside(host: &Host) {
