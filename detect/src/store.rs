@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use proto::ban::BanRecord;
 use proto::net::Target;
@@ -23,6 +24,11 @@ use crate::state::{
 
 /// Name of the file in `state_dir`.
 pub const FILE_NAME: &str = "detect.redb";
+/// Tries to open a file in use.
+const IN_USE_TRIES: u32 = 100;
+/// Between two tries to open a file in use. Who was killed is gone at once, but a program that it was just starting has the
+/// file open for some milliseconds more.
+const IN_USE_PAUSE: Duration = Duration::from_millis(10);
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const BANS: TableDefinition<&str, &[u8]> = TableDefinition::new("bans");
@@ -251,10 +257,15 @@ impl Store {
 }
 
 fn create(path: &Path) -> Result<Database, StoreError> {
-    Database::create(path).map_err(|source| match source {
-        DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
-        source => StoreError::Open { path: path.to_owned(), source: Box::new(source) },
-    })
+    for _ in 0..IN_USE_TRIES {
+        match Database::create(path) {
+            Err(DatabaseError::DatabaseAlreadyOpen) => std::thread::sleep(IN_USE_PAUSE),
+            done => {
+                return done.map_err(|source| StoreError::Open { path: path.to_owned(), source: Box::new(source) });
+            }
+        }
+    }
+    Err(StoreError::InUse(path.to_owned()))
 }
 
 fn create_tables(database: &Database) -> Result<(), StoreError> {

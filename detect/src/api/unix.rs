@@ -12,7 +12,10 @@ use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::serve::IncomingStream;
-use nix::unistd::{Gid, Group, Uid, User};
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::{Gid, Group, Pid, Uid, User};
 use proto::shutdown::Shutdown;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -46,7 +49,7 @@ impl Socket {
     /// When another process listens there, or the socket cannot be made.
     pub fn bind(path: &Path) -> Result<Self, DetectError> {
         let failed = |source| DetectError::Listen { path: path.to_owned(), source };
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        if is_served(path) {
             let text = "another portcullis listens here";
             return Err(failed(std::io::Error::new(std::io::ErrorKind::AddrInUse, text)));
         }
@@ -66,6 +69,15 @@ impl Socket {
         std::fs::rename(&staged, path).map_err(failed)?;
         Ok(Self { listener, file: SocketFile(path.to_owned()) })
     }
+}
+
+/// Whether a process that is alive listens at `path`. After a kill the socket may be open for some milliseconds more, in a
+/// program that the dead one was just starting.
+fn is_served(path: &Path) -> bool {
+    let Ok(stream) = std::os::unix::net::UnixStream::connect(path) else { return false };
+    let Ok(listener) = getsockopt(&stream, sockopt::PeerCredentials) else { return true };
+    // 0 stands for a process of another container.
+    listener.pid() == 0 || kill(Pid::from_raw(listener.pid()), None) != Err(Errno::ESRCH)
 }
 
 fn portcullis_group() -> Option<Gid> {
@@ -151,6 +163,28 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         Socket::bind(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_a_dead_process_has_left_open_in_another_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let leave = "import socket, subprocess, sys\n\
+                     listener = socket.socket(socket.AF_UNIX)\n\
+                     listener.bind(sys.argv[1])\n\
+                     listener.listen()\n\
+                     print(subprocess.Popen(['sleep', '60'], stdout=2, pass_fds=[listener.fileno()]).pid)";
+        let left = std::process::Command::new("python3")
+            .args(["-c", leave])
+            .arg(&path)
+            .stderr(std::process::Stdio::null())
+            .output()
+            .unwrap();
+        let heir: i32 = String::from_utf8(left.stdout).unwrap().trim().parse().unwrap();
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
+        let bound = Socket::bind(&path);
+        kill(Pid::from_raw(heir), nix::sys::signal::Signal::SIGKILL).unwrap();
+        bound.unwrap();
     }
 
     #[test]
