@@ -8,6 +8,7 @@ mod cover;
 mod explain;
 mod mark;
 mod queue;
+mod refusals;
 mod trouble;
 mod wishes;
 

@@ -10,7 +10,7 @@ use proto::net::Target;
 use proto::secret::Secret;
 use proto::time::{Clock, Timestamp};
 
-use super::{Form, Mark, Mirror, Tempo};
+use super::{Form, Mark, Mirror, Tempo, refusals};
 use crate::cloudflare::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use crate::cloudflare::pace::Pace;
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
@@ -325,6 +325,12 @@ impl Run {
         }
     }
 
+    /// Refusals that are none by chance.
+    fn unwelcome(&self) -> usize {
+        let is_wanted = self.mirror.wishes().wanted(&UNWELCOME.parse().unwrap()).is_some();
+        if is_wanted { self.model.places.len() } else { 0 }
+    }
+
     /// Without further failures, all is as it should be in the end.
     fn finish(&mut self) {
         self.model.fails = false;
@@ -335,11 +341,13 @@ impl Run {
         self.mirror.handle_pause(false, self.now);
         self.mirror.doubt();
         for _ in 0..10_000 {
-            if self.mirror.is_settled() {
+            let is_settled = self.mirror.is_settled();
+            if is_settled && self.mirror.summary().refused == self.unwelcome() {
                 return;
             }
             if !self.call() {
-                let pause = self.mirror.pause(self.now).expect("something to wait for");
+                // What was refused only by chance is tried again by itself.
+                let pause = if is_settled { refusals::PAUSE } else { self.mirror.pause(self.now).expect("a wait") };
                 self.now = self.now.saturating_add(pause);
                 self.mirror.handle_time(self.now);
             }
