@@ -131,7 +131,7 @@ pub(super) enum CallError {
     Timeout,
     /// The answer is not what the documentation says.
     #[error("Cloudflare's answer is not readable")]
-    Unreadable(#[source] Option<serde_json::Error>),
+    Unreadable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// It is longer than any that we ask for.
     #[error("Cloudflare's answer is too long")]
     TooLong,

@@ -110,6 +110,8 @@ pub(super) struct Client {
     mode: Mode,
     login: Login,
     pace: Arc<Pace>,
+    /// The next call was counted already.
+    is_admitted: bool,
     /// Under which calls may be made.
     claim: Claim,
     metrics: CloudflareMetrics,
@@ -134,12 +136,17 @@ impl Client {
         let http = builder.build().map_err(LoginError::Http)?;
         let (base, scope) = (config.api_url.clone(), config.scope.clone());
         let claim = Claim::default();
-        Ok(Self { http, base, scope, mode: config.mode, login, pace, claim, metrics })
+        Ok(Self { http, base, scope, mode: config.mode, login, pace, is_admitted: false, claim, metrics })
     }
 
     /// From now on no call begins when this is not held any more.
     pub(super) fn under(self, claim: Claim) -> Self {
         Self { claim, ..self }
+    }
+
+    /// The same for one call that the pace has let pass.
+    pub(super) fn admitted(&self) -> Self {
+        Self { is_admitted: true, ..self.clone() }
     }
 
     /// The same for other places.
@@ -282,14 +289,16 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, request: Request) -> Result<(T, ResultInfo), CallError> {
-        self.pace.wait(request.frees).await;
+        if !self.is_admitted {
+            self.pace.wait(request.frees).await;
+        }
         if !self.claim.is_held() {
             return Err(CallError::Deposed);
         }
         let sent = self.exchange(request).await;
         self.metrics.count_call(sent.as_ref().map_or_else(CallError::outcome, |_| "done"));
         let (result, info) = sent?;
-        let result = serde_json::from_value(result).map_err(|error| CallError::Unreadable(Some(error)))?;
+        let result = serde_json::from_value(result).map_err(|error| self.unreadable(&error))?;
         Ok((result, info))
     }
 
@@ -328,9 +337,14 @@ impl Client {
                 let message = reasons.first().map(|reason| self.clean(&reason.message)).unwrap_or_default();
                 Err(refused(reasons.iter().map(|reason| reason.code).collect(), message))
             }
-            Err(error) if status.is_success() => Err(CallError::Unreadable(Some(error))),
+            Err(error) if status.is_success() => Err(self.unreadable(&error)),
             Err(_) => Err(refused(Vec::new(), String::new())),
         }
+    }
+
+    /// The reason may quote what came.
+    fn unreadable(&self, error: &serde_json::Error) -> CallError {
+        CallError::Unreadable(self.clean(&error.to_string()).into())
     }
 
     /// A text of theirs, as it may be shown: short, printable, and without what must not be seen.
@@ -345,4 +359,51 @@ fn transport(error: reqwest::Error) -> CallError {
     // The address is known, and says nothing of the reason.
     let error = error.without_url();
     if error.is_timeout() { CallError::Timeout } else { CallError::Transport(error.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    use proto::time::Clock;
+
+    use super::*;
+    use crate::cloudflare::mirror::Form;
+    use crate::cloudflare::mirror::sim;
+    use crate::cloudflare::status::chain;
+
+    #[tokio::test]
+    async fn an_odd_answer_is_told_of_in_few_words_and_without_the_secret() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let api_url = format!("http://{}", listener.local_addr().unwrap());
+        let odd = format!("s3cret {}", "x".repeat(1 << 20));
+        let bodies = [json!({"success": true, "result": odd}), json!({"success": odd}), json!([odd])];
+        let told: Vec<String> = bodies.iter().map(Value::to_string).collect();
+        let server = std::thread::spawn(move || {
+            for body in told {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _request = stream.read(&mut [0; 4096]).unwrap();
+                let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+                stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            }
+        });
+        let config = CloudflareConfig {
+            login: CloudflareLogin::Token(crate::config::SecretSource::Given(Secret::new("s3cret"))),
+            api_url,
+            ..sim::config(Form::Rules, 10)
+        };
+        let pace = Arc::new(Pace::new(1000, Duration::from_secs(300), Clock::system()));
+        let login = Login::read(&config.login).unwrap();
+        let client = Client::new(&config, login, pace, Duration::from_secs(30), CloudflareMetrics::default()).unwrap();
+        let ask = Ask::Look(Cursor::Page { notes: String::new(), page: 1 });
+        for _ in &bodies {
+            let call = Call { place: 0, list: None, ask: ask.clone() };
+            let text = chain(&client.carry_out(&call).await.unwrap_err());
+            assert!(text.starts_with("Cloudflare's answer is not readable") && text.len() < 400, "{}", text.len());
+            assert!(!text.contains("s3cret"), "{text}");
+        }
+        server.join().unwrap();
+    }
 }

@@ -35,7 +35,7 @@ pub(super) fn update(revision: u64, snapshot: bool, records: &[BanRecord]) -> Ba
 
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
-pub(super) fn config(form: Form, entries_max: u32) -> CloudflareConfig {
+pub(in crate::cloudflare) fn config(form: Form, entries_max: u32) -> CloudflareConfig {
     let zone = |n: char| n.to_string().repeat(32);
     let scope = match form {
         Form::Rules => Scope::Zones(vec![zone('a'), zone('b')]),
