@@ -320,24 +320,24 @@ impl Runner {
         }
         let now = self.now();
         let call = self.mirror.as_mut().filter(|_| self.client.is_ok())?.next(now)?;
-        if !self.admit(&call.ask) {
+        if !self.admit(call.frees) {
             return None;
         }
-        let client = self.client.as_ref().ok()?.admitted();
+        let client = self.client.as_ref().ok()?.clone();
         Some(Box::pin(async move {
-            let answer = client.carry_out(&call).await;
+            let answer = client.carry_out_now(&call).await;
             (call, answer)
         }))
     }
 
     /// Whether the pace lets a call pass now, which is counted then. What waits for that has not begun: what frees somebody
     /// may come before it.
-    fn admit(&mut self, ask: &Ask) -> bool {
+    fn admit(&mut self, frees: bool) -> bool {
         let now = self.around.clock.raw();
-        if !ask.frees() && now < self.paced_until {
+        if !frees && now < self.paced_until {
             return false;
         }
-        let checked = self.pace.check(ask.frees());
+        let checked = self.pace.check(frees);
         self.paced_until = checked.err().map_or(now, |wait| now.saturating_add(wait));
         checked.is_ok()
     }

@@ -79,12 +79,11 @@ struct Request {
     path: String,
     query: Vec<(&'static str, String)>,
     body: Option<Value>,
-    frees: bool,
 }
 
 impl Request {
     fn new(method: Method, path: String) -> Self {
-        Self { method, path, query: Vec::new(), body: None, frees: false }
+        Self { method, path, query: Vec::new(), body: None }
     }
 
     fn get(path: String) -> Self {
@@ -110,8 +109,6 @@ pub(super) struct Client {
     mode: Mode,
     login: Login,
     pace: Arc<Pace>,
-    /// The next call was counted already.
-    is_admitted: bool,
     /// Under which calls may be made.
     claim: Claim,
     metrics: CloudflareMetrics,
@@ -136,17 +133,12 @@ impl Client {
         let http = builder.build().map_err(LoginError::Http)?;
         let (base, scope) = (config.api_url.clone(), config.scope.clone());
         let claim = Claim::default();
-        Ok(Self { http, base, scope, mode: config.mode, login, pace, is_admitted: false, claim, metrics })
+        Ok(Self { http, base, scope, mode: config.mode, login, pace, claim, metrics })
     }
 
     /// From now on no call begins when this is not held any more.
     pub(super) fn under(self, claim: Claim) -> Self {
         Self { claim, ..self }
-    }
-
-    /// The same for one call that the pace has let pass.
-    pub(super) fn admitted(&self) -> Self {
-        Self { is_admitted: true, ..self.clone() }
     }
 
     /// The same for other places.
@@ -159,12 +151,20 @@ impl Client {
         self.login == *login
     }
 
-    /// Carries out a call.
+    /// Carries out a call, once the pace lets it pass.
     ///
     /// # Errors
     /// When it was not done, or may not have been.
     pub(super) async fn carry_out(&self, call: &Call) -> Result<Answer, CallError> {
-        let frees = call.ask.frees();
+        self.pace.wait(call.frees).await;
+        self.carry_out_now(call).await
+    }
+
+    /// Carries out a call that the pace has let pass.
+    ///
+    /// # Errors
+    /// When it was not done, or may not have been.
+    pub(super) async fn carry_out_now(&self, call: &Call) -> Result<Answer, CallError> {
         let items = || self.items(call.list.as_deref().unwrap_or_default());
         let rules = || self.rules(call.place);
         let (get, post, delete) = (Request::get, Method::POST, Method::DELETE);
@@ -198,7 +198,7 @@ impl Client {
                 Ok(Answer::Done)
             }
             Ask::Delete(id, _) => {
-                let request = Request { frees, ..Request::new(delete, format!("{}/{id}", rules())) };
+                let request = Request::new(delete, format!("{}/{id}", rules()));
                 self.send::<Value>(request).await?;
                 Ok(Answer::Done)
             }
@@ -209,12 +209,12 @@ impl Client {
             }
             Ask::Remove(old) => {
                 let old: Vec<Value> = old.iter().map(|(id, _)| json!({ "id": id })).collect();
-                let request = Request { frees, ..Request::new(delete, items()) };
+                let request = Request::new(delete, items());
                 self.begin(request.sending(json!({ "items": old }))).await
             }
             Ask::Poll(operation) => {
                 let path = format!("{}/rules/lists/bulk_operations/{operation}", self.account());
-                let (operation, _) = self.send::<wire::Operation>(Request { frees, ..get(path) }).await?;
+                let (operation, _) = self.send::<wire::Operation>(get(path)).await?;
                 Ok(Answer::Operation(match operation.into() {
                     Progress::Failed(why) => Progress::Failed(self.clean(&why)),
                     progress @ (Progress::Running | Progress::Completed) => progress,
@@ -229,6 +229,7 @@ impl Client {
         path: String,
         query: &[(&'static str, String)],
     ) -> Result<(T, ResultInfo), CallError> {
+        self.pace.wait(false).await;
         self.send(Request { query: query.to_vec(), ..Request::get(path) }).await
     }
 
@@ -289,9 +290,6 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, request: Request) -> Result<(T, ResultInfo), CallError> {
-        if !self.is_admitted {
-            self.pace.wait(request.frees).await;
-        }
         if !self.claim.is_held() {
             return Err(CallError::Deposed);
         }
@@ -399,7 +397,7 @@ mod tests {
         let client = Client::new(&config, login, pace, Duration::from_secs(30), CloudflareMetrics::default()).unwrap();
         let ask = Ask::Look(Cursor::Page { notes: String::new(), page: 1 });
         for _ in &bodies {
-            let call = Call { place: 0, list: None, ask: ask.clone() };
+            let call = Call { place: 0, list: None, ask: ask.clone(), frees: false };
             let text = chain(&client.carry_out(&call).await.unwrap_err());
             assert!(text.starts_with("Cloudflare's answer is not readable") && text.len() < 400, "{}", text.len());
             assert!(!text.contains("s3cret"), "{text}");

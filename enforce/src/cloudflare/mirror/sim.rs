@@ -500,7 +500,7 @@ fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
             continue;
         };
         clock.set(run.now);
-        while let Err(wait) = pace.check(call.ask.frees()) {
+        while let Err(wait) = pace.check(call.frees) {
             run.now = run.now.saturating_add(wait);
             clock.set(run.now);
         }
@@ -511,6 +511,51 @@ fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
     }
     assert_eq!(run.model.ours(0).len(), 1200);
     assert_eq!(run.model.foreign(), foreign);
+}
+
+#[test]
+fn what_is_asked_for_an_item_that_goes_is_part_of_freeing_and_for_one_that_comes_is_not() {
+    let mut run = Run::new(Form::List, 1);
+    run.model.fails = false;
+    run.publish(true, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    while !run.mirror.is_settled() {
+        if !run.call() {
+            run.now = run.now.saturating_add(Duration::from_secs(1));
+        }
+    }
+    run.now = run.now.saturating_add(Duration::from_secs(600));
+    run.publish(false, vec![BanChange::Put(record("192.0.2.10", None, 1))]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert!(matches!(call.ask, Ask::Find(_)) && !call.frees, "{call:?}");
+    run.publish(false, vec![BanChange::Delete("192.0.2.9".parse().unwrap())]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert_eq!((call.ask, call.frees), (Ask::Find("192.0.2.9".parse().unwrap()), true));
+}
+
+#[test]
+fn many_refused_in_a_row_hold_up_others_not_for_ever() {
+    let mut run = Run::new(Form::Rules, 1);
+    (run.model.fails, run.model.churns) = (false, false);
+    run.publish(true, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    let unwelcome = |n: u32| format!("203.0.113.{n}");
+    run.publish(false, (100..110).map(|n| BanChange::Put(record(&unwelcome(n), None, 1))).collect());
+    let unwelcome: BTreeSet<Target> = (100..110).map(|n| unwelcome(n).parse().unwrap()).collect();
+    let begun = run.now;
+    while !run.mirror.is_settled() {
+        let Some(call) = run.mirror.next(run.now) else {
+            run.now = run.now.saturating_add(run.mirror.pause(run.now).expect("a wait"));
+            assert!(run.now.since(begun) < Duration::from_secs(3600), "{:?}", run.mirror.summary());
+            continue;
+        };
+        let answer = match &call.ask {
+            Ask::Create(target, _) if unwelcome.contains(target) => {
+                Err(CallError::Refused { status: 400, codes: Vec::new(), message: String::new() })
+            }
+            _ => run.model.carry_out(&call),
+        };
+        run.mirror.handle(call, answer, run.now);
+    }
+    assert_eq!(run.model.ours(0), BTreeSet::from(["192.0.2.9".parse().unwrap()]));
 }
 
 #[test]
