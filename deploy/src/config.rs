@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use detect::config::{DetectConfig, RawDetect};
-use enforce::config::{EnforceConfig, RawEnforce};
+use enforce::config::{BackendKind, Chains, EnforceConfig, RawEnforce};
 use ingest::config::{IngestConfig, RawIngest, SourceConfig, SourceKind};
 use nix::unistd::gethostname;
 use proto::bus::config::{BusConfig, NatsConfig, RawBus};
@@ -82,7 +82,22 @@ impl Config {
                    key_file, or listen on loopback behind a proxy that has TLS"
                 .to_owned(),
         };
-        self.ingest.sources.iter().filter(is_open).map(warning).collect()
+        self.ingest.sources.iter().filter(is_open).map(warning).chain(self.idle_firewall_keys()).collect()
+    }
+
+    /// What is said of a firewall that is not wanted.
+    fn idle_firewall_keys(&self) -> impl Iterator<Item = Mistake> {
+        let firewall = &self.enforce.firewall;
+        let given = [
+            ("chains", firewall.chains != Chains::Auto),
+            ("ports", !firewall.ports.is_empty()),
+            ("spare_ports", !firewall.spare_ports.is_empty()),
+        ];
+        let is_idle = firewall.backend == BackendKind::None;
+        given.into_iter().filter(move |(_, is_given)| is_idle && *is_given).map(|(key, _)| Mistake {
+            key: format!("enforce.firewall.{key}"),
+            text: "changes nothing, as no packets are dropped with backend = \"none\"".to_owned(),
+        })
     }
 
     /// Refuses to take from a queue group what is then not counted.

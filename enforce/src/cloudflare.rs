@@ -101,11 +101,15 @@ struct Runner {
     client: Result<Arc<Client>, LoginError>,
     /// `None` in a dry run, which takes the work from nobody.
     duty: Option<Duty>,
-    held: bool,
+    /// In which taking of it we have it, if we do: in between it was another's.
+    term: Option<u64>,
     /// `None` until it was looked for.
     usage: Option<Usage>,
-    usage_at: Timestamp,
+    /// When it is looked for next.
+    usage_due: Timestamp,
     former: Former,
+    /// Before this only what frees somebody is called for.
+    paced_until: Timestamp,
     reconciled_at: Timestamp,
     cared_at: Timestamp,
 }
@@ -121,15 +125,16 @@ impl Runner {
         let pace = Arc::new(Pace::new(config.calls_max, tempo.window, around.clock.clone()));
         let duty = (!around.dry_run).then(|| around.duties.take(NAME));
         Self {
-            held: duty.as_ref().is_none_or(Duty::is_held),
+            term: duty.as_ref().map_or(Some(0), Duty::term),
             duty,
             pace,
             mirror: None,
             installation: Err(InstallationError::NoPlace),
             client: Err(LoginError::NotMade),
             usage: None,
-            usage_at: Timestamp::EPOCH,
+            usage_due: Timestamp::EPOCH,
             former: Former::default(),
+            paced_until: Timestamp::EPOCH,
             reconciled_at: around.clock.raw(),
             cared_at: Timestamp::EPOCH,
             facts,
@@ -292,12 +297,12 @@ impl Runner {
 
     /// Takes whose duty it is now. Returns whether that is new.
     fn take_duty(&mut self) -> bool {
-        let held = self.duty.as_ref().is_none_or(Duty::is_held);
-        let is_new = std::mem::replace(&mut self.held, held) != held;
+        let term = self.duty.as_ref().map_or(Some(0), Duty::term);
+        let is_new = std::mem::replace(&mut self.term, term) != term;
         if is_new {
-            tracing::info!(held, "Cloudflare is this host's duty");
+            tracing::info!(held = term.is_some(), "Cloudflare is this host's duty");
             self.reconciled_at = self.around.clock.raw();
-            self.usage = None;
+            (self.usage, self.usage_due) = (None, Timestamp::EPOCH);
             if let Some(mirror) = &mut self.mirror {
                 mirror.forget();
             }
@@ -305,26 +310,43 @@ impl Runner {
         is_new
     }
 
+    fn is_held(&self) -> bool {
+        self.term.is_some()
+    }
+
     fn next_job(&mut self) -> Option<Job> {
-        if !self.held {
+        if !self.is_held() {
             return None;
         }
         let now = self.now();
+        let call = self.mirror.as_mut().filter(|_| self.client.is_ok())?.next(now)?;
+        if !self.admit(call.frees) {
+            return None;
+        }
         let client = self.client.as_ref().ok()?.clone();
-        let call = self.mirror.as_mut()?.next(now)?;
         Some(Box::pin(async move {
-            let answer = client.carry_out(&call).await;
+            let answer = client.carry_out_now(&call).await;
             (call, answer)
         }))
     }
 
+    /// Whether the pace lets a call pass now, which is counted then. What waits for that has not begun: what frees somebody
+    /// may come before it.
+    fn admit(&mut self, frees: bool) -> bool {
+        let now = self.around.clock.raw();
+        if !frees && now < self.paced_until {
+            return false;
+        }
+        let checked = self.pace.check(frees);
+        self.paced_until = checked.err().map_or(now, |wait| now.saturating_add(wait));
+        checked.is_ok()
+    }
+
     fn next_usage_job(&mut self) -> Option<UsageJob> {
         let Scope::List { account, list } = &self.config.scope else { return None };
-        let now = self.around.clock.raw();
-        let due = self.usage.is_none() || now.since(self.usage_at) >= self.config.reconcile_interval;
         let list_id = self.mirror.as_ref()?.list().map(str::to_owned);
         let (account, list, list_id) = (account.clone(), list.clone(), list_id?);
-        if !due || !self.held || now < self.usage_at {
+        if !self.is_held() || self.around.clock.raw() < self.usage_due {
             return None;
         }
         let client = self.client.as_ref().ok()?.clone();
@@ -333,7 +355,8 @@ impl Runner {
 
     fn next_former_job(&self) -> Option<FormerJob> {
         let now = self.around.clock.raw();
-        let place = self.former.due(now).filter(|_| self.held && self.mirror.as_ref().is_some_and(Mirror::stands))?;
+        let place =
+            self.former.due(now).filter(|_| self.is_held() && self.mirror.as_ref().is_some_and(Mirror::stands))?;
         let (client, place) = (self.client.as_ref().ok()?.clone(), place.clone());
         let (config, tempo, clock) = (self.config.clone(), self.tempo.clone(), self.around.clock.clone());
         Some(Box::pin(async move {
@@ -353,18 +376,13 @@ impl Runner {
 
     fn take_usage(&mut self, usage: Result<Usage, CallError>) {
         let now = self.around.clock.raw();
+        // A rule that is missing is soon made, and then the alarm should end.
+        let is_settled = matches!(usage, Ok(Usage::Used | Usage::Unseen(_)));
+        let rest = if is_settled { self.config.reconcile_interval } else { CARE_INTERVAL };
+        self.usage_due = now.saturating_add(rest);
         match usage {
-            Ok(usage) => {
-                self.usage = Some(usage);
-                // A rule that is missing is soon made, and then the alarm should end.
-                let again = if usage == Usage::Unused { CARE_INTERVAL } else { Duration::ZERO };
-                let rested = self.config.reconcile_interval.saturating_sub(again);
-                self.usage_at = if again.is_zero() { now } else { now.saturating_sub(rested) };
-            }
-            Err(error) => {
-                tracing::debug!(error = status::chain(&error), "Use of the list not seen");
-                self.usage_at = now.saturating_add(CARE_INTERVAL);
-            }
+            Ok(usage) => self.usage = Some(usage),
+            Err(error) => tracing::debug!(error = status::chain(&error), "Use of the list not seen"),
         }
     }
 
@@ -403,8 +421,12 @@ impl Runner {
 
     /// How long there is nothing to do.
     fn pause(&self, is_busy: bool) -> Duration {
-        let pause = self.mirror.as_ref().and_then(|mirror| mirror.pause(self.now()));
-        if is_busy || !self.held { TICK } else { pause.unwrap_or(TICK) }
+        if is_busy || !self.is_held() {
+            return TICK;
+        }
+        let pause = self.mirror.as_ref().and_then(|mirror| mirror.pause(self.now())).unwrap_or(TICK);
+        let paced = self.paced_until.since(self.around.clock.raw());
+        if paced.is_zero() { pause } else { pause.min(paced) }
     }
 
     fn report(&self) {
@@ -413,7 +435,7 @@ impl Runner {
             installation: &self.installation,
             login_error: self.client.as_ref().err(),
             mirror: self.mirror.as_ref(),
-            holder: self.duty.as_ref().filter(|_| !self.held).map(Duty::holder),
+            holder: self.duty.as_ref().filter(|_| !self.is_held()).map(Duty::holder),
             duty_problem: self.duty.as_ref().and_then(Duty::problem),
             usage: self.usage,
             former: &self.former,

@@ -8,7 +8,7 @@ mod secret;
 mod telegram;
 mod webhooks;
 
-use proto::settings::{Field, Mistakes, Unknown};
+use proto::settings::{Field, FromValue, Mistakes, Unknown};
 use serde::Deserialize;
 
 use crate::cloudflare::check_login;
@@ -114,7 +114,7 @@ impl RawEnforce {
 }
 
 /// A section that may be left out: `Some(None)` when it is, `None` when a mistake was noted.
-fn check_section<R, T>(
+fn check_section<R: FromValue, T>(
     key: &str,
     section: Field<R>,
     check: impl FnOnce(R, &mut Mistakes) -> Option<T>,
@@ -295,7 +295,7 @@ mod tests {
             "enforce.forwarded_for.rules_max: must be from 1 to 10000",
             "enforce.telegram.bot_token_file: is required (or bot_token)",
             "enforce.telegram.chat_id: is required",
-            "enforce.webhooks: expected a table",
+            "enforce.webhooks: expected a table; write a section [enforce.webhooks.NAME]",
         ];
         assert_eq!(texts, expected);
     }

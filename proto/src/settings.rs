@@ -88,15 +88,21 @@ pub enum Field<T> {
     Given(T),
     /// Given, but not such a value.
     Wrong(String),
+    /// Given in the place of a table.
+    NoTable(String),
 }
 
 impl<T: FromValue> Field<T> {
     fn of(value: Value) -> Self {
-        if value.is_null() { Self::Absent } else { T::from_value(value).map_or_else(Self::Wrong, Self::Given) }
+        if value.is_null() {
+            return Self::Absent;
+        }
+        let wrong = if T::SECTION.is_some() && !value.is_object() { Self::NoTable } else { Self::Wrong };
+        T::from_value(value).map_or_else(wrong, Self::Given)
     }
 }
 
-impl<T> Field<T> {
+impl<T: FromValue> Field<T> {
     /// The value, `None` when absent or wrong; a wrong one is noted under `key`.
     pub fn take(self, key: &str, mistakes: &mut Mistakes) -> Option<T> {
         match self {
@@ -104,6 +110,11 @@ impl<T> Field<T> {
             Self::Given(value) => Some(value),
             Self::Wrong(text) => {
                 mistakes.add(key, text);
+                None
+            }
+            Self::NoTable(text) => {
+                let section = format!("{}{}", mistakes.full_key(key), T::SECTION.unwrap_or_default());
+                mistakes.add(key, format!("{text}; write a section [{section}]"));
                 None
             }
         }
@@ -131,6 +142,8 @@ impl<'de, T: FromValue> Deserialize<'de> for Field<T> {
 
 /// In tables, so that a wrong value is noted under its own key.
 impl<T: FromValue> FromValue for Field<T> {
+    const SECTION: Option<&'static str> = T::SECTION;
+
     fn from_value(value: Value) -> Result<Self, String> {
         Ok(Self::of(value))
     }
@@ -186,6 +199,9 @@ pub fn distance(a: &str, b: &str) -> usize {
 
 /// A type that a configuration value can be read as. The error says what was expected and what stood there.
 pub trait FromValue: Sized {
+    /// What follows the key in the name of a section that holds it; `None` for what is no table.
+    const SECTION: Option<&'static str> = None;
+
     /// Reads `value`.
     fn from_value(value: Value) -> Result<Self, String>;
 }
@@ -270,6 +286,8 @@ impl<T: FromValue> FromValue for Vec<T> {
 }
 
 impl<T: FromValue> FromValue for BTreeMap<String, T> {
+    const SECTION: Option<&'static str> = if T::SECTION.is_some() { Some(".NAME") } else { Some("") };
+
     fn from_value(value: Value) -> Result<Self, String> {
         match value {
             Value::Object(entries) => {
@@ -333,6 +351,8 @@ fn parse_size(text: &str) -> Option<u64> {
 macro_rules! section {
     ($($kind:ty),* $(,)?) => { $(
         impl $crate::settings::FromValue for $kind {
+            const SECTION: Option<&'static str> = Some("");
+
             fn from_value(value: serde_json::Value) -> Result<Self, String> {
                 if !value.is_object() {
                     return Err(format!("expected a table, got {value}"));
@@ -426,7 +446,10 @@ mod tests {
                 "top.size: expected a size such as \"1MiB\", got \"1XB\"",
             ]
         );
-        assert_eq!(check(json!({"find_time": "1m", "inner": 3})), ["top.inner: expected a table, got 3"]);
+        assert_eq!(
+            check(json!({"find_time": "1m", "inner": 3})),
+            ["top.inner: expected a table, got 3; write a section [top.inner]"]
+        );
         assert!(check(json!({"find_time": "1m", "jitter": "10%", "size": "1MiB", "inner": {"flag": true}})).is_empty());
     }
 }

@@ -49,8 +49,10 @@ class Cloudflare:
             # How likely each trouble is, for calls that read or write; before and after it is done.
             "chaos": {},
             "slow": 0.5, "pause": 0.0, "operation": 0.02, "items_max": 10000, "rules_max": 50000,
+            # Kinds of places whose rulesets the login may not read, and the plan of all zones.
+            "hides_rulesets": [], "plan": "free",
             # Items that a bulk operation fails at, and rules that are refused.
-            "bad": [], "sealed": [], "sees_rulesets": True, "page_max": 1000, "why": "internal error",
+            "bad": [], "sealed": [], "page_max": 1000, "why": "internal error",
         }
         self.rules = collections.defaultdict(dict)
         self.lists = {}
@@ -300,11 +302,12 @@ class Cloudflare:
                 self.progress(operation)
             return self.list_of_items(method, match[1], match[2], match[3], query, body)
         if path == "/zones" and method == "GET":
-            zones = [{"id": zone, "name": f"{zone[:4]}.example", "account": {"id": account, "name": "a"}}
+            zones = [{"id": zone, "name": f"{zone[:4]}.example", "account": {"id": account, "name": "a"},
+                      "plan": {"id": "1" * 32, "legacy_id": self.settings["plan"]}}
                      for zone, account in self.zones.items() if query.get("account.id", account) == account]
             return page_of(zones, number(query, "page", 1), number(query, "per_page", 20))
         if match := ENTRY_POINT.fullmatch(path):
-            if not self.settings["sees_rulesets"]:
+            if match[1].split("/")[0] in self.settings["hides_rulesets"]:
                 raise Refusal(403, 10000, "Authentication error")
             rules = self.entry_points.get(match[1])
             if rules is None:

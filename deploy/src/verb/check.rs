@@ -291,6 +291,17 @@ mod tests {
     }
 
     #[test]
+    fn what_only_a_firewall_heeds_is_warned_of_where_none_is_wanted() {
+        let keys = "ports = ['443']\nspare_ports = ['22']\nchains = ['INPUT']\nbackend = ";
+        let text = summary(&format!("[enforce.firewall]\n{keys}'none'"));
+        for key in ["chains", "ports", "spare_ports"] {
+            assert!(text.contains(&format!("warning    enforce.firewall.{key}: changes nothing")), "{key}: {text}");
+        }
+        assert!(!summary(&format!("[enforce.firewall]\n{keys}'iptables'")).contains("warning"));
+        assert!(!summary("enforce.firewall.backend = 'none'").contains("warning"));
+    }
+
+    #[test]
     fn what_the_prefix_of_clients_costs_at_cloudflare_is_told() {
         let toml = "[enforce.cloudflare]\napi_token_file = '/t'\nscope = 'user'\n";
         let dir = tempfile::tempdir().unwrap();

@@ -22,6 +22,8 @@ pub(super) struct Call {
     pub(super) list: Option<String>,
     /// What is asked there.
     pub(super) ask: Ask,
+    /// Whether it frees somebody, or has to come before what does: for that a part of the pace is kept.
+    pub(super) frees: bool,
 }
 
 /// What is asked.
@@ -56,7 +58,7 @@ impl Ask {
         }
     }
 
-    /// Whether it frees somebody, for which a part of the pace is kept.
+    /// Whether it frees somebody, or may.
     pub(super) fn frees(&self) -> bool {
         matches!(self, Self::Delete(..) | Self::Remove(_) | Self::Poll(_))
     }
@@ -131,7 +133,7 @@ pub(super) enum CallError {
     Timeout,
     /// The answer is not what the documentation says.
     #[error("Cloudflare's answer is not readable")]
-    Unreadable(#[source] Option<serde_json::Error>),
+    Unreadable(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// It is longer than any that we ask for.
     #[error("Cloudflare's answer is too long")]
     TooLong,

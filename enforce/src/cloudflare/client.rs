@@ -79,12 +79,11 @@ struct Request {
     path: String,
     query: Vec<(&'static str, String)>,
     body: Option<Value>,
-    frees: bool,
 }
 
 impl Request {
     fn new(method: Method, path: String) -> Self {
-        Self { method, path, query: Vec::new(), body: None, frees: false }
+        Self { method, path, query: Vec::new(), body: None }
     }
 
     fn get(path: String) -> Self {
@@ -152,12 +151,20 @@ impl Client {
         self.login == *login
     }
 
-    /// Carries out a call.
+    /// Carries out a call, once the pace lets it pass.
     ///
     /// # Errors
     /// When it was not done, or may not have been.
     pub(super) async fn carry_out(&self, call: &Call) -> Result<Answer, CallError> {
-        let frees = call.ask.frees();
+        self.pace.wait(call.frees).await;
+        self.carry_out_now(call).await
+    }
+
+    /// Carries out a call that the pace has let pass.
+    ///
+    /// # Errors
+    /// When it was not done, or may not have been.
+    pub(super) async fn carry_out_now(&self, call: &Call) -> Result<Answer, CallError> {
         let items = || self.items(call.list.as_deref().unwrap_or_default());
         let rules = || self.rules(call.place);
         let (get, post, delete) = (Request::get, Method::POST, Method::DELETE);
@@ -191,7 +198,7 @@ impl Client {
                 Ok(Answer::Done)
             }
             Ask::Delete(id, _) => {
-                let request = Request { frees, ..Request::new(delete, format!("{}/{id}", rules())) };
+                let request = Request::new(delete, format!("{}/{id}", rules()));
                 self.send::<Value>(request).await?;
                 Ok(Answer::Done)
             }
@@ -202,12 +209,12 @@ impl Client {
             }
             Ask::Remove(old) => {
                 let old: Vec<Value> = old.iter().map(|(id, _)| json!({ "id": id })).collect();
-                let request = Request { frees, ..Request::new(delete, items()) };
+                let request = Request::new(delete, items());
                 self.begin(request.sending(json!({ "items": old }))).await
             }
             Ask::Poll(operation) => {
                 let path = format!("{}/rules/lists/bulk_operations/{operation}", self.account());
-                let (operation, _) = self.send::<wire::Operation>(Request { frees, ..get(path) }).await?;
+                let (operation, _) = self.send::<wire::Operation>(get(path)).await?;
                 Ok(Answer::Operation(match operation.into() {
                     Progress::Failed(why) => Progress::Failed(self.clean(&why)),
                     progress @ (Progress::Running | Progress::Completed) => progress,
@@ -222,6 +229,7 @@ impl Client {
         path: String,
         query: &[(&'static str, String)],
     ) -> Result<(T, ResultInfo), CallError> {
+        self.pace.wait(false).await;
         self.send(Request { query: query.to_vec(), ..Request::get(path) }).await
     }
 
@@ -282,14 +290,13 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, request: Request) -> Result<(T, ResultInfo), CallError> {
-        self.pace.wait(request.frees).await;
         if !self.claim.is_held() {
             return Err(CallError::Deposed);
         }
         let sent = self.exchange(request).await;
         self.metrics.count_call(sent.as_ref().map_or_else(CallError::outcome, |_| "done"));
         let (result, info) = sent?;
-        let result = serde_json::from_value(result).map_err(|error| CallError::Unreadable(Some(error)))?;
+        let result = serde_json::from_value(result).map_err(|error| self.unreadable(&error))?;
         Ok((result, info))
     }
 
@@ -328,9 +335,14 @@ impl Client {
                 let message = reasons.first().map(|reason| self.clean(&reason.message)).unwrap_or_default();
                 Err(refused(reasons.iter().map(|reason| reason.code).collect(), message))
             }
-            Err(error) if status.is_success() => Err(CallError::Unreadable(Some(error))),
+            Err(error) if status.is_success() => Err(self.unreadable(&error)),
             Err(_) => Err(refused(Vec::new(), String::new())),
         }
+    }
+
+    /// The reason may quote what came.
+    fn unreadable(&self, error: &serde_json::Error) -> CallError {
+        CallError::Unreadable(self.clean(&error.to_string()).into())
     }
 
     /// A text of theirs, as it may be shown: short, printable, and without what must not be seen.
@@ -345,4 +357,51 @@ fn transport(error: reqwest::Error) -> CallError {
     // The address is known, and says nothing of the reason.
     let error = error.without_url();
     if error.is_timeout() { CallError::Timeout } else { CallError::Transport(error.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    use proto::time::Clock;
+
+    use super::*;
+    use crate::cloudflare::mirror::Form;
+    use crate::cloudflare::mirror::sim;
+    use crate::cloudflare::status::chain;
+
+    #[tokio::test]
+    async fn an_odd_answer_is_told_of_in_few_words_and_without_the_secret() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let api_url = format!("http://{}", listener.local_addr().unwrap());
+        let odd = format!("s3cret {}", "x".repeat(1 << 20));
+        let bodies = [json!({"success": true, "result": odd}), json!({"success": odd}), json!([odd])];
+        let told: Vec<String> = bodies.iter().map(Value::to_string).collect();
+        let server = std::thread::spawn(move || {
+            for body in told {
+                let (mut stream, _) = listener.accept().unwrap();
+                let _request = stream.read(&mut [0; 4096]).unwrap();
+                let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
+                stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            }
+        });
+        let config = CloudflareConfig {
+            login: CloudflareLogin::Token(crate::config::SecretSource::Given(Secret::new("s3cret"))),
+            api_url,
+            ..sim::config(Form::Rules, 10)
+        };
+        let pace = Arc::new(Pace::new(1000, Duration::from_secs(300), Clock::system()));
+        let login = Login::read(&config.login).unwrap();
+        let client = Client::new(&config, login, pace, Duration::from_secs(30), CloudflareMetrics::default()).unwrap();
+        let ask = Ask::Look(Cursor::Page { notes: String::new(), page: 1 });
+        for _ in &bodies {
+            let call = Call { place: 0, list: None, ask: ask.clone(), frees: false };
+            let text = chain(&client.carry_out(&call).await.unwrap_err());
+            assert!(text.starts_with("Cloudflare's answer is not readable") && text.len() < 400, "{}", text.len());
+            assert!(!text.contains("s3cret"), "{text}");
+        }
+        server.join().unwrap();
+    }
 }

@@ -11,7 +11,7 @@ use crate::config::{Mode, Scope};
 impl Runner {
     /// Whether the address has an entry, and why or why not; of a host that has the duty.
     pub(super) fn explain(&self, address: IpAddr) -> BackendHold {
-        if !self.held {
+        if !self.is_held() {
             let holder = self.duty.as_ref().and_then(Duty::holder);
             let text = holder.map_or_else(|| "done by no host yet".to_owned(), |node| format!("done by {node}"));
             return BackendHold::without(HoldState::Standby, text);

@@ -1,6 +1,6 @@
 //! Places that the configuration named before: emptied once all stands where it should stand now.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Duration;
@@ -28,8 +28,8 @@ pub(super) struct Former {
     state_dir: PathBuf,
     current: BTreeSet<Place>,
     left: BTreeSet<Place>,
-    /// Why a try failed.
-    problem: Option<Problem>,
+    /// Why the last try failed.
+    problems: BTreeMap<Place, Problem>,
     /// The place that failed last: others come before it again.
     failed: Option<Place>,
     due: Timestamp,
@@ -71,17 +71,16 @@ impl Former {
                 false => tracing::info!(%place, removed = emptied.removed, "Emptied a former place at Cloudflare"),
             }
             self.left.remove(place);
-            self.problem = self.problem.take().filter(|_| !self.left.is_empty());
+            self.problems.remove(place);
             self.keep();
             return;
         };
         let text = format!(
-            "bans of a former configuration have no end of their own and cannot be removed: {place}: {failure}; if it is \
-             gone there, stop, take it out of {} and start",
-            places::file(&self.state_dir).display()
+            "bans of a former configuration have no end of their own and cannot be removed: {place}: {failure}; {}",
+            place.advice(&self.state_dir)
         );
         tracing::warn!(reason = text, "Former place at Cloudflare not emptied");
-        self.problem = Some(Problem::degraded(text));
+        self.problems.insert(place.clone(), Problem::degraded(text));
         if self.left.last() == Some(place) {
             self.due = now.saturating_add(PAUSE);
         }
@@ -95,8 +94,8 @@ impl Former {
     }
 
     /// What is wrong.
-    pub(super) fn problem(&self) -> Option<Problem> {
-        self.problem.clone()
+    pub(super) fn problems(&self) -> impl Iterator<Item = Problem> {
+        self.problems.values().cloned()
     }
 }
 
@@ -169,5 +168,34 @@ async fn ask(client: &Client, call: &Call, place: &Place, is_awaited: bool) -> R
                 tracing::warn!(%place, "Waiting for Cloudflare to answer, or to take more calls");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Scope;
+
+    #[test]
+    fn each_place_that_cannot_be_emptied_is_said_with_what_ends_it_until_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let zones = ["a", "b"].map(|zone| Place::all("me", &Scope::Zones(vec![zone.to_owned()])).pop_first().unwrap());
+        places::write(dir.path(), &zones.iter().cloned().collect()).unwrap();
+        let mut former = Former::begin(dir.path(), Place::all("me", &Scope::User));
+        let failed = Emptied { failure: Some("refused".to_owned()), ..Emptied::default() };
+        for zone in &zones {
+            former.take(zone, &failed, Timestamp::from_secs(1));
+        }
+        let texts: Vec<String> = former.problems().map(|problem| problem.text).collect();
+        let file = places::file(dir.path());
+        for (zone, text) in ["a", "b"].iter().zip(&texts) {
+            let kept = format!(r#"take {{"installation":"me","at":{{"zone":"{zone}"}}}} out of {}"#, file.display());
+            assert!(text.contains(&format!("zone {zone} (installation me): refused; if it is gone")), "{text}");
+            assert!(text.ends_with(&kept), "{text}");
+            // As it stands there.
+            assert!(std::fs::read_to_string(&file).unwrap().contains(&format!(r#"{{"zone":"{zone}"}}"#)));
+        }
+        former.take(&zones[0], &Emptied::default(), Timestamp::from_secs(2));
+        assert_eq!((texts.len(), former.problems().count()), (2, 1));
     }
 }

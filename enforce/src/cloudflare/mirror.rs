@@ -8,6 +8,7 @@ mod cover;
 mod explain;
 mod mark;
 mod queue;
+mod refusals;
 mod trouble;
 mod wishes;
 
@@ -193,7 +194,7 @@ impl Mirror {
         self.touch(&touched, now);
     }
 
-    /// The next call, if there is one to make now. What it comes to must be handled before the next.
+    /// The next call, if there is one to make now. Once it is made, what it comes to must be handled before the next.
     pub(super) fn next(&mut self, now: Timestamp) -> Option<Call> {
         let count = self.books.len();
         let turns = || (0..count).map(|n| (self.turn + n) % count);
@@ -202,7 +203,10 @@ impl Mirror {
         for place in order {
             if let Some(ask) = self.books[place].next(&self.terms.at(now), self.read_only) {
                 self.turn = (place + 1) % count;
-                return Some(Call { place, list: self.books[place].list().map(str::to_owned), ask });
+                let book = &self.books[place];
+                // Removals come first: what is read meanwhile is read for them.
+                let frees = ask.frees() || (!ask.is_write() && book.has_removals());
+                return Some(Call { place, list: book.list().map(str::to_owned), ask, frees });
             }
         }
         None

@@ -45,6 +45,12 @@ impl Place {
         at.into_iter().map(|at| Self { installation: installation.to_owned(), at }).collect()
     }
 
+    /// What a person can do who knows that it is gone: Cloudflare answers then as if we had no right to see it.
+    pub(super) fn advice(&self, state_dir: &Path) -> String {
+        let kept = serde_json::to_string(self).unwrap_or_default();
+        format!("if it is gone there, stop this host's service and take {kept} out of {}", file(state_dir).display())
+    }
+
     /// This place alone.
     pub(super) fn scope(&self) -> Scope {
         match self.at.clone() {

@@ -57,7 +57,7 @@ pub(crate) async fn remove_all(
     for place in places {
         tracing::info!(%place, dry_run, "Removing our entries from Cloudflare");
         let Emptied { removed: entries, is_gone, failure } = remover.empty(&place, dry_run).await;
-        failures.extend(failure.map(|failure| format!("{place}: {failure}")));
+        failures.extend(failure.map(|failure| format!("{place}: {failure}{}", advice(&place, cloudflare, state_dirs))));
         if entries > 0 || is_gone {
             removals.push(CloudflareRemoval { place: place.to_string(), entries, is_gone });
         }
@@ -81,6 +81,13 @@ fn all_places(cloudflare: &CloudflareConfig, state_dirs: &[PathBuf]) -> Result<B
         places.extend(Place::all(&name, &cloudflare.scope));
     }
     if places.is_empty() { Err(InstallationError::Unknown.into()) } else { Ok(places) }
+}
+
+/// How to end it with a place that is kept, that the configuration names no more, and that may be gone.
+fn advice(place: &Place, cloudflare: &CloudflareConfig, state_dirs: &[PathBuf]) -> String {
+    let is_former = !Place::all(&place.installation, &cloudflare.scope).contains(place);
+    let keeper = state_dirs.iter().find(|dir| places::read(dir).is_ok_and(|kept| kept.contains(place)));
+    keeper.filter(|_| is_former).map_or_else(String::new, |dir| format!("; {}", place.advice(dir)))
 }
 
 /// Nothing stands anywhere any more.

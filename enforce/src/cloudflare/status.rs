@@ -66,7 +66,7 @@ impl Status<'_> {
         report.detail.extend(self.details(&summary));
         let mut problems = self.problems_of_host();
         problems.extend(self.problems(&summary));
-        problems.extend(self.former.problem());
+        problems.extend(self.former.problems());
         (report, problems)
     }
 
@@ -135,8 +135,9 @@ impl Status<'_> {
             Some(Usage::Unused) => problems.push(Problem::degraded(
                 "no custom rule uses the list, so it bans nobody: make one for every zone, `ip.src in $LIST`, block",
             )),
-            Some(Usage::Unseen) => {
-                warn(1, "cannot see whether a custom rule uses the list: the token may not read all zones' firewall");
+            Some(Usage::Unseen(why)) => {
+                let text = format!("cannot tell whether a custom rule uses the list, because {}", why.as_str());
+                problems.push(Problem::warning(text));
             }
             Some(Usage::Used) | None => {}
         }

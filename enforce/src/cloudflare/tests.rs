@@ -404,13 +404,44 @@ fn write_secret(path: &Path, text: &str) {
 }
 
 #[tokio::test]
+async fn who_is_freed_does_not_wait_behind_a_ban_that_the_pace_holds_back() {
+    // With fewer than twenty calls left, for minutes only those are made that free somebody.
+    let fake = Fake::start(json!({"settings": {"limit": 40}})).await;
+    let mut host = Host::new();
+    let place = format!("accounts/{ACCOUNT}");
+    host.ban(&["203.0.113.1"]);
+    host.start(&config(&fake, Scope::Account(ACCOUNT.to_owned())));
+    until(&fake, "the first ban", |state| has(state, &place, &["203.0.113.1"])).await;
+    let many: Vec<String> = (2..42).map(|n| format!("203.0.113.{n}")).collect();
+    host.ban(&many.iter().map(String::as_str).collect::<Vec<_>>());
+    let is_held_back = |state: &Value| {
+        let done = ours(state).remove(&place).unwrap_or_default().len() as u64;
+        let is_scarce = state["stats"]["calls"].as_u64() > Some(20);
+        is_scarce && host.said().0.members == done && host.said().0.waiting == 41 - done
+    };
+    until(&fake, "the pace holds bans back", is_held_back).await;
+    host.free(&["203.0.113.1"]);
+    let is_there = |state: &Value| ours(state)[&place].contains_key(&"203.0.113.1".parse().unwrap());
+    until(&fake, "who was freed", |state| !is_there(state)).await;
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_list_that_no_rule_uses_raises_an_alarm() {
     let rule = json!({"action": "block", "expression": "ip.src in $bad", "enabled": true});
     let name = format!("zones/{}", ZONES[1]);
     for (wishes, problem) in [
         (json!({}), Some("no custom rule uses the list")),
         (json!({"entry_points": {name: [rule]}}), None),
-        (json!({"settings": {"sees_rulesets": false}}), Some("cannot see whether a custom rule")),
+        (json!({"settings": {"hides_rulesets": ["accounts"]}}), Some("no custom rule uses the list")),
+        (
+            json!({"settings": {"hides_rulesets": ["accounts"], "plan": "enterprise"}}),
+            Some("uses the list, because the token may not read the custom rules of the account"),
+        ),
+        (
+            json!({"settings": {"hides_rulesets": ["accounts", "zones"]}}),
+            Some("uses the list, because the token may not read all zones' firewall"),
+        ),
     ] {
         let fake = Fake::start(wishes).await;
         let mut host = Host::new();
@@ -457,7 +488,7 @@ async fn it_is_explained_what_stands_at_cloudflare_and_what_that_is_worth() {
     let fake = Fake::start(json!({})).await;
     let bus = Bus::new();
     let mut runner = Runner::new(config(&fake, zones()), &FirewallConfig::default(), surroundings(&bus), tempo());
-    runner.held = false;
+    runner.term = None;
     let hold = runner.explain("203.0.113.1".parse().unwrap());
     assert_eq!((hold.state, hold.detail.as_str()), (HoldState::Standby, "done by no host yet"));
 }
@@ -611,6 +642,7 @@ async fn a_place_that_refuses_hides_nothing_of_what_was_removed_elsewhere() {
     assert_eq!(removed, expected);
     let error = done.unwrap_err().to_string();
     assert!(error.starts_with("list bad (installation me): Cloudflare refuses (HTTP 403"), "{error}");
+    assert!(error.contains("if it is gone there, stop this host's service and take {"), "{error}");
     assert!(left_behind(&dirs).is_some(), "what is left is not forgotten");
 }
 

@@ -19,8 +19,33 @@ pub(super) enum Usage {
     Used,
     /// No rule does.
     Unused,
-    /// We may not see all rules.
-    Unseen,
+    /// Not all rules were seen.
+    Unseen(Unseen),
+}
+
+/// Why not all rules were seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unseen {
+    /// Those of the account, which an Enterprise account has.
+    Account,
+    /// Those that the account's rules execute.
+    Executed,
+    /// Those of all zones, or of some.
+    Zones,
+    /// There are more than [`ZONES_MAX`].
+    TooMany,
+}
+
+impl Unseen {
+    /// The reason, for people.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Account => "the token may not read the custom rules of the account (Account: Account WAF, Read)",
+            Self::Executed => "the account's rules execute others, which are not looked at",
+            Self::Zones => "the token may not read all zones' firewall (Zone: Zone, Read and Zone WAF, Read)",
+            Self::TooMany => "the account has too many zones to look at",
+        }
+    }
 }
 
 /// Looks: at what the list says of itself, then at the account's and all its zones' custom rules.
@@ -33,23 +58,26 @@ pub(super) async fn look(client: &Client, account: &str, list_id: &str, name: &s
     if list.num_referencing_filters.is_some_and(|filters| filters > 0.0) {
         return Ok(Usage::Used);
     }
-    let mut unseen = false;
-    match rules(client, format!("/accounts/{account}/{PHASE}")).await? {
-        None => {}
+    let of_account = match rules(client, format!("/accounts/{account}/{PHASE}")).await? {
+        None => Some(Unseen::Account),
         Some(rules) if rules.iter().any(|rule| rule.uses(name)) => return Ok(Usage::Used),
         // What it executes stands elsewhere.
-        Some(rules) => unseen |= rules.iter().any(|rule| rule.action == "execute"),
-    }
-    let Some(zones) = zones(client, account).await? else { return Ok(Usage::Unseen) };
-    unseen |= zones.is_empty() || zones.len() > ZONES_MAX;
+        Some(rules) => rules.iter().any(|rule| rule.action == "execute").then_some(Unseen::Executed),
+    };
+    let Some(zones) = zones(client, account).await? else { return Ok(Usage::Unseen(Unseen::Zones)) };
+    let mut of_zones = if zones.is_empty() { Some(Unseen::Zones) } else { None };
     for zone in zones.iter().take(ZONES_MAX) {
         match rules(client, format!("/zones/{}/{PHASE}", zone.id)).await? {
-            None => unseen = true,
+            None => of_zones = Some(Unseen::Zones),
             Some(rules) if rules.iter().any(|rule| rule.uses(name)) => return Ok(Usage::Used),
             Some(_) => {}
         }
     }
-    Ok(if unseen { Usage::Unseen } else { Usage::Unused })
+    let of_zones = of_zones.or((zones.len() > ZONES_MAX).then_some(Unseen::TooMany));
+    // Other accounts have no rules of their own, and say so to nobody who may not read them.
+    let may_have_rules =
+        |unseen: &Unseen| *unseen != Unseen::Account || zones.iter().any(wire::Zone::may_be_enterprise);
+    Ok(of_zones.or(of_account.filter(may_have_rules)).map_or(Usage::Unused, Usage::Unseen))
 }
 
 /// The rules there; `None` where we may not see them.
@@ -63,12 +91,12 @@ async fn rules(client: &Client, path: String) -> Result<Option<Vec<wire::CustomR
 }
 
 /// The account's zones; `None` where we may not see them.
-async fn zones(client: &Client, account: &str) -> Result<Option<Vec<wire::Identified>>, CallError> {
+async fn zones(client: &Client, account: &str) -> Result<Option<Vec<wire::Zone>>, CallError> {
     let mut all = Vec::new();
     for page in 1..=ZONES_MAX / ZONES_PAGE + 1 {
         let query =
             [("account.id", account.to_owned()), ("page", page.to_string()), ("per_page", ZONES_PAGE.to_string())];
-        match client.read::<Vec<wire::Identified>>("/zones".to_owned(), &query).await {
+        match client.read::<Vec<wire::Zone>>("/zones".to_owned(), &query).await {
             Ok((zones, info)) => {
                 all.extend(zones);
                 if info.total_pages.is_none_or(|pages| pages as usize <= page) {

@@ -142,6 +142,28 @@ pub(super) struct Identified {
     pub(super) id: String,
 }
 
+/// A zone.
+#[derive(Debug, Deserialize)]
+pub(super) struct Zone {
+    pub(super) id: String,
+    #[serde(default)]
+    plan: Option<Plan>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Plan {
+    #[serde(default)]
+    legacy_id: Option<String>,
+}
+
+impl Zone {
+    /// Whether its account may be one of an Enterprise; also where its plan is not told.
+    pub(super) fn may_be_enterprise(&self) -> bool {
+        let plan = self.plan.as_ref().and_then(|plan| plan.legacy_id.as_deref());
+        plan.is_none_or(|plan| !matches!(plan, "free" | "pro" | "business"))
+    }
+}
+
 /// The beginning of an operation.
 #[derive(Debug, Deserialize)]
 pub(super) struct Begun {

@@ -31,6 +31,8 @@ impl FromValue for RawSecret {
 pub(super) struct Hidden<T>(pub(super) T);
 
 impl<T: FromValue> FromValue for Hidden<T> {
+    const SECTION: Option<&'static str> = T::SECTION;
+
     fn from_value(value: Value) -> Result<Self, String> {
         T::from_value(value).map(Self).map_err(|_| "expected a table".to_owned())
     }

@@ -404,6 +404,6 @@ mod tests {
     #[test]
     fn an_address_in_the_place_of_a_table_is_not_shown() {
         let texts = checked(json!({"slack": "https://hooks.slack.com/s3cret", "none": null})).unwrap_err();
-        assert_eq!(texts, ["slack: expected a table"]);
+        assert_eq!(texts, ["slack: expected a table; write a section [slack]"]);
     }
 }

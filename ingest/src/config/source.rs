@@ -97,6 +97,8 @@ pub enum RawSource {
 }
 
 impl FromValue for RawSource {
+    const SECTION: Option<&'static str> = Some("");
+
     fn from_value(value: Value) -> Result<Self, String> {
         Ok(match value.get("type").and_then(Value::as_str) {
             Some("file") => Self::File(RawFile::from_value(value)?),

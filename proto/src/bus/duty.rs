@@ -52,6 +52,12 @@ impl Duty {
         self.claim().is_held()
     }
 
+    /// Which of our takings this is, if it is ours now. After each other one it has been another's, or may have been.
+    pub fn term(&self) -> Option<u64> {
+        let takings = self.0.as_ref().map_or(0, |keeper| keeper.state().takings);
+        self.is_held().then_some(takings)
+    }
+
     /// Tells whether it is ours, at any later moment too.
     pub fn claim(&self) -> Claim {
         Claim(self.0.as_ref().map(Keeper::tenure))

@@ -304,14 +304,17 @@ async fn a_host_that_stood_still_has_left_its_duty_before_anything_of_it_goes_on
     assert!(!claim.is_held());
     wait_for(&mut duty, true).await;
     assert!(claim.is_held());
+    let term = duty.term();
     clock.set(clock.now().saturating_add(LEASE_TTL));
-    assert!(!claim.is_held() && !duty.is_held(), "another may have it by now");
+    assert!(!claim.is_held() && !duty.is_held() && duty.term().is_none(), "another may have it by now");
     let renewed = async {
         while !claim.is_held() {
             tokio::task::yield_now().await;
         }
     };
     tokio::time::timeout(PATIENCE, renewed).await.expect("nobody else wanted it");
+    tokio::time::timeout(PATIENCE, duty.changed()).await.expect("who has looked meanwhile is told");
+    assert!(duty.term() > term, "{:?} after {term:?}", duty.term());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,6 +12,7 @@ use proto::time::Timestamp;
 
 use super::cover::Form;
 use super::queue::Queue;
+use super::refusals::Refusals;
 use super::trouble::Trouble;
 use super::wishes::Wishes;
 use crate::cloudflare::call::{Answer, Ask, CallError, Cursor, Progress, Seen};
@@ -23,8 +24,6 @@ use crate::config::Mode;
 const BATCH_MAX: usize = 500;
 /// Items without a known ID that are looked up one by one; more are found by looking at the whole list.
 const FIND_MAX: usize = 20;
-/// Entries refused in a row, beyond which it is not about them.
-const REFUSALS_MAX: u32 = 5;
 /// New items that are asked for one by one before they are added; for more, the whole list is read.
 const ASK_MAX: usize = 10;
 /// How old a look at a list may be at least when items are added: with a high `calls_max` and few items it is soon done.
@@ -49,7 +48,7 @@ pub(super) enum Standing {
     Unknown,
     /// An entry is there that is not ours.
     Taken,
-    /// Cloudflare does not take it.
+    /// Cloudflare did not take it; it is tried again later.
     Refused,
 }
 
@@ -126,8 +125,8 @@ pub(super) struct Book {
     strays: BTreeMap<String, Target>,
     /// Targets that somebody else has an entry for.
     taken: BTreeSet<Target>,
-    /// Targets that Cloudflare does not take.
-    refused: BTreeSet<Target>,
+    /// Targets that Cloudflare did not take.
+    refusals: Refusals,
     others: BTreeMap<String, usize>,
     /// The next look is at the entries of other installations too.
     is_wide_next: bool,
@@ -148,8 +147,6 @@ pub(super) struct Book {
     /// When an addition that may have begun unseen should have ended, and shows.
     second_look: Option<Timestamp>,
     batch_max: usize,
-    /// Entries refused one after the other.
-    refusals: u32,
     pub(super) trouble: Trouble,
     pub(super) repairs: u64,
     pub(super) removed: usize,
@@ -164,7 +161,7 @@ impl Book {
             held: BTreeMap::new(),
             strays: BTreeMap::new(),
             taken: BTreeSet::new(),
-            refused: BTreeSet::new(),
+            refusals: Refusals::default(),
             others: BTreeMap::new(),
             is_wide_next: true,
             queue: Queue::default(),
@@ -177,7 +174,6 @@ impl Book {
             operation: None,
             second_look: None,
             batch_max: BATCH_MAX,
-            refusals: 0,
             trouble: Trouble::new(seed),
             repairs: 0,
             removed: 0,
@@ -187,8 +183,7 @@ impl Book {
     /// Looks at everything again before anything else is done, and tries again what was refused or
     /// somebody else's.
     pub(super) fn begin_anew(&mut self) {
-        self.refused.clear();
-        self.refusals = 0;
+        self.refusals = Refusals::default();
         self.taken.clear();
         self.is_wide_next = true;
         self.doubt();
@@ -241,6 +236,9 @@ impl Book {
         if let Some((target, _)) = self.find {
             return Some(Ask::Find(target));
         }
+        for target in self.refusals.retry(view.now) {
+            self.retouch(&target, view);
+        }
         match self.form {
             Form::Rules => self.next_rule(view),
             Form::List => self.next_items(view),
@@ -258,7 +256,7 @@ impl Book {
     fn step(&self, target: &Target, view: &View<'_>) -> Option<Step> {
         match (view.wishes.wanted(target), self.held.get(target)) {
             (Some(rule), None) => {
-                let possible = !self.taken.contains(target) && !self.refused.contains(target);
+                let possible = !self.taken.contains(target) && !self.refusals.holds(target);
                 possible.then(|| Step::Create(view.mark.note(rule)))
             }
             (Some(_), Some(held)) => (held.mode != view.mode).then_some(Step::SetMode),
@@ -334,7 +332,7 @@ impl Book {
             (Ask::Find(target), Answer::Found(seen)) => self.take_found(target, seen, view),
             (Ask::Create(target, _), Answer::Made(id)) => {
                 self.trouble.clear();
-                self.refusals = 0;
+                self.refusals.take([target].iter(), view.now);
                 self.held.insert(target, Held { id: Some(id), mode: view.mode });
                 self.retouch(&target, view);
             }
@@ -414,7 +412,7 @@ impl Book {
         for entry in reading.seen.into_values() {
             self.note(entry, view);
         }
-        self.refused.retain(|target| view.wishes.wanted(target).is_some());
+        self.refusals.retain(|target| view.wishes.wanted(target).is_some() && !self.held.contains_key(target));
         self.look = Look::Done;
         self.known = true;
         let waiting: BTreeSet<Target> = self.queue.targets().copied().collect();
@@ -518,6 +516,7 @@ impl Book {
                 self.batch_max = (self.batch_max * 2).min(BATCH_MAX);
                 match done {
                     Some(Ask::Append(items)) => {
+                        self.refusals.take(items.iter().map(|(target, _)| target), view.now);
                         for (target, _) in items {
                             self.held.insert(target, Held { id: None, mode: None });
                             self.retouch(&target, view);
@@ -549,11 +548,11 @@ impl Book {
                 self.find = Some((*target, true));
                 return;
             }
-            Ask::Create(target, _) if error.is_about_entry() && self.refusals < REFUSALS_MAX => {
-                self.refusals += 1;
-                self.refused.insert(*target);
+            Ask::Create(target, _) if error.is_about_entry() => {
                 self.queue.remove(target);
-                return;
+                if self.refusals.put(*target, view.now) {
+                    return;
+                }
             }
             Ask::Delete(id, target) if error.is_gone() => {
                 self.remove(id, target, view);
@@ -593,9 +592,8 @@ impl Book {
     fn halve(&mut self, items: &[(Target, String)], view: &View<'_>) -> bool {
         self.batch_max = (items.len() / 2).max(1);
         if let [(target, _)] = items {
-            let target = *target;
-            self.refused.insert(target);
-            self.queue.remove(&target);
+            let _is_noted_anyway = self.refusals.put(*target, view.now);
+            self.queue.remove(target);
             return false;
         }
         self.trouble.rest(view.now, view.tempo.backoff_min);
@@ -659,7 +657,7 @@ impl Book {
             Some(held) if held.mode == mode => Standing::Held,
             Some(_) => Standing::OtherMode,
             None if self.taken.contains(target) => Standing::Taken,
-            None if self.refused.contains(target) => Standing::Refused,
+            None if self.refusals.holds(target) => Standing::Refused,
             None if !self.known => Standing::Unknown,
             None => Standing::Absent,
         }
@@ -670,9 +668,9 @@ impl Book {
         self.taken.iter().filter(|target| wishes.wanted(target).is_some()).count()
     }
 
-    /// Targets that Cloudflare does not take.
+    /// Targets that Cloudflare did not take.
     pub(super) fn refused(&self) -> usize {
-        self.refused.len()
+        self.refusals.count()
     }
 
     /// Entries of other installations, by their names.

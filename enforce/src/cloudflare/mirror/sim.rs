@@ -10,7 +10,7 @@ use proto::net::Target;
 use proto::secret::Secret;
 use proto::time::{Clock, Timestamp};
 
-use super::{Form, Mark, Mirror, Tempo};
+use super::{Form, Mark, Mirror, Tempo, refusals};
 use crate::cloudflare::call::{Answer, Ask, Call, CallError, Cursor, Progress, Seen};
 use crate::cloudflare::pace::Pace;
 use crate::config::{CloudflareConfig, CloudflareLogin, Mode, Scope, SecretSource};
@@ -35,7 +35,7 @@ pub(super) fn update(revision: u64, snapshot: bool, records: &[BanRecord]) -> Ba
 
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
-pub(super) fn config(form: Form, entries_max: u32) -> CloudflareConfig {
+pub(in crate::cloudflare) fn config(form: Form, entries_max: u32) -> CloudflareConfig {
     let zone = |n: char| n.to_string().repeat(32);
     let scope = match form {
         Form::Rules => Scope::Zones(vec![zone('a'), zone('b')]),
@@ -325,6 +325,12 @@ impl Run {
         }
     }
 
+    /// Refusals that are none by chance.
+    fn unwelcome(&self) -> usize {
+        let is_wanted = self.mirror.wishes().wanted(&UNWELCOME.parse().unwrap()).is_some();
+        if is_wanted { self.model.places.len() } else { 0 }
+    }
+
     /// Without further failures, all is as it should be in the end.
     fn finish(&mut self) {
         self.model.fails = false;
@@ -335,11 +341,13 @@ impl Run {
         self.mirror.handle_pause(false, self.now);
         self.mirror.doubt();
         for _ in 0..10_000 {
-            if self.mirror.is_settled() {
+            let is_settled = self.mirror.is_settled();
+            if is_settled && self.mirror.summary().refused == self.unwelcome() {
                 return;
             }
             if !self.call() {
-                let pause = self.mirror.pause(self.now).expect("something to wait for");
+                // What was refused only by chance is tried again by itself.
+                let pause = if is_settled { refusals::PAUSE } else { self.mirror.pause(self.now).expect("a wait") };
                 self.now = self.now.saturating_add(pause);
                 self.mirror.handle_time(self.now);
             }
@@ -492,7 +500,7 @@ fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
             continue;
         };
         clock.set(run.now);
-        while let Err(wait) = pace.check(call.ask.frees()) {
+        while let Err(wait) = pace.check(call.frees) {
             run.now = run.now.saturating_add(wait);
             clock.set(run.now);
         }
@@ -503,6 +511,51 @@ fn a_list_with_thousands_of_foreign_items_is_filled_at_the_slowest_pace() {
     }
     assert_eq!(run.model.ours(0).len(), 1200);
     assert_eq!(run.model.foreign(), foreign);
+}
+
+#[test]
+fn what_is_asked_for_an_item_that_goes_is_part_of_freeing_and_for_one_that_comes_is_not() {
+    let mut run = Run::new(Form::List, 1);
+    run.model.fails = false;
+    run.publish(true, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    while !run.mirror.is_settled() {
+        if !run.call() {
+            run.now = run.now.saturating_add(Duration::from_secs(1));
+        }
+    }
+    run.now = run.now.saturating_add(Duration::from_secs(600));
+    run.publish(false, vec![BanChange::Put(record("192.0.2.10", None, 1))]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert!(matches!(call.ask, Ask::Find(_)) && !call.frees, "{call:?}");
+    run.publish(false, vec![BanChange::Delete("192.0.2.9".parse().unwrap())]);
+    let call = run.mirror.next(run.now).unwrap();
+    assert_eq!((call.ask, call.frees), (Ask::Find("192.0.2.9".parse().unwrap()), true));
+}
+
+#[test]
+fn many_refused_in_a_row_hold_up_others_not_for_ever() {
+    let mut run = Run::new(Form::Rules, 1);
+    (run.model.fails, run.model.churns) = (false, false);
+    run.publish(true, vec![BanChange::Put(record("192.0.2.9", None, 1))]);
+    let unwelcome = |n: u32| format!("203.0.113.{n}");
+    run.publish(false, (100..110).map(|n| BanChange::Put(record(&unwelcome(n), None, 1))).collect());
+    let unwelcome: BTreeSet<Target> = (100..110).map(|n| unwelcome(n).parse().unwrap()).collect();
+    let begun = run.now;
+    while !run.mirror.is_settled() {
+        let Some(call) = run.mirror.next(run.now) else {
+            run.now = run.now.saturating_add(run.mirror.pause(run.now).expect("a wait"));
+            assert!(run.now.since(begun) < Duration::from_secs(3600), "{:?}", run.mirror.summary());
+            continue;
+        };
+        let answer = match &call.ask {
+            Ask::Create(target, _) if unwelcome.contains(target) => {
+                Err(CallError::Refused { status: 400, codes: Vec::new(), message: String::new() })
+            }
+            _ => run.model.carry_out(&call),
+        };
+        run.mirror.handle(call, answer, run.now);
+    }
+    assert_eq!(run.model.ours(0), BTreeSet::from(["192.0.2.9".parse().unwrap()]));
 }
 
 #[test]

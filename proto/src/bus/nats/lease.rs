@@ -195,6 +195,8 @@ impl Tenure {
 pub struct LeaseState {
     /// Whether it is ours.
     pub held: bool,
+    /// How often it became ours: in between it was another's, or may have been.
+    pub takings: u64,
     /// Whose it is, as far as known.
     pub holder: Option<Holder>,
     /// Why nothing has been heard of it for long.
@@ -275,7 +277,7 @@ async fn keep(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut trouble = Trouble::default();
     let clock = lease.connection.clock().clone();
-    let mut takings = 0;
+    let (mut taken, mut takings) = (0, 0);
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -299,9 +301,10 @@ async fn keep(
             trouble.note(&lease.connection, kept.as_ref().map(drop));
             match kept {
                 Ok(held) => {
-                    lapse.put_off(asked_at.saturating_add(UNFENCED_MAX));
                     // What was lost and taken again in one go is given up for once: others may have done things meanwhile.
-                    let is_anew = std::mem::replace(&mut takings, lease.takings) != lease.takings;
+                    // So is what was late, as whoever has asked meanwhile takes it for lost until the state changes.
+                    let is_anew = std::mem::replace(&mut taken, lease.takings) != lease.takings || lapse.is_past();
+                    lapse.put_off(asked_at.saturating_add(UNFENCED_MAX));
                     held && (is_fenced || !is_anew || !state.borrow().held)
                 }
                 // Nobody answers us. Others may be answered, so what has no fence ends in time.
@@ -313,7 +316,8 @@ async fn keep(
             false
         };
         let holder = lease.holder().filter(|holder| held || **holder != lease.me).cloned();
-        let known = LeaseState { held, holder, failure: trouble.lasting().cloned() };
+        takings += u64::from(held && !state.borrow().held);
+        let known = LeaseState { held, takings, holder, failure: trouble.lasting().cloned() };
         state.send_if_modified(|former| std::mem::replace(former, known.clone()) != known);
     }
 }
