@@ -9,6 +9,7 @@ use proto::time::{Clock, render_duration};
 use crate::backend::dry_run::DryRun;
 use crate::backend::ipset::{self, Ipset};
 use crate::backend::iptables::Iptables;
+use crate::backend::iptables::trial::Probe;
 use crate::backend::nftables::Nftables;
 use crate::backend::{Rules, Sets};
 use crate::command::CommandError;
@@ -31,18 +32,36 @@ pub(crate) enum Method {
     Plain,
 }
 
-impl Method {
+/// A method, and where it is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Way {
+    method: Method,
+    /// Also in the variant of iptables that the host does not use, which another program may not expect to be there.
+    in_any_variant: bool,
+}
+
+impl Way {
+    const fn new(method: Method, in_any_variant: bool) -> Self {
+        Self { method, in_any_variant }
+    }
+
     /// Those that a configuration allows, the best first.
     fn allowed(config: &FirewallConfig) -> &'static [Self] {
+        const IPSET_IN_USE: Way = Way::new(Method::Ipset, false);
+        const IPSET: Way = Way::new(Method::Ipset, true);
+        const PLAIN: Way = Way::new(Method::Plain, true);
+        const NFTABLES: Way = Way::new(Method::Nftables, false);
         match (config.backend, &config.chains) {
-            (BackendKind::Auto, Chains::Auto) => &[Self::Ipset, Self::Nftables, Self::Plain],
+            (BackendKind::Auto, Chains::Auto) => &[IPSET_IN_USE, NFTABLES, IPSET, PLAIN],
             // Who lists chains wants bans in these, and nftables bans before all of them.
-            (BackendKind::Auto, Chains::Listed(_)) | (BackendKind::Iptables, _) => &[Self::Ipset, Self::Plain],
-            (BackendKind::Nftables, _) => &[Self::Nftables],
+            (BackendKind::Auto, Chains::Listed(_)) | (BackendKind::Iptables, _) => &[IPSET, PLAIN],
+            (BackendKind::Nftables, _) => &[NFTABLES],
             (BackendKind::None, _) => &[],
         }
     }
+}
 
+impl Method {
     /// The word for it in the configuration.
     pub(crate) fn backend(self) -> &'static str {
         match self {
@@ -104,8 +123,9 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
         return Err(Unchosen { text: text.to_owned(), is_undecided: false });
     }
     let mut failed = Vec::new();
-    for &method in Method::allowed(config) {
-        let attempted = tokio::time::timeout(TRIAL_DEADLINE, attempt(method, config, trial, clock)).await;
+    for &way in Way::allowed(config) {
+        let method = way.method;
+        let attempted = tokio::time::timeout(TRIAL_DEADLINE, attempt(way, config, trial, clock)).await;
         match attempted.unwrap_or_else(|_| Err(Failure::silence())) {
             Ok((sets, rules)) => {
                 let why = explain(method, config.backend, &failed);
@@ -118,14 +138,17 @@ pub(crate) async fn choose(config: &FirewallConfig, trial: Trial, clock: &Clock)
                 let text = format!("cannot tell yet whether {name} works here ({reason}); it is tried again");
                 return Err(Unchosen { text, is_undecided: true });
             }
+            // The same again is one reason.
+            Err(failure)
+                if failed.iter().any(|known: &Failed| known.0 == method && known.1.reason == failure.reason) => {}
             Err(failure) => failed.push((method, failure)),
         }
     }
     let text =
         format!("nobody is banned on this host: {}; {}; it is tried again", list(&failed), advise(config, &failed));
     // Where nothing works, a dry run still tells who would be banned.
-    match (dry_run, Method::allowed(config).first()) {
-        (true, Some(&method)) => {
+    match (dry_run, Way::allowed(config).first()) {
+        (true, Some(&Way { method, .. })) => {
             Ok(Chosen { method, sets: Sets::DryRun(DryRun), rules: None, why: text, limited: None })
         }
         _ => Err(Unchosen { text, is_undecided: false }),
@@ -198,6 +221,9 @@ fn explain(method: Method, backend: BackendKind, failed: &[Failed]) -> String {
     match (failed, backend) {
         ([], BackendKind::Auto) => format!("{}, the first choice of auto", method.describe()),
         ([], _) => format!("{}, as configured", method.describe()),
+        ([(first, _), ..], _) if *first == method => {
+            format!("{} in the variant that the host does not use, because {}", method.describe(), list(failed))
+        }
         _ => format!("{}, because {}", method.describe(), list(failed)),
     }
 }
@@ -214,13 +240,14 @@ fn warn_of_plain(config: &FirewallConfig, failed: &[Failed]) -> Problem {
 }
 
 async fn attempt(
-    method: Method,
+    Way { method, in_any_variant }: Way,
     config: &FirewallConfig,
     trial: Trial,
     clock: &Clock,
 ) -> Result<(Sets, Option<Rules>), Failure> {
     let (dry_run, patient) = (trial == Trial::DryRun, trial == Trial::Patient);
     let mut iptables = Iptables::new(config.clone(), dry_run, clock.clone());
+    let probe = Probe { patient, in_any_variant };
     if method != Method::Nftables && !iptables.is_installed().await {
         return Err(Failure::not_installed("iptables", INSTALL_IPTABLES));
     }
@@ -228,7 +255,7 @@ async fn attempt(
         Method::Ipset => {
             let ipset = Ipset::find().ok_or_else(|| Failure::not_installed("ipset", INSTALL_IPSET))?;
             if !dry_run {
-                try_ipset(&ipset, &mut iptables, patient).await?;
+                try_ipset(&ipset, &mut iptables, probe).await?;
             }
             Sets::Ipset(ipset)
         }
@@ -244,7 +271,7 @@ async fn attempt(
         Method::Plain if dry_run => Sets::DryRun(DryRun),
         Method::Plain => {
             let rule = "-s 192.0.2.1/32 -m time --datestop 2037-12-31T00:00:00 -m comment --comment probe -j DROP";
-            iptables.probe(rule, patient).await.map_err(|error| Failure::refusal(&error, LOAD_TIME))?;
+            iptables.probe(rule, probe).await.map_err(|error| Failure::refusal(&error, LOAD_TIME))?;
             Sets::Plain(iptables.hold_bans().await)
         }
     };
@@ -253,10 +280,10 @@ async fn attempt(
 }
 
 /// A set such as ours, and a rule that looks it up.
-async fn try_ipset(ipset: &Ipset, iptables: &mut Iptables, patient: bool) -> Result<(), Failure> {
+async fn try_ipset(ipset: &Ipset, iptables: &mut Iptables, probe: Probe) -> Result<(), Failure> {
     ipset.probe().await.map_err(|error| Failure::refusal(&error, LOAD_SETS))?;
     let rule = format!("-m set --match-set {} src -j RETURN", ipset::PROBE);
-    let tried = iptables.probe(&rule, patient).await;
+    let tried = iptables.probe(&rule, probe).await;
     ipset.end_probe().await;
     tried.map_err(|error| Failure::refusal(&error, LOAD_MATCH))
 }
@@ -270,9 +297,24 @@ mod tests {
     #[test]
     fn who_lists_chains_is_not_given_what_ignores_them() {
         let mut config = FirewallConfig::default();
-        assert!(Method::allowed(&config).contains(&Method::Nftables));
+        let methods = |config: &FirewallConfig| Way::allowed(config).iter().map(|way| way.method).collect::<Vec<_>>();
+        assert!(methods(&config).contains(&Method::Nftables));
         config.chains = Chains::Listed(Vec::new());
-        assert_eq!(Method::allowed(&config), [Method::Ipset, Method::Plain]);
+        assert_eq!(methods(&config), [Method::Ipset, Method::Plain]);
+    }
+
+    #[test]
+    fn legacy_is_not_woken_beside_nft_where_nftables_works() {
+        let ways = Way::allowed(&FirewallConfig::default());
+        let nftables = ways.iter().position(|way| way.method == Method::Nftables).unwrap();
+        assert!(ways.iter().position(|way| way.in_any_variant).unwrap() > nftables);
+        assert_eq!(
+            ways.last().unwrap().method,
+            Method::Plain,
+            "sets are better than rules wherever they are looked up"
+        );
+        let text = explain(Method::Ipset, BackendKind::Auto, &[(Method::Ipset, Failure::silence())]);
+        assert!(text.contains("in the variant that the host does not use"), "{text}");
     }
 
     #[test]

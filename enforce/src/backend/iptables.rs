@@ -6,7 +6,7 @@
 
 pub(crate) mod calls;
 pub(crate) mod reading;
-mod trial;
+pub(crate) mod trial;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

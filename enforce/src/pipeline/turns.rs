@@ -9,7 +9,7 @@ use crate::error::EnforceError;
 use crate::host;
 use crate::pipeline::Enforcer;
 
-/// Resyncs in a row after which a back end that does not work is replaced: as many as iptables gets to read its rules.
+/// Resyncs in a row after which a back end that does not work is replaced.
 const BROKEN_MAX: u32 = 8;
 /// Resyncs between two looks whether something better than plain rules works by now.
 const PLAIN_RESYNCS: u32 = 30;

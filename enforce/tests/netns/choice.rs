@@ -78,14 +78,14 @@ fn falls_back_to_legacy(host: &Host) {
     let dir = tempfile::tempdir().unwrap();
     // As where the kernel lacks nft_compat.
     let refuse = "echo 'line 3: RULE_APPEND failed (No such file or directory): rule in chain' >&2; exit 4";
-    let part = enforcer(host, &host.stand_in(dir.path(), "restore", refuse), "{}");
+    let part = enforcer(host, &host.stand_in(dir.path(), "restore", refuse), r#"{"backend":"iptables"}"#);
     for banned in ["10.77.0.2", "fd77::2"] {
         let bad = host.client(banned);
         until("the client is banned", || !bad.through("new 8080"));
     }
     let told = detail(&part);
     assert!(
-        told.contains("the first choice of auto") && told.contains("legacy (nft does not take our rules)"),
+        told.contains("with ipset, as configured") && told.contains("legacy (nft does not take our rules)"),
         "{told}"
     );
     until("it is told where", || part.ask("explain 10.77.0.2").contains("dropped in raw/PREROUTING (legacy)"));

@@ -6,17 +6,25 @@ use crate::command::CommandError;
 use crate::plan::Family;
 use crate::plan::rules::{Layout, PROBE};
 
+/// How a rule is tried.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probe {
+    /// What cannot be read now is no refusal.
+    pub(crate) patient: bool,
+    /// Where the variant that the host uses refuses it, the other is tried: packets meet both.
+    pub(crate) in_any_variant: bool,
+}
+
 impl Iptables {
-    /// Tries a rule in the variant that the host uses, and in the other where that one refuses it: packets meet both. The
-    /// variant that took it is used from then on. For the `patient`, what cannot be read now is no refusal.
+    /// Tries a rule. The variant that took it is used from then on.
     ///
     /// # Errors
     /// Why the first refused it; of which [`CommandError::is_passing`] may end by itself.
-    pub(crate) async fn probe(&mut self, rule: &str, patient: bool) -> Result<(), CommandError> {
+    pub(crate) async fn probe(&mut self, rule: &str, how: Probe) -> Result<(), CommandError> {
         let family = Family::V4;
         let (views, unreadable) = self.look(family).await;
         if let Some(error) = unreadable {
-            return if patient { Ok(()) } else { Err(error) };
+            return if how.patient { Ok(()) } else { Err(error) };
         }
         let mut refusal = None;
         while let Some((variant, _)) = self.choose(family, &views) {
@@ -27,6 +35,9 @@ impl Iptables {
                 Err(error) => {
                     self.refusing.insert(variant);
                     refusal.get_or_insert(error);
+                    if !how.in_any_variant {
+                        break;
+                    }
                 }
             }
         }
@@ -64,6 +75,8 @@ mod tests {
     use crate::config::FirewallConfig;
     use crate::plan::rules::Variant;
 
+    const STRICT: Probe = Probe { patient: false, in_any_variant: true };
+    const PATIENT: Probe = Probe { patient: true, ..STRICT };
     const ABSENT: &str = "echo Could not fetch rule set generation id: Invalid argument >&2; exit 1";
     const REFUSES: &str = "echo RULE_APPEND failed >&2; exit 4";
 
@@ -104,7 +117,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut iptables = iptables(dir.path(), [ABSENT, REFUSES, ""]);
         iptables.ask = |_| no_nf_tables();
-        iptables.probe("-j DROP", false).await.unwrap();
+        iptables.probe("-j DROP", STRICT).await.unwrap();
         assert_eq!(chosen(&mut iptables).await, (Variant::Legacy, "nft is not available"));
         let removal = iptables.teardown(Family::V4).await;
         assert!(removal.left.is_empty(), "{:?}", removal.left);
@@ -115,8 +128,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut iptables = iptables(dir.path(), [ABSENT, "", "echo No chain/target/match by that name >&2; exit 1"]);
         iptables.ask = |_| no_nf_tables();
-        for patient in [true, false] {
-            let error = iptables.probe("-j DROP", patient).await.unwrap_err();
+        for how in [STRICT, PATIENT] {
+            let error = iptables.probe("-j DROP", how).await.unwrap_err();
             iptables.refusing.clear();
             assert!(error.to_string().contains("No chain/target/match"), "{error}");
         }
@@ -128,8 +141,8 @@ mod tests {
         let mut iptables = iptables(dir.path(), [ABSENT, "", ""]);
         for ask in [|_| Ok(()), |_| Err(Errno::EPERM.into())] {
             iptables.ask = ask;
-            assert!(iptables.probe("-j DROP", false).await.is_err());
-            assert!(iptables.probe("-j DROP", true).await.is_ok());
+            assert!(iptables.probe("-j DROP", STRICT).await.is_err());
+            assert!(iptables.probe("-j DROP", PATIENT).await.is_ok());
             assert_eq!(iptables.teardown(Family::V4).await.left.len(), 1);
         }
     }
@@ -138,10 +151,13 @@ mod tests {
     async fn legacy_is_tried_where_nft_can_be_read_but_does_not_take_our_rules() {
         let dir = tempfile::tempdir().unwrap();
         let mut iptables = iptables(dir.path(), ["", REFUSES, ""]);
-        iptables.probe("-j DROP", true).await.unwrap();
+        iptables.probe("-j DROP", PATIENT).await.unwrap();
         assert_eq!(chosen(&mut iptables).await, (Variant::Legacy, "nft does not take our rules"));
+        let mut only_nft = self::iptables(dir.path(), ["", REFUSES, ""]);
+        let here = Probe { in_any_variant: false, ..STRICT };
+        assert!(only_nft.probe("-j DROP", here).await.is_err(), "legacy was woken");
         let mut neither = self::iptables(dir.path(), ["", REFUSES, "echo no such table >&2; exit 3"]);
-        let error = neither.probe("-j DROP", true).await.unwrap_err();
+        let error = neither.probe("-j DROP", PATIENT).await.unwrap_err();
         assert!(error.to_string().contains("RULE_APPEND"), "the variant in use is the one to put right: {error}");
     }
 }
