@@ -265,6 +265,8 @@ impl Enforcer {
         let (shutdown, firewall) = (self.inputs.shutdown.clone(), self.without_us());
         let work = async {
             self.search.end();
+            // Both may have come while something else was done; what is kept for the next start takes the lists along.
+            self.take_lists().await;
             self.take_bans().await;
             // A change of rules that has begun is not left half done.
             if self.rules_job.is_some() {
