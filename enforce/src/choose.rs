@@ -213,7 +213,10 @@ fn advise(config: &FirewallConfig, failed: &[Failed]) -> String {
 }
 
 fn list(failed: &[Failed]) -> String {
-    let reason = |(method, failure): &Failed| format!("{} does not work here ({})", method.describe(), failure.reason);
+    let reason = |(method, failure): &Failed| {
+        let verb = if *method == Method::Plain { "do" } else { "does" };
+        format!("{} {verb} not work here ({})", method.describe(), failure.reason)
+    };
     failed.iter().map(reason).collect::<Vec<_>>().join(", ")
 }
 
