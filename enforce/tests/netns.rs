@@ -419,6 +419,8 @@ fn leaves_foreign_sets_alone(host: &Host) {
     let enforcer = host.enforcer(&host.quick());
     enforcer.ask("ban 10.77.0.2,fd77::2 600");
     until("the other family is enforced", || host.holds("fd77::2"));
+    // What the kernel holds is counted a moment later.
+    until("that is known", || enforcer.report()["backends"][0]["members"] == 1);
     let steps = || {
         ["add", "create", "swap"]
             .map(|kind| enforcer.metric(&format!("portcullis_enforce_steps_total{{kind=\"{kind}\"}}")))
