@@ -469,12 +469,15 @@ fn report(
         let missing = if unusable.is_empty() { "exists" } else { "can be used" };
         let text = format!("{name}: none of the configured chains {missing}; nobody is banned there");
         outcome.problems.push(Problem::degraded(text));
-        outcome.placeless.insert(family);
+        if unusable.is_empty() {
+            outcome.placeless.insert(family);
+        }
     }
 }
 
 fn list_places(layout: &Layout) -> String {
-    layout.places.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
+    if places.is_empty() { "nowhere".to_owned() } else { places.join(", ") }
 }
 
 fn program_name(family: Family) -> &'static str {
@@ -495,4 +498,28 @@ fn cause(error: &CommandError) -> Option<String> {
 
 fn chain_of(error: &CommandError) -> String {
     cause(error).map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ChainRef;
+
+    #[test]
+    fn a_table_that_cannot_be_used_is_not_a_chain_that_may_come() {
+        let missing = vec![ChainRef::new(Table::Filter, "INPUT")];
+        let layout = Layout { missing, ..Layout::default() };
+        let error = CommandError::Failed { command: "ip6tables".to_owned(), said: "no module".to_owned() };
+        let unusable = BTreeMap::from([(Table::Filter, error)]);
+        for (unusable, said, may_come) in [
+            (unusable, "table filter cannot be used: `ip6tables` failed: no module", false),
+            (BTreeMap::new(), "exist", true),
+        ] {
+            let mut outcome = RulesOutcome::default();
+            report(Family::V6, (Variant::Legacy, "why"), (&layout, &unusable), &mut outcome);
+            assert!(outcome.problems[0].text.contains(said), "{:?}", outcome.problems);
+            assert_eq!(outcome.placeless.contains(&Family::V6), may_come, "bans would count as in force");
+            assert_eq!(outcome.detail, ["ipv6: legacy (why), nowhere"]);
+        }
+    }
 }
