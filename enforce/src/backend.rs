@@ -6,8 +6,9 @@ pub(crate) mod ipset;
 pub(crate) mod iptables;
 pub(crate) mod nftables;
 pub(crate) mod plain;
+pub(crate) mod subsystem;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use proto::net::Target;
@@ -141,12 +142,14 @@ pub(crate) struct RulesOutcome {
     pub(crate) repairs: u64,
     /// Packets and bytes dropped since our chains were made.
     pub(crate) dropped: (u64, u64),
-    /// Where each family's bans stand, for people.
+    /// Where each family's bans stand now, for people.
     pub(crate) places: BTreeMap<Family, String>,
+    /// Families whose rules could not be looked at.
+    pub(crate) unseen: BTreeSet<Family>,
     /// Families whose rules could not be put in place, or not be lifted.
     pub(crate) failed: usize,
     /// Families in which no configured chain exists, now.
-    pub(crate) placeless: usize,
+    pub(crate) placeless: BTreeSet<Family>,
     /// Rules were to go, because of a pause.
     pub(crate) lifts: bool,
     /// A change that began before does not end, and may yet come into effect.

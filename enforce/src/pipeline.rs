@@ -265,6 +265,8 @@ impl Enforcer {
         let (shutdown, firewall) = (self.inputs.shutdown.clone(), self.without_us());
         let work = async {
             self.search.end();
+            // Both may have come while something else was done; what is kept for the next start takes the lists along.
+            self.take_lists().await;
             self.take_bans().await;
             // A change of rules that has begun is not left half done.
             if self.rules_job.is_some() {
@@ -459,7 +461,7 @@ impl Enforcer {
 
     fn report(&mut self) {
         // While lists wait, some of it may be lifted for a moment.
-        if self.reconciler.is_in_force() && !self.inputs.lists.has_changed().unwrap_or(false) {
+        if self.reconciler.is_in_force(&self.outcome) && !self.inputs.lists.has_changed().unwrap_or(false) {
             self.in_force = self.reconciler.desired.revision();
         }
         let (desired, metrics) = (&self.reconciler.desired, &self.inputs.metrics);
@@ -468,7 +470,8 @@ impl Enforcer {
             metrics.set_members(family.as_str(), *count);
         }
         let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-        metrics.desired.set(gauge(desired.count()));
+        let (here, elsewhere) = self.reconciler.desired_here();
+        metrics.desired.set(gauge(here));
         metrics.guarded.set(gauge(desired.refused_count()));
         metrics.left_out.set(gauge(desired.left_out()));
 
@@ -483,9 +486,9 @@ impl Enforcer {
         report.problems.extend(problems);
         report.backends = vec![BackendReport {
             name: self.reconciler.backend_name().to_owned(),
-            detail: self.detail(&members),
+            detail: self.detail(&members, elsewhere),
             members: members.values().sum::<usize>() as u64,
-            desired: desired.count() as u64,
+            desired: here as u64,
             guarded: desired.refused_count() as u64,
             dropped_packets: self.dropped_now().0,
             dropped_bytes: self.dropped_now().1,
@@ -500,7 +503,8 @@ impl Enforcer {
         self.inputs.nodes.put(report);
     }
 
-    fn detail(&self, members: &BTreeMap<Family, usize>) -> Vec<String> {
+    /// `elsewhere`: bans of families that this host lacks.
+    fn detail(&self, members: &BTreeMap<Family, usize>, elsewhere: usize) -> Vec<String> {
         let mut detail: Vec<String> = self.reconciler.why().map(str::to_owned).into_iter().collect();
         detail.extend(self.outcome.detail.iter().cloned());
         if self.config.firewall.backend == BackendKind::None {
@@ -510,7 +514,9 @@ impl Enforcer {
             detail.push("dry run: nothing is changed".to_owned());
         }
         if !members.contains_key(&Family::V6) {
-            detail.push("ipv6: not on this host".to_owned());
+            let left =
+                if elsewhere == 0 { String::new() } else { format!("; {elsewhere} bans are of no concern to it") };
+            detail.push(format!("ipv6: not on this host{left}"));
         }
         detail
     }

@@ -20,7 +20,7 @@ use proto::report::Problem;
 use proto::time::{Clock, Timestamp};
 
 use crate::backend::ipset::Header;
-use crate::backend::{Applied, Look, Rules, Sets};
+use crate::backend::{Applied, Look, Rules, RulesOutcome, Sets};
 use crate::choose::Method;
 use crate::config::{BackendKind, FirewallConfig};
 use crate::desired::Desired;
@@ -275,9 +275,18 @@ impl Reconciler {
         !self.doubtful && self.failure.is_none() && self.frame.families.iter().all(is_empty)
     }
 
-    /// Whether what was asked for is in force, single bans that the kernel refuses aside.
-    pub(crate) fn is_in_force(&self) -> bool {
-        self.failure.is_none() && (self.sets.is_some() || self.config.backend == BackendKind::None)
+    /// Whether what was asked for is in force, single bans that the kernel refuses aside. That takes rules in each family
+    /// that has sets, as far as one of its chains exists.
+    pub(crate) fn is_in_force(&self, rules: &RulesOutcome) -> bool {
+        if self.config.backend == BackendKind::None {
+            return true;
+        }
+        let is_placed = |family: &Family| rules.places.contains_key(family);
+        let looked_up =
+            self.families_ready().iter().all(|family| is_placed(family) || rules.placeless.contains(family));
+        let banning = looked_up && !rules.places.is_empty();
+        let lifted = self.dry_run || self.paused().is_some();
+        self.failure.is_none() && self.sets.is_some() && (banning || lifted)
     }
 
     /// What is to be observed now: everything when in doubt or asked, else the headers.
@@ -447,6 +456,17 @@ impl Reconciler {
         self.frame.families.iter().copied().filter(ready).collect()
     }
 
+    /// Bans of families that this host has, which the kernel is to hold; and of others.
+    pub(crate) fn desired_here(&self) -> (usize, usize) {
+        let here = &self.frame.families;
+        let elsewhere = if Family::ALL.iter().all(|family| here.contains(family)) {
+            0
+        } else {
+            self.desired.all().filter(|(target, _)| !here.contains(&Family::of(target))).count()
+        };
+        (self.desired.count() - elsewhere, elsewhere)
+    }
+
     /// Bans in the kernel, by family.
     pub(crate) fn members(&self) -> BTreeMap<Family, usize> {
         let now = self.clock.now();
@@ -523,6 +543,32 @@ mod tests {
 
         assert!(read_host(&mut facts, Ok(Vec::new()), Ok(vec![gateway])).is_empty());
         assert_eq!((facts.own.len(), facts.gateways.len()), (0, 1), "what it says is taken");
+    }
+
+    #[test]
+    fn bans_that_no_rule_looks_up_are_not_in_force() {
+        let mut reconciler = reconciler();
+        reconciler.dry_run = false;
+        reconciler.frame.families = Family::ALL.to_vec();
+        reconciler.sets = Some(Sets::DryRun(crate::backend::dry_run::DryRun));
+        let mut rules = RulesOutcome::default();
+        assert!(!reconciler.is_in_force(&rules), "there are no rules yet");
+        for set in Family::ALL.into_iter().flat_map(|family| [SetId::Guard(family), SetId::Bans(family)]) {
+            let empty = KernelSet { form: Form::Ours, maxelem: 9, members: BTreeMap::new() };
+            reconciler.kernel.sets.insert(set, empty);
+        }
+        rules.places.insert(Family::V4, "raw/PREROUTING".to_owned());
+        assert!(!reconciler.is_in_force(&rules), "the other family has none");
+        rules.placeless.insert(Family::V6);
+        assert!(reconciler.is_in_force(&rules), "a family without a chain is waited for");
+        rules.placeless.clear();
+        rules.places.insert(Family::V6, "raw/PREROUTING".to_owned());
+        assert!(reconciler.is_in_force(&rules));
+        reconciler.failure = Some("no answer".to_owned());
+        assert!(!reconciler.is_in_force(&rules));
+        reconciler.failure = None;
+        reconciler.host_pause = Some("by its file".to_owned());
+        assert!(reconciler.is_in_force(&RulesOutcome::default()), "a pause asks for no rules");
     }
 
     #[test]

@@ -170,7 +170,7 @@ async fn remove_forwarded(
 
 async fn remove_sets(dry_run: bool, report: &mut TeardownReport, left: &mut Vec<EnforceError>) {
     let Some(ipset) = Ipset::find() else { return };
-    let sets = match ipset.headers().await {
+    let sets = match ipset.headers_if_any().await {
         Ok(sets) => sets,
         Err(source) => return left.push(EnforceError::Observe { what: "kernel sets", source }),
     };

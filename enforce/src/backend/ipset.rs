@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use proto::time::Clock;
 
+use crate::backend::subsystem::{self, Ask, Subsystem};
 use crate::backend::{Applied, Refused};
 use crate::command::{self, CommandError, Started};
 use crate::plan::{Family, Form, Held, Kernel, KernelSet, SetId, Step};
@@ -37,6 +38,8 @@ pub(crate) struct Ipset {
     program: PathBuf,
     /// `ipset restore`, for the next batch.
     ahead: Arc<Mutex<Option<Started>>>,
+    /// How the kernel is asked what it has.
+    ask: Ask,
 }
 
 /// A set's header, as `ipset list -t` shows it.
@@ -61,7 +64,7 @@ impl Ipset {
     }
 
     fn new(program: PathBuf) -> Self {
-        Self { program, ahead: Arc::default() }
+        Self { program, ahead: Arc::default(), ask: subsystem::ASK_KERNEL }
     }
 
     /// Whether the kernel makes a set such as ours. It is named [`PROBE`] and left until [`Self::end_probe`].
@@ -178,6 +181,14 @@ impl Ipset {
     pub(crate) async fn headers(&self) -> Result<BTreeMap<SetId, Header>, CommandError> {
         let listed = command::succeed(&self.program, &["list", "-t"]).await?;
         Ok(parse_headers(&String::from_utf8_lossy(&listed)))
+    }
+
+    /// The like for removal: a kernel without ipset holds no sets of ours.
+    pub(crate) async fn headers_if_any(&self) -> Result<BTreeMap<SetId, Header>, CommandError> {
+        match self.headers().await {
+            Err(_) if subsystem::is_absent(Subsystem::Ipset, self.ask).await => Ok(BTreeMap::new()),
+            headers => headers,
+        }
     }
 
     /// Everything in our sets.
@@ -379,6 +390,16 @@ mod tests {
         });
         assert!(applied.stopped.is_none() && applied.refused.is_empty());
         assert!(std::fs::read_to_string(dir.path().join("applied")).unwrap().contains("192.0.2.1"));
+    }
+
+    #[tokio::test]
+    async fn a_kernel_without_ipset_holds_no_sets_of_ours_and_one_that_fails_may() {
+        let mut ipset = Ipset::new(command::find("false").unwrap());
+        ipset.ask = |_| Err(nix::errno::Errno::EINVAL.into());
+        assert!(ipset.headers().await.is_err(), "in use, that is a failure");
+        assert!(ipset.headers_if_any().await.unwrap().is_empty());
+        ipset.ask = |_| Ok(());
+        assert!(ipset.headers_if_any().await.is_err());
     }
 
     /// Applies additions of 192.0.2.`from`..=`to` through the stand-in; the refused steps and what was taken.

@@ -6,6 +6,7 @@
 
 pub(crate) mod calls;
 pub(crate) mod reading;
+pub(crate) mod trial;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -16,15 +17,13 @@ use proto::time::{Clock, Timestamp};
 use crate::backend::RulesOutcome;
 use crate::backend::iptables::calls::{Calls, Programs};
 use crate::backend::plain::{Members, Plain};
+use crate::backend::subsystem::{self, Ask, Subsystem};
 use crate::command::{self, CommandError};
 use crate::config::{FirewallConfig, Table};
 use crate::host;
 use crate::plan::plain;
-use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, PROBE, RulePlan, RuleStep, Variant, View};
+use crate::plan::rules::{self, LIFTS_MAX, Layout, Lifts, RulePlan, RuleStep, Variant, View};
 use crate::plan::{Family, Kernel};
-
-/// Looks at the nft variant that all failed, since the start, before the kernel is taken for one without nf_tables.
-const UNREAD_MAX: u32 = 6;
 
 /// What a family's rules counted: packets and bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,10 +42,10 @@ pub(crate) struct Iptables {
     clock: Clock,
     calls: Calls,
     programs: BTreeMap<(Family, Variant), Programs>,
-    /// Families whose nft variant was read at least once.
-    read: BTreeSet<Family>,
-    /// Failed looks at the nft variant of the others.
-    unread: BTreeMap<Family, u32>,
+    /// How the kernel is asked what it has.
+    ask: Ask,
+    /// Variants that do not take our rules, as a trial has shown.
+    refusing: BTreeSet<Variant>,
     lifts: BTreeMap<Family, Lifts>,
     /// Families whose rules were in place at the last look.
     placed: BTreeSet<Family>,
@@ -66,8 +65,8 @@ impl Iptables {
             clock,
             calls: Calls::new(),
             programs: BTreeMap::new(),
-            read: BTreeSet::new(),
-            unread: BTreeMap::new(),
+            ask: subsystem::ASK_KERNEL,
+            refusing: BTreeSet::new(),
             lifts: BTreeMap::new(),
             placed: BTreeSet::new(),
             counted: BTreeMap::new(),
@@ -155,15 +154,15 @@ impl Iptables {
         members: Option<&mut Members>,
         outcome: &mut RulesOutcome,
     ) -> Result<(), CommandError> {
+        outcome.unseen.insert(family);
         self.calls.check_finished()?;
         let (views, unreadable) = self.look(family).await;
         // The other variant is no choice: the one that cannot be read now may hold the rules, ours among them.
         if let Some(error) = unreadable {
             return Err(error);
         }
-        let (nft, legacy) = (views.get(&Variant::Nft), views.get(&Variant::Legacy));
-        let chosen = rules::choose_variant(nft, legacy).or_else(|| self.sleeping_legacy(family));
-        let Some((variant, why)) = chosen else {
+        outcome.unseen.remove(&family);
+        let Some((variant, why)) = self.choose(family, &views) else {
             let name = program_name(family);
             self.placed.remove(&family);
             let text = format!("{}: {name} is not installed; nobody is banned there", family.as_str());
@@ -173,9 +172,9 @@ impl Iptables {
         };
         let empty = View::default();
         let view = views.get(&variant).unwrap_or(&empty);
-        let usable = self.usable_tables(family, variant, view).await?;
+        let (usable, unusable) = self.usable_tables(family, variant, view).await?;
         let layout = self.layout(family, view, &usable);
-        self.report(family, (variant, why), &layout, outcome);
+        report(family, (variant, why), (&layout, &unusable), outcome);
         self.count(family, view);
 
         let mut lifts = self.lifts.remove(&family).unwrap_or_default();
@@ -190,6 +189,9 @@ impl Iptables {
             outcome.problems.push(Problem::degraded(text));
         }
         self.carry_out(family, variant, &plan, outcome).await?;
+        if self.placed.contains(&family) && !layout.places.is_empty() {
+            outcome.places.insert(family, format!("{} ({})", list_places(&layout), variant.as_str()));
+        }
         if let (Some(members), Some(programs)) = (members, self.programs.get(&(family, variant))) {
             members.take_spot(family, *programs, layout.rules.keys().copied().collect());
         }
@@ -216,36 +218,31 @@ impl Iptables {
                 continue;
             }
             match save(programs).await {
-                Ok(view) => {
-                    views.insert(variant, view);
-                    if variant == Variant::Nft {
-                        self.read.insert(family);
-                    }
-                }
-                Err(_) if variant == Variant::Nft && self.is_without_nft(family) => {}
+                Ok(view) => drop(views.insert(variant, view)),
+                // Then legacy is all there is.
+                Err(_) if variant == Variant::Nft && subsystem::is_absent(Subsystem::NfTables, self.ask).await => {}
                 Err(error) => unreadable = Some(error),
             }
         }
         (views, unreadable)
     }
 
-    /// Counts a failed look at nft. One is chance; a kernel without nf_tables fails each time, and then legacy is all
-    /// there is.
-    fn is_without_nft(&mut self, family: Family) -> bool {
-        if self.read.contains(&family) {
-            return false;
-        }
-        let failures = self.unread.entry(family).or_default();
-        *failures = failures.saturating_add(1);
-        *failures > UNREAD_MAX
-    }
-
-    /// Legacy tables may be woken where there is nothing else.
-    fn sleeping_legacy(&self, family: Family) -> Option<(Variant, &'static str)> {
-        let there = |variant| self.programs.contains_key(&(family, variant));
-        let given_up = !self.read.contains(&family) && self.unread.get(&family).is_some_and(|n| *n > UNREAD_MAX);
-        let has_nft = there(Variant::Nft) && !given_up;
-        (there(Variant::Legacy) && !has_nft).then_some((Variant::Legacy, "nft is not available"))
+    /// Which variant to use, and why, of those that take our rules; `views` are of all that can be read. Legacy tables may
+    /// be woken where there is nothing else.
+    fn choose(&self, family: Family, views: &BTreeMap<Variant, View>) -> Option<(Variant, &'static str)> {
+        let takes = |variant| !self.refusing.contains(&variant);
+        let view = |variant| views.get(&variant).filter(|_| takes(variant));
+        let sleeping = || {
+            let is_there = takes(Variant::Legacy) && self.programs.contains_key(&(family, Variant::Legacy));
+            is_there.then_some((Variant::Legacy, "nft is not available"))
+        };
+        let (variant, why) = rules::choose_variant(view(Variant::Nft), view(Variant::Legacy)).or_else(sleeping)?;
+        let why = match variant {
+            Variant::Nft if !takes(Variant::Legacy) => "legacy does not take our rules",
+            Variant::Legacy if !takes(Variant::Nft) => "nft does not take our rules",
+            _ => why,
+        };
+        Some((variant, why))
     }
 
     async fn find_programs(&mut self, family: Family) {
@@ -278,48 +275,29 @@ impl Iptables {
         }
     }
 
-    /// Tables that are there or come with their first use.
+    /// Tables that are there or come with their first use; and why the others do not.
     async fn usable_tables(
         &mut self,
         family: Family,
         variant: Variant,
         view: &View,
-    ) -> Result<BTreeSet<Table>, CommandError> {
+    ) -> Result<(BTreeSet<Table>, BTreeMap<Table, CommandError>), CommandError> {
         let mut usable: BTreeSet<Table> = view.tables.keys().copied().collect();
+        let mut unusable = BTreeMap::new();
         for table in Layout::tables(&self.config) {
+            let Some(&programs) = self.programs.get(&(family, variant)) else { continue };
             // To ask is to make the table in legacy, so a dry run takes it for granted.
-            let usable_too = match self.programs.get(&(family, variant)) {
-                _ if usable.contains(&table) || self.dry_run => true,
-                Some(&programs) => match self.calls.call(programs, table, "-S".to_owned()).await {
-                    Err(error @ CommandError::Unfinished { .. }) => return Err(error),
-                    answered => answered.is_ok(),
-                },
-                None => false,
-            };
-            if usable_too {
+            if usable.contains(&table) || self.dry_run {
                 usable.insert(table);
+                continue;
+            }
+            match self.calls.call(programs, table, "-S".to_owned()).await {
+                Ok(()) => drop(usable.insert(table)),
+                Err(error @ CommandError::Unfinished { .. }) => return Err(error),
+                Err(error) => drop(unusable.insert(table, error)),
             }
         }
-        Ok(usable)
-    }
-
-    fn report(&self, family: Family, (variant, why): (Variant, &str), layout: &Layout, outcome: &mut RulesOutcome) {
-        let family_name = family.as_str();
-        let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
-        let places = places.join(", ");
-        outcome.detail.push(format!("{family_name}: {} ({why}), {places}", variant.as_str()));
-        if !places.is_empty() {
-            outcome.places.insert(family, format!("{places} ({})", variant.as_str()));
-        }
-        for missing in &layout.missing {
-            let text = format!("{family_name}: chain {missing} does not exist; bans will apply there once it does");
-            outcome.problems.push(Problem::warning(text));
-        }
-        if layout.places.is_empty() {
-            let text = format!("{family_name}: none of the configured chains exists; nobody is banned there");
-            outcome.problems.push(Problem::degraded(text));
-            outcome.placeless += 1;
-        }
+        Ok((usable, unusable))
     }
 
     fn count(&mut self, family: Family, view: &View) {
@@ -421,37 +399,6 @@ impl Iptables {
         Ok(())
     }
 
-    /// Whether the kernel takes a rule that is made like this, in a chain of its own for a moment. For the `patient`, what
-    /// cannot be read now is no refusal.
-    ///
-    /// # Errors
-    /// Why not; of which [`CommandError::is_passing`] may end by itself.
-    pub(crate) async fn probe(&mut self, rule: &str, patient: bool) -> Result<(), CommandError> {
-        let family = Family::V4;
-        let (views, unreadable) = self.look(family).await;
-        if let Some(error) = unreadable {
-            return if patient { Ok(()) } else { Err(error) };
-        }
-        let chosen = rules::choose_variant(views.get(&Variant::Nft), views.get(&Variant::Legacy));
-        let chosen = chosen.or_else(|| self.sleeping_legacy(family));
-        let programs = chosen.and_then(|(variant, _)| self.programs.get(&(family, variant)).copied());
-        let name = program_name(family);
-        let Some(programs) = programs else { return Err(CommandError::NotInstalled { program: name }) };
-        let mut refused = None;
-        // The first that takes it will do: where there is no raw table, there is another.
-        for table in Layout::tables(&self.config) {
-            let table = table.as_str();
-            let made = format!("*{table}\n:{PROBE} - [0:0]\n-A {PROBE} {rule}\nCOMMIT\n");
-            let input = format!("{made}*{table}\n-F {PROBE}\n-X {PROBE}\nCOMMIT\n");
-            match calls::restore_input(programs, &input, rule).await {
-                Ok(()) => return Ok(()),
-                Err(error) if error.is_passing() => return Err(error),
-                Err(error) => refused = Some(error),
-            }
-        }
-        refused.map_or(Ok(()), Err)
-    }
-
     /// Removes all that can be removed of ours from both variants of a family.
     pub(crate) async fn teardown(&mut self, family: Family) -> Removal {
         let mut removal = Removal::default();
@@ -502,6 +449,37 @@ fn name_obstacles(what: String, step: &RuleStep, view: &View) -> String {
     }
 }
 
+/// Tells what was chosen, and which chains are missing; `unusable` are tables without which a chain cannot be.
+fn report(
+    family: Family,
+    (variant, why): (Variant, &str),
+    (layout, unusable): (&Layout, &BTreeMap<Table, CommandError>),
+    outcome: &mut RulesOutcome,
+) {
+    let name = family.as_str();
+    outcome.detail.push(format!("{name}: {} ({why}), {}", variant.as_str(), list_places(layout)));
+    for missing in &layout.missing {
+        let text = match unusable.get(&missing.table).filter(|_| missing.is_built_in()) {
+            Some(error) => format!("{name}: table {} cannot be used: {}", missing.table.as_str(), chain_of(error)),
+            None => format!("{name}: chain {missing} does not exist; bans will apply there once it does"),
+        };
+        outcome.problems.push(Problem::warning(text));
+    }
+    if layout.places.is_empty() {
+        let missing = if unusable.is_empty() { "exists" } else { "can be used" };
+        let text = format!("{name}: none of the configured chains {missing}; nobody is banned there");
+        outcome.problems.push(Problem::degraded(text));
+        if unusable.is_empty() {
+            outcome.placeless.insert(family);
+        }
+    }
+}
+
+fn list_places(layout: &Layout) -> String {
+    let places: Vec<String> = layout.places.iter().map(ToString::to_string).collect();
+    if places.is_empty() { "nowhere".to_owned() } else { places.join(", ") }
+}
+
 fn program_name(family: Family) -> &'static str {
     match family {
         Family::V4 => "iptables",
@@ -520,4 +498,28 @@ fn cause(error: &CommandError) -> Option<String> {
 
 fn chain_of(error: &CommandError) -> String {
     cause(error).map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ChainRef;
+
+    #[test]
+    fn a_table_that_cannot_be_used_is_not_a_chain_that_may_come() {
+        let missing = vec![ChainRef::new(Table::Filter, "INPUT")];
+        let layout = Layout { missing, ..Layout::default() };
+        let error = CommandError::Failed { command: "ip6tables".to_owned(), said: "no module".to_owned() };
+        let unusable = BTreeMap::from([(Table::Filter, error)]);
+        for (unusable, said, may_come) in [
+            (unusable, "table filter cannot be used: `ip6tables` failed: no module", false),
+            (BTreeMap::new(), "exist", true),
+        ] {
+            let mut outcome = RulesOutcome::default();
+            report(Family::V6, (Variant::Legacy, "why"), (&layout, &unusable), &mut outcome);
+            assert!(outcome.problems[0].text.contains(said), "{:?}", outcome.problems);
+            assert_eq!(outcome.placeless.contains(&Family::V6), may_come, "bans would count as in force");
+            assert_eq!(outcome.detail, ["ipv6: legacy (why), nowhere"]);
+        }
+    }
 }

@@ -23,6 +23,7 @@ use proto::time::Clock;
 use crate::backend::nftables::core::{Core, is_missing};
 use crate::backend::nftables::netlink::{Batch, Kind, Socket};
 use crate::backend::nftables::table::Length;
+use crate::backend::subsystem::Subsystem;
 use crate::backend::{Applied, RulesOutcome};
 use crate::command::CommandError;
 use crate::config::FirewallConfig;
@@ -146,12 +147,13 @@ impl Nftables {
 
     /// Looks at table, chains and rules and puts right what differs.
     pub(crate) async fn resync(&mut self, families: &[Family]) -> RulesOutcome {
-        let (families, count) = (families.to_vec(), families.len());
+        let (families, unseen) = (families.to_vec(), families.iter().copied().collect::<BTreeSet<_>>());
         let resynced = self.with("put our rules in place", move |core| core.resync(&families)).await;
         resynced.unwrap_or_else(|error| {
             let text = chain_of(&error);
             tracing::warn!(error = text, "Firewall rules not in place");
-            RulesOutcome { problems: vec![Problem::degraded(text)], failed: count, ..RulesOutcome::default() }
+            let problems = vec![Problem::degraded(text)];
+            RulesOutcome { problems, failed: unseen.len(), unseen, ..RulesOutcome::default() }
         })
     }
 
@@ -182,6 +184,18 @@ impl Nftables {
             core.transact_all(batch)
         })
         .await
+    }
+}
+
+/// Asks a subsystem of the kernel for something that each version of it answers. It blocks.
+///
+/// # Errors
+/// What came instead of an answer.
+pub(super) fn greet(subsystem: Subsystem) -> io::Result<()> {
+    let mut socket = Socket::open()?;
+    match subsystem {
+        Subsystem::NfTables => socket.get(Kind::GetGeneration, |_| {}).map(drop),
+        Subsystem::Ipset => socket.greet_ipset(),
     }
 }
 

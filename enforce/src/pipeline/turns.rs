@@ -9,7 +9,7 @@ use crate::error::EnforceError;
 use crate::host;
 use crate::pipeline::Enforcer;
 
-/// Resyncs in a row after which a back end that does not work is replaced: as many as iptables gets to read its rules.
+/// Resyncs in a row after which a back end that does not work is replaced.
 const BROKEN_MAX: u32 = 8;
 /// Resyncs between two looks whether something better than plain rules works by now.
 const PLAIN_RESYNCS: u32 = 30;
@@ -240,10 +240,10 @@ impl Enforcer {
 
     pub(super) fn take_rules(&mut self, done: Result<(Rules, RulesOutcome), JoinError>) -> Result<(), EnforceError> {
         let (rules, mut outcome) = done.map_err(|source| EnforceError::Job { job: "keeps firewall rules", source })?;
-        if outcome.failed > 0 {
-            // What could not be seen is where it was, as far as anybody knows.
-            for (family, place) in std::mem::take(&mut self.outcome.places) {
-                outcome.places.entry(family).or_insert(place);
+        // What could not be seen is where it was, as far as anybody knows.
+        for (family, place) in std::mem::take(&mut self.outcome.places) {
+            if outcome.unseen.contains(&family) {
+                outcome.places.insert(family, place);
             }
         }
         self.rules = Some(rules);

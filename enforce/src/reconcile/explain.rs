@@ -28,6 +28,10 @@ impl Reconciler {
             let why = self.unavailable.as_ref().map_or("no firewall back end", |problem| &problem.text);
             return BackendHold::without(HoldState::Idle, why);
         }
+        if !self.frame.families.contains(&Family::of(&host)) {
+            let text = format!("this host has no {}, so nothing comes from there", Family::of(&host).as_str());
+            return BackendHold::without(HoldState::Idle, text);
+        }
         if self.desired.is_paused() {
             return BackendHold::without(HoldState::Paused, format!("paused {}", self.paused().unwrap_or_default()));
         }
@@ -167,6 +171,22 @@ mod tests {
         assert_eq!(ask(&reconciler, "192.0.2.1").await.state, HoldState::Paused);
         reconciler.sets = None;
         assert_eq!(ask(&reconciler, "192.0.2.1").await.state, HoldState::Idle);
+    }
+
+    #[tokio::test]
+    async fn a_ban_of_a_family_that_the_host_lacks_is_not_waited_for() {
+        let mut reconciler = reconciler();
+        let target = "2001:db8::/64".parse().unwrap();
+        let changes = vec![BanChange::Put(record(target, Some(Timestamp::from_secs(1600))))];
+        let update = BanUpdate { revision: 2, snapshot: false, changes, cause: None };
+        reconciler.desired.handle_update(&update, &reconciler.guard, NOW);
+        reconciler.frame.families = Family::ALL.to_vec();
+        assert_eq!(reconciler.desired_here(), (5, 0));
+        reconciler.frame.families = vec![Family::V4];
+        assert_eq!(reconciler.desired_here(), (4, 1));
+        let hold = ask(&reconciler, "2001:db8::9").await;
+        assert_eq!((hold.state, hold.entry), (HoldState::Idle, None));
+        assert!(hold.detail.contains("this host has no ipv6"), "{}", hold.detail);
     }
 
     #[tokio::test]

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use super::{Host, Part, Scenario, hide, nftables, until, until_at_last};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 10] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
     ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
+    ("legacy_takes_rules_that_nft_refuses", falls_back_to_legacy),
     ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
     ("a_back_end_that_breaks_for_good_is_replaced", replaces_broken),
     ("a_pause_from_the_start_lifts_what_stands_in_any_form", lifts_at_start),
@@ -70,6 +71,28 @@ fn changes_over(host: &Host) {
     until("nothing is left", || !in_nftables());
     assert!(bad.through("new 8080"));
     part.stop();
+}
+
+fn falls_back_to_legacy(host: &Host) {
+    let _server = host.server();
+    let dir = tempfile::tempdir().unwrap();
+    // As where the kernel lacks nft_compat.
+    let refuse = "echo 'line 3: RULE_APPEND failed (No such file or directory): rule in chain' >&2; exit 4";
+    let part = enforcer(host, &host.stand_in(dir.path(), "restore", refuse), r#"{"backend":"iptables"}"#);
+    for banned in ["10.77.0.2", "fd77::2"] {
+        let bad = host.client(banned);
+        until("the client is banned", || !bad.through("new 8080"));
+    }
+    let told = detail(&part);
+    assert!(
+        told.contains("with ipset, as configured") && told.contains("legacy (nft does not take our rules)"),
+        "{told}"
+    );
+    until("it is told where", || part.ask("explain 10.77.0.2").contains("dropped in raw/PREROUTING (legacy)"));
+    assert!(!rules_of_iptables(host), "nft has rules of ours as well");
+    part.stop();
+    host.run(&format!("{} --inside teardown {}", env::current_exe().unwrap().display(), host.quick()));
+    assert!(!host.run("iptables-legacy-save").contains("PORTCULLIS"));
 }
 
 fn bans_by_rules(host: &Host) {

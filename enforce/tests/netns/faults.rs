@@ -4,11 +4,14 @@ use std::fs;
 use std::thread;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::{Host, Part, Scenario, hide, until};
 
 pub(super) const OF_EVERY_BACK_END: [(&str, Scenario); 1] =
     [("a_kill_at_any_moment_is_made_good_by_the_next_start", survives_kills)];
-pub(super) const OF_IPTABLES: [(&str, Scenario); 3] = [
+pub(super) const OF_IPTABLES: [(&str, Scenario); 4] = [
+    ("bans_that_no_rule_looks_up_are_neither_told_nor_confirmed", tells_nothing_untrue),
     ("programs_that_are_taken_away_are_missed_and_bans_stay", goes_on_robbed),
     ("a_teardown_beside_a_running_enforce_goes_on_where_a_chain_has_to_stay", tears_down_around_others),
     ("a_teardown_beside_a_running_enforce_goes_on_where_that_one_cannot_read_the_rules", tears_down_for_the_blind),
@@ -49,6 +52,28 @@ fn survives_kills(host: &Host) {
     assert!(banned.iter().all(|address| host.holds(address)));
     assert!(!host.holds("198.18.0.1") && !host.holds("198.18.200.1"));
     assert_eq!(host.foreign(), foreign);
+    part.stop();
+}
+
+fn tells_nothing_untrue(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let refuses = dir.path().join("refuses");
+    fs::write(&refuses, "").unwrap();
+    let name = format!("iptables-{}", host.variant);
+    let refuse = "if [ -e refuses ]; then case \"$*\" in *DROP*) echo no such match >&2; exit 1;; esac; fi";
+    let shell = host.program(dir.path(), &name, &format!("{refuse}\nPATH=${{PATH#*:}}\nexec {name} \"$@\""));
+    let part = enforcer(host, &shell);
+    part.ask("ban 10.77.0.2 600");
+    until("the ban is in its set", || host.holds("10.77.0.2"));
+    until("that its rule is refused is said", || part.report()["problems"].to_string().contains("no such match"));
+    let explained = || serde_json::from_str::<Value>(&part.ask("explain 10.77.0.2")).unwrap()[0].clone();
+    let hold = explained();
+    assert!(hold["state"] == "idle" && hold["detail"].to_string().contains("no chain looks up"), "{hold}");
+    assert_eq!(part.report()["backends"][0]["revision"], 0, "a ban that bites nobody is confirmed");
+
+    fs::remove_file(&refuses).unwrap();
+    until("the ban is confirmed", || part.report()["backends"][0]["revision"].as_u64() > Some(0));
+    assert_eq!(explained()["state"], "held");
     part.stop();
 }
 

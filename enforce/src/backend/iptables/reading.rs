@@ -4,7 +4,7 @@ use crate::backend::iptables::{Iptables, program_name};
 use crate::command::CommandError;
 use crate::config::Table;
 use crate::plan::Family;
-use crate::plan::rules::{self, Variant, View};
+use crate::plan::rules::{Variant, View};
 
 /// One family's rules.
 #[derive(Debug)]
@@ -30,8 +30,7 @@ impl Iptables {
         if let Some(error) = unreadable {
             return Err(error);
         }
-        let chosen = rules::choose_variant(views.get(&Variant::Nft), views.get(&Variant::Legacy));
-        let Some((variant, why)) = chosen.or_else(|| self.sleeping_legacy(family)) else { return Ok(None) };
+        let Some((variant, why)) = self.choose(family, &views) else { return Ok(None) };
         let view = views.remove(&variant).unwrap_or_default();
         Ok(Some(Reading { variant, why, view, other: views.pop_first() }))
     }

@@ -25,6 +25,10 @@ const ANSWER_BYTES: usize = 64 << 10;
 const ANSWER_WAIT_S: i64 = 10;
 
 const SUBSYSTEM: u16 = 10 << 8;
+/// `IPSET_CMD_PROTOCOL`, which each version of ipset answers, and its attribute: the version that is spoken.
+const IPSET_PROTOCOL: u16 = (6 << 8) | 1;
+const IPSET_ATTR_PROTOCOL: u16 = 1;
+const IPSET_VERSION: u8 = 6;
 const HEADER: usize = 16;
 /// `nlmsghdr` and `nfgenmsg`.
 const HEADERS: usize = 20;
@@ -130,7 +134,7 @@ impl Batch {
         let number = self.count;
         self.count += 1;
         self.last = self.bytes.len();
-        write_message(&mut self.bytes, kind, REQUEST | flags, number + 1, write);
+        write_message(&mut self.bytes, SUBSYSTEM | kind as u16, REQUEST | flags, number + 1, write);
         number
     }
 
@@ -172,9 +176,9 @@ fn end(bytes: &mut [u8], start: usize) {
     bytes[start..start + 4].copy_from_slice(&length.to_ne_bytes());
 }
 
-fn write_message(bytes: &mut Vec<u8>, kind: Kind, flags: u16, sequence: u32, write: impl FnOnce(&mut Attributes<'_>)) {
+fn write_message(bytes: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, write: impl FnOnce(&mut Attributes<'_>)) {
     let start = bytes.len();
-    begin(bytes, SUBSYSTEM | kind as u16, flags, sequence);
+    begin(bytes, kind, flags, sequence);
     bytes.extend_from_slice(&[INET, 0, 0, 0]);
     write(&mut Attributes(bytes));
     end(bytes, start);
@@ -282,7 +286,7 @@ impl Socket {
     /// Everything that a question matches.
     pub(super) fn dump(&mut self, kind: Kind, write: impl FnOnce(&mut Attributes<'_>)) -> io::Result<Dump> {
         let mut dump = Dump::default();
-        self.ask(kind, DUMP, write, |message| {
+        self.ask(SUBSYSTEM | kind as u16, DUMP, write, |message| {
             dump.interrupted |= message.flags & DUMP_INTERRUPTED != 0;
             dump.items.push(message.attributes().to_vec());
         })?;
@@ -292,13 +296,18 @@ impl Socket {
     /// The one thing that a question names.
     pub(super) fn get(&mut self, kind: Kind, write: impl FnOnce(&mut Attributes<'_>)) -> io::Result<Vec<u8>> {
         let mut found = Vec::new();
-        self.ask(kind, ACK, write, |message| found = message.attributes().to_vec())?;
+        self.ask(SUBSYSTEM | kind as u16, ACK, write, |message| found = message.attributes().to_vec())?;
         Ok(found)
+    }
+
+    /// Fails where the kernel has no ipset.
+    pub(super) fn greet_ipset(&mut self) -> io::Result<()> {
+        self.ask(IPSET_PROTOCOL, ACK, |ask| ask.bytes(IPSET_ATTR_PROTOCOL, &[IPSET_VERSION]), |_| {})
     }
 
     fn ask(
         &mut self,
-        kind: Kind,
+        kind: u16,
         flags: u16,
         write: impl FnOnce(&mut Attributes<'_>),
         mut take: impl FnMut(&Message<'_>),
