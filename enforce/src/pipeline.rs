@@ -191,7 +191,10 @@ impl Enforcer {
         let last = self.load();
         let bans = last.bans.len();
         self.reconciler.start(last);
-        self.begin_search();
+        // In a pause others may be at work, and to try a back end is to change the firewall.
+        if self.besides.gate.paused.is_none() {
+            self.begin_search();
+        }
         if self.search.job.is_some() {
             self.await_search().await?;
         }
@@ -228,10 +231,9 @@ impl Enforcer {
             tokio::select! {
                 biased;
                 () = shutdown.draining() => return Ok(()),
-                // First, as bans that come without end must not keep a pause or a report from being seen.
+                // Bans come last, as many at once: however many follow, they keep no pause and no report from being seen.
                 _ = tick.tick() => self.handle_tick().await,
                 _ = resync.tick() => self.handle_resync().await,
-                changed = revision.changed() => if changed.is_ok() { self.take_bans().await },
                 changed = self.inputs.lists.changed(), if lists_open => match changed {
                     Ok(()) => self.take_lists().await,
                     Err(_) => lists_open = false,
@@ -256,6 +258,7 @@ impl Enforcer {
                 done = finish(&mut self.observe_job) => self.take_observed(done).await?,
                 done = finish(&mut self.store_job) => self.take_stored(done)?,
                 () = self.reconciler.late() => self.begin_observation(true),
+                changed = revision.changed() => if changed.is_ok() { self.take_bans().await },
             }
         }
     }
@@ -268,6 +271,7 @@ impl Enforcer {
             // Both may have come while something else was done; what is kept for the next start takes the lists along.
             self.take_lists().await;
             self.take_bans().await;
+            self.retry_once().await;
             // A change of rules that has begun is not left half done.
             if self.rules_job.is_some() {
                 let done = finish(&mut self.rules_job).await;
@@ -298,6 +302,18 @@ impl Enforcer {
             () = shutdown.forced() => tracing::warn!(firewall, "Stopped enforcing before the last changes"),
         }
         Ok(())
+    }
+
+    /// Puts in force what waits for a look because a change failed, where the kernel answers by now.
+    async fn retry_once(&mut self) {
+        if !self.reconciler.is_failing() || self.besides.gate.stands_off {
+            return;
+        }
+        let Some(observation) = self.reconciler.observe(true) else { return };
+        let looked = tokio::time::timeout(START_WAIT, observation.run(self.inputs.clock.clone())).await;
+        if let Ok(observed) = looked {
+            self.reconciler.handle_observed(observed).await;
+        }
     }
 
     fn state_dir(&self) -> Option<PathBuf> {

@@ -147,7 +147,8 @@ impl Gate {
             return Some(Problem::degraded(text));
         }
         if let Some(paused) = &self.paused {
-            let text = format!("paused {paused}: all bans are lifted on this host; remove the file to enforce again");
+            let lifted = if self.stands_off { "all bans are lifted" } else { "bans are being lifted" };
+            let text = format!("paused {paused}: {lifted} on this host; remove the file to enforce again");
             return Some(Problem::warning(text));
         }
         let is_shared = self.locks && self.lock.is_none() && self.state_dir.is_some();

@@ -168,7 +168,8 @@ impl Enforcer {
         let rules_broken = self.outcome.failed >= families.max(1);
         let is_broken = self.reconciler.method().is_some() && (rules_broken || self.reconciler.is_failing());
         self.broken = if is_broken { self.broken + 1 } else { 0 };
-        let idle = self.rules.is_some() && self.observe_job.is_none();
+        // A look that still goes on is dropped with the back end: where it hangs, it would be there at each resync.
+        let idle = self.rules.is_some();
         let may = self.config.firewall.backend == BackendKind::Auto && !self.inputs.dry_run;
         if self.broken >= BROKEN_MAX && idle && may {
             self.broken = 0;
@@ -198,7 +199,8 @@ impl Enforcer {
 
     /// Removes what a former back end left, once all bans stand without it, or are to be lifted.
     pub(super) fn begin_clearing(&mut self) {
-        if self.former.is_cleared || self.inputs.dry_run {
+        // What a search tries is not to be cleared away under it.
+        if self.former.is_cleared || self.inputs.dry_run || self.search.job.is_some() {
             return;
         }
         let is_due = match self.config.firewall.backend {

@@ -20,7 +20,8 @@ impl Reconciler {
         let host = Target::host(address);
         let hold = BackendHold { backend: self.backend_name().to_owned(), ..self.weigh(host, places) };
         let (sets, set) = (self.sets.clone(), SetId::Bans(Family::of(&host)));
-        async move { ask_kernel(hold, sets, set, host.addr()).await }
+        let is_looked_up = places.contains_key(&set.family());
+        async move { ask_kernel(hold, (sets, set), host.addr(), is_looked_up).await }
     }
 
     fn weigh(&self, host: Target, places: &BTreeMap<Family, String>) -> BackendHold {
@@ -82,12 +83,21 @@ fn spared(entry: Option<Target>, detail: String) -> BackendHold {
 }
 
 /// Adds what the kernel itself says, where that is not what we know.
-async fn ask_kernel(mut hold: BackendHold, sets: Option<Sets>, set: SetId, address: IpAddr) -> BackendHold {
+async fn ask_kernel(
+    mut hold: BackendHold,
+    (sets, set): (Option<Sets>, SetId),
+    address: IpAddr,
+    is_looked_up: bool,
+) -> BackendHold {
     let Some(sets) = sets else { return hold };
     match sets.test(set, address).await {
         Ok(Some(in_kernel)) if in_kernel != hold.entry.is_some() => {
             let said = if in_kernel { "the kernel's set holds it" } else { "the kernel's set does not hold it" };
             hold.detail = format!("{}; yet {said}", hold.detail);
+            if in_kernel && is_looked_up && hold.state == HoldState::Waiting {
+                // By a change that we gave up, or a wider ban.
+                hold.state = HoldState::Held;
+            }
             if !in_kernel {
                 (hold.entry, hold.until) = (None, None);
                 if hold.state == HoldState::Held {

@@ -45,7 +45,8 @@ impl Late {
         }
     }
 
-    /// Ends what is under way, with the programs that it runs.
+    /// Waits no longer for what is under way, and ends the programs that it runs. A message to the kernel that is on its way
+    /// may still arrive.
     pub(super) fn end(&mut self) {
         if let Some(job) = self.job.take() {
             job.abort();
