@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::{Host, Part, Scenario, hide, nftables, until, until_at_last};
 
-pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
+pub(super) const SCENARIOS: [(&str, Scenario); 12] = [
     ("another_back_end_takes_over_without_a_gap_and_clears_the_former", changes_over),
     ("legacy_takes_rules_that_nft_refuses", falls_back_to_legacy),
     ("without_ipset_bans_are_rules_that_end_by_themselves", bans_by_rules),
@@ -18,6 +18,7 @@ pub(super) const SCENARIOS: [(&str, Scenario); 11] = [
     ("a_lock_that_is_held_for_ever_does", does_without_lock),
     ("an_ipset_that_hangs_holds_up_nothing_and_nftables_takes_over", does_without_hanging_ipset),
     ("an_ipset_that_begins_to_hang_holds_up_neither_reports_nor_pauses", does_without_ipset_for_a_while),
+    ("an_ipset_that_begins_to_hang_is_replaced_also_while_bans_come", replaces_hanging_ipset),
     ("bans_and_pauses_do_not_wait_for_a_search_for_something_better", searches_aside),
 ];
 
@@ -225,12 +226,29 @@ fn does_without_hanging_ipset(host: &Host) {
     until("it is used", || !host.client("10.77.0.2").through("new 8080"));
 }
 
+/// An `ipset` that hangs while there is a file `hangs` in `dir`.
+fn ipset_that_may_hang(host: &Host, dir: &Path) -> String {
+    host.program(dir, "ipset", "[ ! -e hangs ] || exec sleep 600\nPATH=${PATH#*:}\nexec ipset \"$@\"")
+}
+
+fn replaces_hanging_ipset(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let part = enforcer(host, &ipset_that_may_hang(host, dir.path()), "{}");
+    until("the client is banned", || host.holds("10.77.0.2"));
+    std::fs::write(dir.path().join("hangs"), "").unwrap();
+    let mut others = (1..).map(|n: u32| std::net::Ipv4Addr::from_bits(0xc612_0000 + n));
+    until_at_last("nftables took over", || {
+        part.ask(&format!("ban {} 600", others.next().unwrap()));
+        nftables::holds(host, "10.77.0.2")
+    });
+    assert!(detail(&part).contains("nftables, because iptables with ipset"), "{}", detail(&part));
+}
+
 fn does_without_ipset_for_a_while(host: &Host) {
     let _server = host.server();
     let (bad, dir) = (host.client("10.77.0.2"), tempfile::tempdir().unwrap());
     let hangs = dir.path().join("hangs");
-    let shell = "[ ! -e hangs ] || exec sleep 600\nPATH=${PATH#*:}\nexec ipset \"$@\"";
-    let shell = host.program(dir.path(), "ipset", shell);
+    let shell = ipset_that_may_hang(host, dir.path());
     let part = enforcer(host, &shell, r#"{"backend":"iptables"}"#);
     until("the client is banned", || !bad.through("new 8080"));
 
