@@ -39,8 +39,8 @@ use crate::standoff::Gate;
 
 /// How often the report is renewed, ended bans are forgotten and the last set is kept, if it changed.
 const TICK: Duration = Duration::from_secs(1);
-/// How long the start waits for each of: a back end that works, and its rules in place. After that bans and pauses are
-/// followed, and these come when they come.
+/// How long the start waits for each of: a back end that works, a look at its sets, and its rules in place. After that bans
+/// and pauses are followed, and these come when they come. The end waits as long for a look.
 const START_WAIT: Duration = Duration::from_secs(5);
 /// Keeping the last set may take one part in so many of the time: large sets are kept less often.
 const STORE_SHARE: u32 = 20;
@@ -271,7 +271,10 @@ impl Enforcer {
             // Both may have come while something else was done; what is kept for the next start takes the lists along.
             self.take_lists().await;
             self.take_bans().await;
-            self.retry_once().await;
+            if self.reconciler.is_failing() {
+                // What is not in force waits for a look, which has begun.
+                self.await_observation().await?;
+            }
             // A change of rules that has begun is not left half done.
             if self.rules_job.is_some() {
                 let done = finish(&mut self.rules_job).await;
@@ -304,16 +307,14 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Puts in force what waits for a look because a change failed, where the kernel answers by now.
-    async fn retry_once(&mut self) {
-        if !self.reconciler.is_failing() || self.besides.gate.stands_off {
-            return;
+    /// Waits for the look that is under way, if there is one, and puts right what it shows.
+    async fn await_observation(&mut self) -> Result<(), EnforceError> {
+        if self.observe_job.is_some()
+            && let Ok(done) = tokio::time::timeout(START_WAIT, finish(&mut self.observe_job)).await
+        {
+            self.take_observed(done).await?;
         }
-        let Some(observation) = self.reconciler.observe(true) else { return };
-        let looked = tokio::time::timeout(START_WAIT, observation.run(self.inputs.clock.clone())).await;
-        if let Ok(observed) = looked {
-            self.reconciler.handle_observed(observed).await;
-        }
+        Ok(())
     }
 
     fn state_dir(&self) -> Option<PathBuf> {

@@ -150,7 +150,7 @@ impl Reconciler {
         }
     }
 
-    /// Takes over the last set; [`Self::take_over`] puts it in force once there is a back end.
+    /// Takes over the last set. The first look at the kernel puts it in force.
     pub(crate) fn start(&mut self, last: LastSet) {
         let now = self.clock.now();
         self.lists = Arc::new(last.lists);

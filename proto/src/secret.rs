@@ -72,7 +72,11 @@ pub fn read_file(path: &Path, bytes_max: u64) -> Result<Secret, SecretFileError>
     let failed = |source| SecretFileError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
     // Of the opened file: what the name means may change meanwhile.
-    let mode = file.metadata().map_err(failed)?.mode() & 0o777;
+    let metadata = file.metadata().map_err(failed)?;
+    if metadata.is_dir() {
+        return Err(failed(std::io::ErrorKind::IsADirectory.into()));
+    }
+    let mode = metadata.mode() & 0o777;
     if mode & OPEN_MODE != 0 {
         return Err(SecretFileError::Open { path: path.to_owned(), mode });
     }
@@ -102,6 +106,10 @@ mod tests {
     fn a_file_that_is_open_to_others_or_too_long_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("secret");
+        assert!(
+            matches!(read_file(dir.path(), 10), Err(SecretFileError::Read { .. })),
+            "its mode is not what is wrong"
+        );
         write(&path, "0123456789").unwrap();
         for (mode, opens) in [
             (0o600, true),

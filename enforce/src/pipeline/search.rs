@@ -33,7 +33,7 @@ impl Search {
 
     /// Counts a search where there is no back end.
     fn count(&mut self, unchosen: &Unchosen) {
-        self.undecided = if unchosen.is_undecided { self.undecided + 1 } else { self.undecided };
+        self.undecided += u32::from(unchosen.is_undecided);
         if unchosen.is_undecided && self.undecided == UNDECIDED_MAX {
             tracing::warn!(
                 tries = UNDECIDED_MAX,
@@ -86,11 +86,7 @@ impl Enforcer {
         };
         if self.take_search(done).await? {
             self.begin_observation(true);
-            if self.observe_job.is_some()
-                && let Ok(done) = tokio::time::timeout(super::START_WAIT, finish(&mut self.observe_job)).await
-            {
-                self.take_observed(done).await?;
-            }
+            self.await_observation().await?;
             self.reconciler.begin_dry_run().await;
         }
         Ok(())

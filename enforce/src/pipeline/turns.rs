@@ -175,7 +175,7 @@ impl Enforcer {
             self.broken = 0;
             self.begin_search_anew(None);
         }
-        let is_plain = self.reconciler.method() == Some(Method::Plain) && !self.is_paused() && !self.inputs.dry_run;
+        let is_plain = self.reconciler.method() == Some(Method::Plain) && !self.inputs.dry_run;
         self.plain_for = if is_plain { self.plain_for + 1 } else { 0 };
         if self.plain_for >= PLAIN_RESYNCS && idle {
             self.plain_for = 0;

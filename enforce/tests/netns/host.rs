@@ -80,7 +80,9 @@ impl Host {
     /// The same with further keys of `[enforce.firewall]`.
     pub(crate) fn config(&self, keys: &str) -> String {
         let mut firewall: Value = serde_json::from_str(keys).unwrap();
-        firewall["resync_interval"] = "1s".into();
+        if firewall["resync_interval"].is_null() {
+            firewall["resync_interval"] = "1s".into();
+        }
         if self.variant == "nftables" {
             firewall["backend"] = "nftables".into();
         }
