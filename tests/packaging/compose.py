@@ -80,6 +80,17 @@ class Cluster:
                                timeout=DEADLINE_S, check=False)
         return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], ended.stderr
 
+    def until_status_is_good(self):
+        said = []
+
+        def good():
+            said[:] = self.verb("status")
+            return said[0] == 0
+        try:
+            until("status is good", good)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {said}") from None
+
     def signal(self, service, name):
         """As the README says: after `docker compose kill` Docker would not start it again, not even after a reboot."""
         self.machines[int(service[-1])].compose("exec", "-T", service, "sh", "-c", f"kill -{name} 1")
@@ -127,7 +138,7 @@ def every_container_starts_and_status_finds_nothing_wrong(cluster):
         configure(machine, number, values)
     for machine in cluster.machines.values():
         machine.compose("up", "-d")
-    until("status is good", lambda: cluster.verb("status")[0] == 0)
+    cluster.until_status_is_good()
     wanted = {(role, f"edge-{number}") for number in ADDRESSES for role in ("ingest", "enforce")}
     wanted |= {("detect", "edge-1"), ("detect", "edge-2")}
 
@@ -181,7 +192,7 @@ def bans_outlive_enforce(cluster):
             first.compose("stop", "enforce-1")
             assert cluster.get(CLIENT, 1, PAGE) == 0
             first.compose("start", "enforce-1")
-            until("status is good", lambda: cluster.verb("status")[0] == 0)
+            cluster.until_status_is_good()
         finally:
             done.set()
         assert all(looking.result())
@@ -212,7 +223,7 @@ def bans_are_back_after_a_reboot(cluster):
     until("the set is on disk", lambda: CLIENT in kept.read_text())
     third.reboot()
     until("the kernel has it", lambda: cluster.banned(CLIENT) == list(ADDRESSES))
-    until("status is good", lambda: cluster.verb("status")[0] == 0)
+    cluster.until_status_is_good()
     until("Traefik is there", lambda: cluster.get(OTHER, 3, PAGE) == 200)
     starts = re.findall("Enforcing backend.* bans=([0-9]+)", third.compose("logs", "enforce-3"))
     assert starts == ["0", "1"], starts
@@ -233,7 +244,7 @@ def an_edited_configuration_is_taken_over_by_a_signal(cluster):
         config.with_suffix(".new").rename(config)
         cluster.signal(f"detect-{number}", "HUP")
     until("no kernel has it", lambda: not cluster.banned(CLIENT))
-    until("status is good", lambda: cluster.verb("status")[0] == 0)
+    cluster.until_status_is_good()
 
 
 def teardown_leaves_nothing(cluster):

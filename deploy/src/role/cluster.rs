@@ -209,8 +209,7 @@ impl Host {
         let asking = ask::relay_explain(connection.clone(), self.reports.clone(), bus.questions_in, shutdown.clone());
         self.tasks.spawn("explain", asking);
         self.tasks.spawn("events", events::relay_events(connection.clone(), bus.events, shutdown.clone()));
-        let own = (Role::Detect, self.node.to_string());
-        self.tasks.spawn("nodes", nodes::watch(connection, self.reports.clone(), own, shutdown));
+        self.tasks.spawn("nodes", nodes::watch(connection, self.reports.clone(), shutdown));
         self.beat(Role::Detect, |_| {});
         Ok(requests)
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
@@ -86,28 +87,61 @@ pub struct Question {
 
 /// The newest report of each role on each node.
 #[derive(Clone, Debug, Default)]
-pub struct Nodes(Arc<Mutex<BTreeMap<(Role, String), NodeReport>>>);
+pub struct Nodes(Arc<Mutex<Reports>>);
+
+type ByRole<T> = BTreeMap<(Role, String), T>;
+
+/// What roles say is kept apart from what is made of it: a heartbeat is made of what its role says now, never of what a former
+/// heartbeat said.
+#[derive(Debug, Default)]
+struct Reports {
+    /// By the roles of this process, and when.
+    said: ByRole<(NodeReport, Instant)>,
+    /// By their heartbeats.
+    sent: ByRole<NodeReport>,
+    /// By all processes.
+    heard: ByRole<NodeReport>,
+}
 
 impl Nodes {
-    /// Replaces the report of its role and node.
+    /// Takes what a role of this process says.
     pub fn put(&self, report: NodeReport) {
-        lock(&self.0).insert((report.role, report.node.clone()), report);
+        lock(&self.0).said.insert(key(&report), (report, Instant::now()));
     }
 
-    /// The report of one role on one node.
+    /// What a role of this process said last.
     pub fn get(&self, role: Role, node: &str) -> Option<NodeReport> {
-        lock(&self.0).get(&(role, node.to_owned())).cloned()
+        Some(self.said(role, node)?.0)
     }
 
-    /// Forgets the reports that `keep` does not want.
-    pub fn retain(&self, keep: impl Fn(&NodeReport) -> bool) {
-        lock(&self.0).retain(|_, report| keep(report));
+    /// What a role of this process said last, and how long ago.
+    pub fn said(&self, role: Role, node: &str) -> Option<(NodeReport, Duration)> {
+        let (report, at) = lock(&self.0).said.get(&(role, node.to_owned()))?.clone();
+        Some((report, at.elapsed()))
     }
 
-    /// All reports, by role and node.
+    /// Takes what the heartbeat of a role of this process says for it.
+    pub fn beat(&self, report: NodeReport) {
+        lock(&self.0).sent.insert(key(&report), report);
+    }
+
+    /// Takes what is heard of all roles of all processes in the place of what was heard before.
+    pub fn hear(&self, reports: Vec<NodeReport>) {
+        lock(&self.0).heard = reports.into_iter().map(|report| (key(&report), report)).collect();
+    }
+
+    /// All reports, by role and node. What this process says of its own roles is newer than what is heard of them.
     pub fn all(&self) -> Vec<NodeReport> {
-        lock(&self.0).values().cloned().collect()
+        let reports = lock(&self.0);
+        let mut all = reports.heard.clone();
+        all.extend(reports.said.iter().map(|(key, (report, _))| (key.clone(), report.clone())));
+        all.extend(reports.sent.clone());
+        all.into_values().collect()
     }
+}
+
+fn key(report: &NodeReport) -> (Role, String) {
+    (report.role, report.node.clone())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -4,6 +4,7 @@
 
 mod feed;
 mod login;
+mod nodes;
 mod raw;
 mod server;
 

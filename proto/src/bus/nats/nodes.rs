@@ -36,12 +36,20 @@ pub async fn beat(
     let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut seen_other, mut sent) = (false, None);
+    // A process that stood still as a whole goes on at this moment, and its roles a little later.
+    let mut hung_before = false;
     loop {
         let ending = tokio::select! {
             _ = ticks.tick() => false,
             () = shutdown.draining() => true,
         };
-        let Some(mut report) = nodes.get(role, &node) else { if ending { return Ok(()) } else { continue } };
+        let Some((mut report, age)) = nodes.said(role, &node) else { if ending { return Ok(()) } else { continue } };
+        let hangs = age >= SILENT_AFTER;
+        if hangs && hung_before {
+            let text = format!("has said nothing for {}, although its process runs", render_duration(age));
+            report.problems.push(Problem::degraded(text));
+        }
+        hung_before = hangs;
         add_bus(&mut report, &connection, &instance);
         decorate(&mut report);
         if ending {
@@ -52,6 +60,7 @@ pub async fn beat(
             let text = format!("another {} calls itself {node}: give each host its own `node`", role.as_str());
             report.problems.push(Problem::degraded(text));
         }
+        nodes.beat(report.clone());
         if connection.is_up() {
             let beat = async {
                 // What another has written over ours tells of a second process under our name.
@@ -138,12 +147,7 @@ async fn read_one(connection: &Connection, role: Role, node: &str) -> Option<(En
 ///
 /// # Errors
 /// None: what cannot be read now is read the next time.
-pub async fn watch(
-    connection: Connection,
-    nodes: Nodes,
-    own: (Role, String),
-    shutdown: Shutdown,
-) -> Result<(), std::convert::Infallible> {
+pub async fn watch(connection: Connection, nodes: Nodes, shutdown: Shutdown) -> Result<(), std::convert::Infallible> {
     let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -151,22 +155,9 @@ pub async fn watch(
             _ = ticks.tick() => {}
             () = shutdown.draining() => return Ok(()),
         }
-        let Ok(reports) = read_all(&connection).await else { continue };
-        let known: Vec<(Role, String)> = reports.iter().map(|report| (report.role, report.node.clone())).collect();
-        for mut report in reports {
-            if (report.role, &report.node) == (own.0, &own.1) {
-                // Ours is newer here, but for what its heartbeat adds.
-                let Some(newer) = nodes.get(own.0, &own.1) else { continue };
-                let added = report.problems.into_iter().filter(|problem| !newer.problems.contains(problem));
-                let problems = newer.problems.iter().cloned().chain(added).collect();
-                report = NodeReport { instance: report.instance, skew_ms: report.skew_ms, problems, ..newer };
-            }
-            nodes.put(report);
+        if let Ok(reports) = read_all(&connection).await {
+            nodes.hear(reports);
         }
-        nodes.retain(|report| {
-            let name = (report.role, report.node.clone());
-            name == own || known.contains(&name)
-        });
     }
 }
 
