@@ -482,7 +482,7 @@ mod tests {
     }
 
     /// Applies additions of 192.0.2.`from`..=`to` through the stand-in; the refused steps and what was taken.
-    fn apply_to_stand_in(from: u8, to: u8) -> (Vec<usize>, std::collections::BTreeSet<String>) {
+    fn apply_to_stand_in(from: u8, to: u8) -> (Vec<usize>, BTreeSet<String>) {
         let dir = tempfile::tempdir().unwrap();
         let set = SetId::Bans(Family::V4);
         let add = |n| Step::Add {

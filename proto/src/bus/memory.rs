@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
@@ -95,8 +94,8 @@ type ByRole<T> = BTreeMap<(Role, String), T>;
 /// heartbeat said.
 #[derive(Debug, Default)]
 struct Reports {
-    /// By the roles of this process, and when.
-    said: ByRole<(NodeReport, Instant)>,
+    /// By the roles of this process, with how many words each has said.
+    said: ByRole<(NodeReport, u64)>,
     /// By their heartbeats.
     sent: ByRole<NodeReport>,
     /// By all processes.
@@ -106,7 +105,9 @@ struct Reports {
 impl Nodes {
     /// Takes what a role of this process says.
     pub fn put(&self, report: NodeReport) {
-        lock(&self.0).said.insert(key(&report), (report, Instant::now()));
+        let said = &mut lock(&self.0).said;
+        let words = said.get(&key(&report)).map_or(0, |(_, words)| *words) + 1;
+        said.insert(key(&report), (report, words));
     }
 
     /// What a role of this process said last.
@@ -114,10 +115,9 @@ impl Nodes {
         Some(self.said(role, node)?.0)
     }
 
-    /// What a role of this process said last, and how long ago.
-    pub fn said(&self, role: Role, node: &str) -> Option<(NodeReport, Duration)> {
-        let (report, at) = lock(&self.0).said.get(&(role, node.to_owned()))?.clone();
-        Some((report, at.elapsed()))
+    /// What a role of this process said last, and how many words it has said.
+    pub fn said(&self, role: Role, node: &str) -> Option<(NodeReport, u64)> {
+        lock(&self.0).said.get(&(role, node.to_owned())).cloned()
     }
 
     /// Takes what the heartbeat of a role of this process says for it.

@@ -10,7 +10,7 @@ use crate::bus::memory::Nodes;
 use crate::report::{NodeReport, Problem, Role};
 use crate::shutdown::Shutdown;
 use crate::subject::{bucket_key, bucket_stream, node_key};
-use crate::time::render_duration;
+use crate::time::{Timestamp, render_duration};
 
 /// How long the last heartbeat may take.
 const LAST_BEAT_MAX: Duration = Duration::from_secs(2);
@@ -36,20 +36,14 @@ pub async fn beat(
     let mut ticks = tokio::time::interval(HEARTBEAT_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut seen_other, mut sent) = (false, None);
-    // A process that stood still as a whole goes on at this moment, and its roles a little later.
-    let mut hung_before = false;
+    let mut silence = Silence::default();
     loop {
         let ending = tokio::select! {
             _ = ticks.tick() => false,
             () = shutdown.draining() => true,
         };
-        let Some((mut report, age)) = nodes.said(role, &node) else { if ending { return Ok(()) } else { continue } };
-        let hangs = age >= SILENT_AFTER;
-        if hangs && hung_before {
-            let text = format!("has said nothing for {}, although its process runs", render_duration(age));
-            report.problems.push(Problem::degraded(text));
-        }
-        hung_before = hangs;
+        let Some((mut report, words)) = nodes.said(role, &node) else { if ending { return Ok(()) } else { continue } };
+        report.problems.extend(silence.look(words, connection.clock().raw()));
         add_bus(&mut report, &connection, &instance);
         decorate(&mut report);
         if ending {
@@ -83,6 +77,27 @@ pub async fn beat(
         if ending {
             return Ok(());
         }
+    }
+}
+
+/// Since when a role says nothing, although its process runs.
+#[derive(Debug, Default)]
+struct Silence {
+    words: u64,
+    since: Timestamp,
+    looks: u32,
+}
+
+impl Silence {
+    /// The role has said so many words. A process that stood still as a whole is looked at once before its roles go on.
+    fn look(&mut self, words: u64, now: Timestamp) -> Option<Problem> {
+        if self.words != words {
+            *self = Self { words, since: now, looks: 0 };
+        }
+        let age = now.since(self.since);
+        self.looks += u32::from(age >= SILENT_AFTER);
+        let text = || format!("has said nothing for {}, although its process runs", render_duration(age));
+        (self.looks > 1).then(|| Problem::degraded(text()))
     }
 }
 
@@ -187,7 +202,6 @@ async fn read_all(connection: &Connection) -> Result<Vec<NodeReport>, BusError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::time::Timestamp;
 
     #[test]
     fn a_host_reports_for_itself_alone() {
@@ -205,6 +219,18 @@ mod tests {
         for foreign in ["enforce.edge-1", "ingest.edge-2"] {
             assert!(read_report("portcullis_nodes", &entry(foreign)).is_none(), "{foreign}");
         }
+    }
+
+    #[test]
+    fn a_role_that_hangs_is_told_apart_from_a_process_that_stood_still() {
+        let mut silence = Silence::default();
+        let mut look = |words, second| silence.look(words, Timestamp::from_secs(second)).map(|problem| problem.text);
+        assert_eq!((look(1, 100), look(1, 101), look(2, 102)), (None, None, None));
+        assert_eq!(look(2, 200), None, "stood still");
+        assert_eq!((look(3, 201), look(3, 210)), (None, None));
+        assert_eq!(look(3, 211), None);
+        assert_eq!(look(3, 212).unwrap(), "has said nothing for 11s, although its process runs");
+        assert_eq!(look(4, 213), None, "it goes on");
     }
 
     #[test]
