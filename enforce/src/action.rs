@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proto::ban::Lists;
 use proto::bus::duty::Duties;
@@ -35,6 +36,8 @@ pub(crate) struct Surroundings {
     pub(crate) lists: watch::Receiver<Arc<Lists>>,
     /// Why all bans of this host are lifted, whatever the lists say; on a cluster not for what is done once for all.
     pub(crate) host_pause: watch::Receiver<Option<String>>,
+    /// What forwarded clients are refused by, in such a pause.
+    pub(crate) let_go: LetGo,
     /// Never banned.
     pub(crate) trusted_proxies: NetSet,
     /// Servers that connect the cluster, never banned.
@@ -64,6 +67,7 @@ impl Surroundings {
     pub(crate) fn of(inputs: &Inputs, board: Board, host_pause: watch::Receiver<Option<String>>) -> Self {
         Self {
             host_pause,
+            let_go: LetGo::default(),
             node: inputs.node.clone(),
             bans: inputs.bans.clone(),
             lists: inputs.lists.clone(),
@@ -79,6 +83,27 @@ impl Surroundings {
             metrics: inputs.metrics.clone(),
             shutdown: inputs.shutdown.clone(),
         }
+    }
+}
+
+/// Whether a back end that changes the firewall beside the one for it has lifted what it can since the host's pause began, so
+/// that nothing that it began before can come into effect any more.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LetGo(Arc<AtomicBool>);
+
+impl LetGo {
+    /// A pause has begun or ended.
+    pub(crate) fn begin(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+
+    /// What was begun has ended, with the pause in mind or not.
+    pub(crate) fn note(&self, paused: bool) {
+        self.0.store(paused, Ordering::Release);
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.load(Ordering::Acquire)
     }
 }
 

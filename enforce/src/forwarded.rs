@@ -80,9 +80,10 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
             }
             changed = forwarded.around.host_pause.changed(), if pause_open => {
                 pause_open = changed.is_ok();
-                if forwarded.take_pause() {
-                    pace.reset_immediately();
-                }
+                forwarded.take_pause();
+                // That all is lifted has to be said anew even where it is.
+                forwarded.is_due = true;
+                pace.reset_immediately();
             }
             changed = forwarded.around.bus_servers.changed(), if servers_open => {
                 servers_open = changed.is_ok();
@@ -279,6 +280,7 @@ impl Forwarded {
             let text = "cannot change the firewall: run as root or with CAP_NET_ADMIN";
             self.outcome = Outcome { problems: vec![Problem::degraded(text)], ..Outcome::default() };
         }
+        self.around.let_go.note(self.paused);
         self.keep().await;
         self.report();
     }

@@ -23,7 +23,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::action::{Actions, Surroundings};
+use crate::action::{Actions, LetGo, Surroundings};
+use crate::backend::iptables::Iptables;
 use crate::backend::{Rules, RulesOutcome};
 use crate::board::Board;
 use crate::config::{BackendKind, EnforceConfig};
@@ -93,7 +94,7 @@ pub async fn run(config: EnforceConfig, inputs: Inputs) -> Result<(), EnforceErr
     let host_pause = watch::Sender::new(gate.paused.clone());
     let around = Surroundings::of(&inputs, board.clone(), host_pause.subscribe());
     let actions = Actions::start(&config, &around);
-    let mut role = Enforcer::new(config, inputs, Besides { board, actions, gate, host_pause });
+    let mut role = Enforcer::new(config, inputs, Besides { board, actions, gate, host_pause, let_go: around.let_go });
     role.start().await?;
     role.follow().await?;
     role.end().await
@@ -106,6 +107,7 @@ struct Besides {
     gate: Gate,
     /// For actions of this host.
     host_pause: watch::Sender<Option<String>>,
+    let_go: LetGo,
 }
 
 struct Enforcer {
@@ -118,6 +120,8 @@ struct Enforcer {
     /// At home, or away in `rules_job`.
     rules: Option<Rules>,
     rules_job: Option<JoinHandle<(Rules, RulesOutcome)>>,
+    /// Former ones, which may have something under way that hangs.
+    abandoned: Vec<Iptables>,
     /// Families of the last look at rules.
     rules_families: Vec<Family>,
     /// How far our rules are gone, since the host's pause began.
@@ -163,6 +167,7 @@ impl Enforcer {
             in_force: 0,
             rules: None,
             rules_job: None,
+            abandoned: Vec::new(),
             rules_families: Vec::new(),
             lifted: Lifted::No,
             unlifted_looks: 0,

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::action::Surroundings;
+use crate::action::{LetGo, Surroundings};
 use crate::board::Board;
 use crate::metrics::EnforceMetrics;
 
@@ -61,6 +61,7 @@ pub(crate) fn surroundings(bus: &Bus) -> Surroundings {
         trusted_proxies: NetSet::default(),
         bus_servers: watch::channel(Vec::new()).1,
         host_pause: watch::channel(None).1,
+        let_go: LetGo::default(),
         duties: Duties::alone(),
         events: EventSource::local(&bus.events, 0),
         state_dir: None,

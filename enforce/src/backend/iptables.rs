@@ -96,6 +96,11 @@ impl Iptables {
         plain
     }
 
+    /// Whether nothing that hung can come into effect any more.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.calls.check_finished().is_ok()
+    }
+
     /// Removes our rules of these families, whichever bans they are for.
     pub(crate) async fn lift(&mut self, families: &[Family]) -> RulesOutcome {
         let mut outcome = RulesOutcome { lifts: true, ..RulesOutcome::default() };

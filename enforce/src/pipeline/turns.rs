@@ -2,6 +2,7 @@
 
 use tokio::task::JoinError;
 
+use crate::backend::iptables::Iptables;
 use crate::backend::{Rules, RulesOutcome};
 use crate::choose::Method;
 use crate::config::BackendKind;
@@ -69,6 +70,7 @@ impl Enforcer {
         if gate.look() {
             let paused = gate.paused.clone();
             tracing::warn!(paused = paused.as_deref().unwrap_or("no more"), "This host's own pause changed");
+            self.besides.let_go.begin();
             self.besides.host_pause.send_replace(paused.clone());
             self.begin_lifting();
             // To try a back end is to change the firewall, and what any of them holds is lifted without it.
@@ -105,9 +107,12 @@ impl Enforcer {
     /// Lets go of the firewall, where nothing is under way and all that can be lifted is: what is left then is not made
     /// good here, and who tears down may do better.
     pub(super) fn stand_off(&mut self) {
+        let has_let_go = self.besides.let_go.is_done() || !self.config.forwarded_for.enabled;
         let idle = self.rules_job.is_none()
             && self.former.job.is_none()
             && self.search.job.is_none()
+            && self.abandoned.iter_mut().all(Iptables::has_ended)
+            && has_let_go
             && !self.reconciler.is_change_under_way();
         let no_sets = self.reconciler.method().is_none();
         let is_empty = no_sets || self.reconciler.is_lifted();
@@ -142,7 +147,10 @@ impl Enforcer {
     /// Those of a back end that was just chosen. What the former ones counted stays counted.
     pub(super) fn take_new_rules(&mut self) {
         if let Some(rules) = self.reconciler.take_rules() {
-            self.rules = Some(rules);
+            if let Some(Rules::Iptables(former)) = self.rules.replace(rules) {
+                self.abandoned.push(*former);
+            }
+            self.abandoned.retain_mut(|former| !former.has_ended());
             self.rules_families.clear();
             self.lifted = Lifted::No;
             self.outcome = RulesOutcome::default();

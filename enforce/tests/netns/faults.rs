@@ -1,20 +1,23 @@
 //! What happens to bans when the enforcer, or what it works with, is taken away at a bad moment.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Host, Part, Scenario, hide, until};
+use super::{Host, Part, Scenario, hide, until, until_at_last};
 
 pub(super) const OF_EVERY_BACK_END: [(&str, Scenario); 1] =
     [("a_kill_at_any_moment_is_made_good_by_the_next_start", survives_kills)];
-pub(super) const OF_IPTABLES: [(&str, Scenario); 4] = [
+pub(super) const OF_IPTABLES: [(&str, Scenario); 6] = [
     ("bans_that_no_rule_looks_up_are_neither_told_nor_confirmed", tells_nothing_untrue),
     ("programs_that_are_taken_away_are_missed_and_bans_stay", goes_on_robbed),
     ("a_teardown_beside_a_running_enforce_goes_on_where_a_chain_has_to_stay", tears_down_around_others),
     ("a_teardown_beside_a_running_enforce_goes_on_where_that_one_cannot_read_the_rules", tears_down_for_the_blind),
+    ("a_teardown_waits_for_a_change_about_forwarded_clients_that_hangs", tears_down_after_forwarded),
+    ("a_teardown_waits_for_a_change_of_a_back_end_that_was_replaced", tears_down_after_former),
 ];
 
 /// Kills, each a little later after the bans are known.
@@ -168,4 +171,54 @@ fn tears_down_for_the_blind(host: &Host) {
     });
     assert_eq!(host.rules(), before);
     enforcer.stop();
+}
+
+/// Shell that hangs once, while there is a file `hangs`, and then makes a file `done`. It goes on once there is a file `go`, or
+/// some time after `host` was paused, as a teardown may well wait for it.
+fn hanging(host: &Host) -> String {
+    let paused = host.state.path().join("paused");
+    format!(
+        "n=0; rm hangs; touch begun\nuntil [ -e go ] || [ $n = 40 ]; do [ ! -e {} ] || n=$((n + 1)); sleep 0.1; done\n\
+         PATH=${{PATH#*:}}; \"${{0##*/}}\" \"$@\"; code=$?; touch done; exit $code",
+        paused.display()
+    )
+}
+
+/// Tears down beside `enforcer` and kills it. What hung in `dir` may go on then, and must have nothing left to spoil.
+fn tear_down_while_something_hangs(host: &Host, enforcer: Part, dir: &Path, config: &str) {
+    let told = host.teardown_beside(config);
+    assert!(told.ends_with("left []"), "{told}");
+    enforcer.kill();
+    fs::write(dir.join("go"), "").unwrap();
+    until("what hung is done", || dir.join("done").exists());
+    let left = [format!("iptables-{}-save", host.variant), format!("ip6tables-{}-save", host.variant)];
+    let left = left.map(|save| host.run(&save)).concat();
+    assert!(!left.contains("PORTCULLIS"), "{left}");
+}
+
+fn tears_down_after_forwarded(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let config = r#"{"firewall":{"backend":"none"},"forwarded_for":{"enabled":true}}"#;
+    host.iptables("4", "-N DOCKER-USER");
+    let shell = host.stand_in(dir.path(), "restore", &format!("if [ -e hangs ]; then {}; fi", hanging(host)));
+    let enforcer = host.enforcer_after(&shell, config);
+    fs::write(dir.path().join("hangs"), "").unwrap();
+    enforcer.ask("ban-forwarded 192.0.2.1 600");
+    until("the change hangs", || dir.path().join("begun").exists());
+    tear_down_while_something_hangs(host, enforcer, dir.path(), config);
+}
+
+fn tears_down_after_former(host: &Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let name = format!("iptables-{}", host.variant);
+    let hang = format!("case \"$*\" in *-N*) if [ -e hangs ]; then {}; fi;; esac", hanging(host));
+    let shell = host.program(dir.path(), &name, &format!("{hang}\nPATH=${{PATH#*:}}\nexec {name} \"$@\""));
+    let config = host.config(r#"{"backend":"auto"}"#);
+    let enforcer = host.enforcer_after(&shell, &config);
+    fs::write(dir.path().join("hangs"), "").unwrap();
+    host.iptables("4", "-t raw -F");
+    host.iptables("4", "-t raw -X PORTCULLIS");
+    until("making the chain anew hangs", || dir.path().join("begun").exists());
+    until_at_last("it is made without that", || host.run(&format!("{name}-save")).contains("-j PORTCULLIS"));
+    tear_down_while_something_hangs(host, enforcer, dir.path(), &config);
 }
