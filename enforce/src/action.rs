@@ -36,7 +36,7 @@ pub(crate) struct Surroundings {
     pub(crate) lists: watch::Receiver<Arc<Lists>>,
     /// Why all bans of this host are lifted, whatever the lists say; on a cluster not for what is done once for all.
     pub(crate) host_pause: watch::Receiver<Option<String>>,
-    /// What forwarded clients are refused by, in such a pause.
+    /// Whether what refuses forwarded clients has let go, in such a pause.
     pub(crate) let_go: LetGo,
     /// Never banned.
     pub(crate) trusted_proxies: NetSet,

@@ -29,8 +29,8 @@ pub(crate) const PROBE: &str = "portcullis-probe";
 const REFUSED_MAX: usize = 100;
 /// Steps of one process at most, so that a batch that has to be taken up again stays cheap.
 const BATCH_MAX: usize = 16_384;
-/// Steps of a process from which on it is worth to look how the sets were made.
-const INTRODUCED_MIN: usize = 256;
+/// Steps of a process from which on it saves more than it costs to look how the sets were made.
+const INTRODUCED_MIN: usize = 1_000;
 /// Members of a new set for each bucket, of 12 places: one that runs full makes the set grow.
 const MEMBERS_OF_BUCKET: usize = 2;
 /// Buckets of a set for few, as `ipset` makes it unless told.
