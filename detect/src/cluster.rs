@@ -213,13 +213,21 @@ impl Role {
         }
     }
 
+    fn report_reading(&self) {
+        self.report_problem(Problem::warning("this detector reads the state"));
+    }
+
     fn report_waiting(&self, what: &str) {
+        let reason = self.trouble.as_ref().map_or_else(String::new, |trouble| format!(": {trouble}"));
+        self.report_problem(Problem::degraded(format!("this detector {what}{reason}")));
+    }
+
+    fn report_problem(&self, problem: Problem) {
         let node = &self.identity.node;
         let mut report = proto::report::NodeReport::new(node, proto::report::Role::Detect, self.identity.started_at);
         report.at = self.identity.clock.now();
         report.duty = Some("standby".to_owned());
-        let reason = self.trouble.as_ref().map_or_else(String::new, |trouble| format!(": {trouble}"));
-        report.problems.push(Problem::degraded(format!("this detector {what}{reason}")));
+        report.problems.push(problem);
         self.parts.outlets.nodes.put(report);
     }
 }

@@ -32,14 +32,14 @@ use std::time::Duration;
 use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::net::Target;
-use proto::report::{BackendReport, Problem};
+use proto::report::{BackendReport, Problem, Severity};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::action::Surroundings;
 use crate::backend::iptables::Iptables;
 use crate::config::{EnforceConfig, ForwardedForConfig};
 pub(crate) use crate::forwarded::chains::remove;
-use crate::forwarded::chains::{Chains, Outcome, Searches};
+use crate::forwarded::chains::{Chains, Outcome, Searches, Turn};
 use crate::forwarded::claims::{Choice, Claim, Claims};
 pub(crate) use crate::forwarded::kept::FILE;
 use crate::guard::{Guard, GuardFacts};
@@ -81,7 +81,6 @@ pub(crate) async fn run(config: EnforceConfig, around: Surroundings) {
             changed = forwarded.around.host_pause.changed(), if pause_open => {
                 pause_open = changed.is_ok();
                 forwarded.take_pause();
-                // That all is lifted has to be said anew even where it is.
                 forwarded.is_due = true;
                 pace.reset_immediately();
             }
@@ -251,6 +250,8 @@ impl Forwarded {
     fn handle_tick(&mut self) {
         self.is_due |= self.claims.handle_time(self.around.clock.now());
         self.take_pause();
+        // That all is lifted has to be said anew in a pause that began in another.
+        self.is_due |= self.paused && !self.around.let_go.is_done();
         let skew_ms = self.around.clock.skew_ms().unwrap_or_default();
         if skew_ms.abs_diff(self.skew_ms) >= SKEW_STEP_MS {
             self.skew_ms = skew_ms;
@@ -269,9 +270,12 @@ impl Forwarded {
         }
         self.choice = choice;
         let families = host::families();
-        if host::may_change_firewall() {
-            let known = self.known || self.paused;
-            let outcome = self.chains.put(&searches, (known, retry), &families).await;
+        if self.is_at_rest() {
+            // Whoever tears down is at work, or may be.
+        } else if host::may_change_firewall() {
+            let is_host_paused = self.paused && self.around.host_pause.borrow().is_some();
+            let turn = Turn { known: self.known || self.paused, retry, is_host_paused };
+            let outcome = self.chains.put(&searches, turn, &families).await;
             self.take_outcome(outcome);
             if self.outcome.is_in_force() && !self.around.dry_run {
                 self.in_force = self.claims.revision();
@@ -283,6 +287,12 @@ impl Forwarded {
         self.around.let_go.note(self.paused);
         self.keep().await;
         self.report();
+    }
+
+    /// Whether all is lifted in a pause of this host.
+    fn is_at_rest(&self) -> bool {
+        let fails = self.outcome.problems.iter().any(|problem| problem.severity == Severity::Degraded);
+        self.paused && self.around.host_pause.borrow().is_some() && self.around.let_go.is_done() && !fails
     }
 
     fn take_outcome(&mut self, mut outcome: Outcome) {

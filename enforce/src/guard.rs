@@ -1,7 +1,7 @@
 //! The last word before the firewall: who may not be banned, whoever asks. Pure.
 //!
 //! A target that lies within guarded networks, or is wider than the widest ban, is refused. A target that merely
-//! contains guarded addresses is allowed, because firewalls return [`Guard::nets`] before they look at bans.
+//! contains guarded addresses is allowed, because firewalls return [`Guard::nets`] before they drop anything.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -126,6 +126,8 @@ struct Enforcer {
     rules_families: Vec<Family>,
     /// How far our rules are gone, since the host's pause began.
     lifted: Lifted,
+    /// When the firewall was last let go.
+    let_go_at: Timestamp,
     /// Looks at the sets, since then, that did not find them empty.
     unlifted_looks: u32,
     search: Search,
@@ -170,6 +172,7 @@ impl Enforcer {
             abandoned: Vec::new(),
             rules_families: Vec::new(),
             lifted: Lifted::No,
+            let_go_at: raw,
             unlifted_looks: 0,
             search: Search::default(),
             observe_job: None,

@@ -271,7 +271,7 @@ impl Kernel {
 pub struct Frame {
     /// Families that the host has.
     pub families: Vec<Family>,
-    /// Networks returned before bans are looked at; [`crate::guard::Guard::nets`].
+    /// Networks returned before anything is dropped; [`crate::guard::Guard::nets`].
     pub guard_nets: Vec<Target>,
     /// Bans held at most.
     pub bans_max: u32,

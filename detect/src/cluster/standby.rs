@@ -15,7 +15,7 @@ use super::leader::Leader;
 use super::seal::Piece;
 use super::view::View;
 use super::writer::{Fenced, Trouble, Writer, Written, write};
-use super::{Ended, Role, open_batch, refuse};
+use super::{Ended, RETRY, Role, open_batch, refuse};
 use crate::decider::Decider;
 use crate::engine::Engine;
 use crate::state::{decode_control, decode_offender};
@@ -40,7 +40,15 @@ impl Standby {
     /// Reads the state and begins to follow; `None` at the shutdown.
     pub(crate) async fn start(role: &mut Role) -> Result<Option<Self>, Ended> {
         let config = &role.parts.config;
-        let opened = View::open(&role.parts.connection, &role.parts.outlets, &config.engine, &role.shutdown).await?;
+        let opening = View::open(&role.parts.connection, &role.parts.outlets, &config.engine, &role.shutdown);
+        tokio::pin!(opening);
+        let opened = loop {
+            tokio::select! {
+                opened = &mut opening => break opened?,
+                // A large state takes its time.
+                () = tokio::time::sleep(RETRY) => role.report_reading(),
+            }
+        };
         let Some((view, mut snapshot)) = opened else { return Ok(None) };
         // A copy of the state that is behind must not take this detector back to a past that it has seen.
         if view.head.mark < role.known.1 && view.head.bucket == role.known.0 {

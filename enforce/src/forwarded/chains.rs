@@ -13,7 +13,7 @@ use crate::config::{FirewallConfig, ForwardedForConfig};
 use crate::forwarded::plan::{self, Layout, Plan};
 use crate::forwarded::tree::Tree;
 use crate::plan::Family;
-use crate::plan::rules::{LIFTS_MAX, Lifts};
+use crate::plan::rules::{LIFTS_MAX, Lifts, Variant, View};
 use crate::reconcile::chain_of;
 
 /// Searches, with the end of each ban.
@@ -61,6 +61,14 @@ struct Counted {
     last: (u64, u64),
 }
 
+/// With what in mind rules are put.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn {
+    pub(crate) known: bool,
+    pub(crate) retry: bool,
+    pub(crate) is_host_paused: bool,
+}
+
 /// Keeps the chains.
 #[derive(Debug)]
 pub(crate) struct Chains {
@@ -93,19 +101,20 @@ impl Chains {
         }
     }
 
-    /// Puts `searches` in force in these families. While it is not `known` who was refused before, chains that refuse
-    /// somebody stay as they are. A family that failed is left alone until nobody is to be refused, or it is told to `retry`.
+    /// Puts `searches` in force in these families; in a pause of this host makes nothing anew. While it is not `known` who was
+    /// refused before, chains that refuse somebody stay as they are. A family that failed is left alone until nobody is to be
+    /// refused, or it is told to `retry`.
     pub(crate) async fn put(
         &mut self,
         searches: &Searches,
-        (known, retry): (bool, bool),
+        Turn { known, retry, is_host_paused }: Turn,
         families: &[Family],
     ) -> Outcome {
         self.take(searches, retry);
         let mut outcome = Outcome::default();
         for &family in families {
             if !self.failed.contains_key(&family)
-                && let Err(error) = self.put_family(family, known, &mut outcome).await
+                && let Err(error) = self.put_family(family, (known, is_host_paused), &mut outcome).await
             {
                 self.placed.remove(&family);
                 let cause = error.source().map(ToString::to_string);
@@ -135,12 +144,20 @@ impl Chains {
         }
     }
 
-    async fn put_family(&mut self, family: Family, known: bool, outcome: &mut Outcome) -> Result<(), CommandError> {
+    async fn put_family(
+        &mut self,
+        family: Family,
+        (known, is_host_paused): (bool, bool),
+        outcome: &mut Outcome,
+    ) -> Result<(), CommandError> {
         let Some(reading) = self.iptables.read(family).await? else {
             let text = format!("{}: {} is not installed", family.as_str(), reading::name(family));
             outcome.problems.push(Problem::degraded(text));
             return Ok(());
         };
+        if is_host_paused && plan::is_absent(&reading.view) {
+            return self.leave_other(family, reading.other).await;
+        }
         let layout = Layout::new(&self.config, family, &reading.view, &self.searches);
         report(family, &reading, &layout, outcome);
         self.count(family, reading.view.refused);
@@ -157,7 +174,12 @@ impl Chains {
             outcome.problems.push(Problem::degraded(text));
         }
         self.carry_out((family, may_rewrite), &reading, &plan, outcome).await?;
-        if let Some((variant, view)) = reading.other.filter(|_| !self.dry_run) {
+        self.leave_other(family, reading.other).await
+    }
+
+    /// Removes what is ours from the variant that is not in use.
+    async fn leave_other(&mut self, family: Family, other: Option<(Variant, View)>) -> Result<(), CommandError> {
+        if let Some((variant, view)) = other.filter(|_| !self.dry_run) {
             let lines = plan::plan_removal(&view);
             self.iptables.change_filter((family, variant), &lines, "remove our chains").await?;
         }

@@ -246,6 +246,11 @@ fn ours(view: &View) -> BTreeMap<&str, &Vec<String>> {
         .collect()
 }
 
+/// Whether there is no chain of ours.
+pub(crate) fn is_absent(view: &View) -> bool {
+    ours(view).is_empty()
+}
+
 /// Whether no chain of ours refuses anybody.
 pub(crate) fn is_blank(view: &View) -> bool {
     ours(view).values().all(|rules| rules.is_empty())

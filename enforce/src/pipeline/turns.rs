@@ -1,5 +1,7 @@
 //! How back ends take turns: rules of the one in use, what a former one left, one that breaks, and letting go in a pause.
 
+use std::time::Duration;
+
 use tokio::task::JoinError;
 
 use crate::backend::iptables::Iptables;
@@ -19,6 +21,8 @@ const FORMER_RESYNCS: u32 = 4;
 
 /// Looks at sets that do not become empty in a pause, before the firewall is let go all the same.
 const UNLIFTED_LOOKS_MAX: u32 = 3;
+/// A firewall that was let go is left alone for so long at least, for a teardown that waits to begin in.
+const LET_GO_FOR: Duration = Duration::from_secs(5);
 
 /// How far our rules are gone in a pause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +125,7 @@ impl Enforcer {
         let former_tried = self.is_without_former() || self.former.was_tried;
         if idle && sets_tried && rules_tried && former_tried {
             let is_partial = !(is_empty && self.is_without_rules() && self.is_without_former());
+            self.let_go_at = self.inputs.clock.raw();
             self.besides.gate.stand_off(is_partial);
             self.reconciler.stand_off(true);
         }
@@ -128,7 +133,8 @@ impl Enforcer {
 
     /// Tries again to lift what could not be, while nobody else is at work.
     pub(super) fn take_back(&mut self) {
-        if self.is_paused() && self.besides.gate.take_back() {
+        let is_due = self.inputs.clock.raw().since(self.let_go_at) >= LET_GO_FOR;
+        if self.is_paused() && is_due && self.besides.gate.take_back() {
             self.reconciler.stand_off(false);
             self.begin_lifting();
         }

@@ -59,12 +59,19 @@ impl Host {
 
     /// Runs a command in the host's namespace; its output, if it succeeded.
     pub(crate) fn try_run(&self, line: &str) -> Option<String> {
-        let output = Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')).output().unwrap();
-        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+        self.output(line).ok()
     }
 
     pub(crate) fn run(&self, line: &str) -> String {
-        self.try_run(line).unwrap_or_else(|| panic!("`{line}` failed"))
+        self.output(line).unwrap_or_else(|said| panic!("`{line}` failed: {said}"))
+    }
+
+    /// What a command printed, or what it said as it failed.
+    fn output(&self, line: &str) -> Result<String, String> {
+        let output = Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')).output().unwrap();
+        let texts = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        let [printed, said] = texts;
+        if output.status.success() { Ok(printed) } else { Err(said) }
     }
 
     /// The variant of iptables: that of others where bans are in nftables.

@@ -130,7 +130,7 @@ impl Nodes {
         lock(&self.0).heard = reports.into_iter().map(|report| (key(&report), report)).collect();
     }
 
-    /// All reports, by role and node. What this process says of its own roles is newer than what is heard of them.
+    /// All reports, by role and node. Those of this process are as their last heartbeats, a second or a few old.
     pub fn all(&self) -> Vec<NodeReport> {
         let reports = lock(&self.0);
         let mut all = reports.heard.clone();

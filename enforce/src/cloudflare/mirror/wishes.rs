@@ -1,7 +1,7 @@
 //! The entries that should be at Cloudflare: the ban set as the guard lets it pass, split into what can be said there, and
 //! cut to the quota.
 //!
-//! Firewalls return guarded addresses before they look at bans; Cloudflare cannot. So an entry that would take in a
+//! Firewalls return guarded addresses before they drop anything; Cloudflare cannot. So an entry that would take in a
 //! guarded address is left out, and the rest of its ban is not.
 
 use std::collections::{BTreeMap, BTreeSet};
