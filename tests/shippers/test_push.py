@@ -8,9 +8,11 @@ OTLP is written and read by OpenTelemetry's own classes, and by Traefik. Changes
 failed.
 """
 
+import contextlib
 import gzip
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -82,10 +84,16 @@ def export(records):
     return request
 
 
+PORTS = iter(random.sample(range(20_000, 30_000), 1_000))
+"""Each is given out once. The kernel takes others for connections, so none of those can be in the way."""
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Service:
@@ -125,7 +133,7 @@ class Service:
             until("it listens", lambda: self.is_healthy(address))
 
     def is_healthy(self, address):
-        assert self.process.poll() is None, "portcullis ended"
+        assert self.process.poll() is None, f"portcullis ended: {self.log.read_text()}"
         try:
             return urllib.request.urlopen(f"http://{address}/health", timeout=5).status == 200
         except OSError:

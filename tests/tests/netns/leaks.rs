@@ -133,7 +133,7 @@ fn a_file_pauses_one_host_a_teardown_needs_no_stop_and_a_reloaded_never_ban_free
     for part in [
         &*format!("would pause the enforce that runs on this host, by the file {}", file.display()),
         "would remove the jump from raw/PREROUTING (ipv6, nft)",
-        "would remove chain raw/PORTCULLIS with 2 rules (ipv4, nft)",
+        "would remove chain raw/PORTCULLIS with 3 rules (ipv4, nft)",
         "would remove set portcullis-v4 with 1 members",
     ] {
         assert!(told.contains(part), "{part} is not in {told}");
