@@ -32,7 +32,7 @@ use std::time::Duration;
 use proto::api::BackendHold;
 use proto::ban::Lists;
 use proto::net::Target;
-use proto::report::{BackendReport, Problem, Severity};
+use proto::report::{BackendReport, Problem};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::action::Surroundings;
@@ -270,9 +270,7 @@ impl Forwarded {
         }
         self.choice = choice;
         let families = host::families();
-        if self.is_at_rest() {
-            // Whoever tears down is at work, or may be.
-        } else if host::may_change_firewall() {
+        if host::may_change_firewall() {
             let is_host_paused = self.paused && self.around.host_pause.borrow().is_some();
             let turn = Turn { known: self.known || self.paused, retry, is_host_paused };
             let outcome = self.chains.put(&searches, turn, &families).await;
@@ -287,12 +285,6 @@ impl Forwarded {
         self.around.let_go.note(self.paused);
         self.keep().await;
         self.report();
-    }
-
-    /// Whether all is lifted in a pause of this host.
-    fn is_at_rest(&self) -> bool {
-        let fails = self.outcome.problems.iter().any(|problem| problem.severity == Severity::Degraded);
-        self.paused && self.around.host_pause.borrow().is_some() && self.around.let_go.is_done() && !fails
     }
 
     fn take_outcome(&mut self, mut outcome: Outcome) {

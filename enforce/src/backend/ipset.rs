@@ -113,18 +113,22 @@ impl Ipset {
         range: std::ops::Range<usize>,
         refused: &mut Vec<Refused>,
     ) -> Result<(), CommandError> {
+        let mut known = self.introduce(&steps[range.clone()]).await?;
         let mut start = range.start;
         let mut again_until = None;
         while start < range.end {
             let end = again_until.unwrap_or(range.end);
-            match self.restore(steps, start..end).await? {
+            match self.restore(&known, steps, start..end).await? {
                 Batch::Done if end == range.end => return Ok(()),
                 // What came before the refused line is in now; go on after it.
                 Batch::Done => {
                     start = end + 1;
                     again_until = None;
                 }
+                // Somebody has just changed one of the sets.
+                Batch::Refused(line, _) if line < known.len() => known.clear(),
                 Batch::Refused(line, why) => {
+                    let line = line - known.len();
                     let step = (start + line).min(end - 1);
                     refused.push(Refused { step, why });
                     if refused.len() >= REFUSED_MAX {
@@ -145,16 +149,6 @@ impl Ipset {
         Ok(())
     }
 
-    async fn restore(&self, steps: &[Step], range: std::ops::Range<usize>) -> Result<Batch, CommandError> {
-        let known = self.introduce(&steps[range.clone()]).await?;
-        match self.restore_after(&known, steps, range.clone()).await? {
-            // Somebody has just changed one of the sets.
-            Batch::Refused(line, _) if line < known.len() => self.restore_after(&[], steps, range).await,
-            Batch::Refused(line, why) => Ok(Batch::Refused(line - known.len(), why)),
-            Batch::Done => Ok(Batch::Done),
-        }
-    }
-
     /// Steps that make the sets of these as they are.
     async fn introduce(&self, steps: &[Step]) -> Result<Vec<Step>, CommandError> {
         if steps.len() < INTRODUCED_MIN {
@@ -169,6 +163,9 @@ impl Ipset {
             }
         }
         sets.retain(|set| !made.contains(set));
+        if sets.is_empty() {
+            return Ok(Vec::new());
+        }
         let headers = match self.headers().await {
             // The batch would hang as well.
             Err(error @ CommandError::Deadline { .. }) => return Err(error),
@@ -179,7 +176,7 @@ impl Ipset {
     }
 
     /// Lines are counted with those of `known`, which come first.
-    async fn restore_after(
+    async fn restore(
         &self,
         known: &[Step],
         steps: &[Step],

@@ -1,5 +1,6 @@
 //! What happens to bans when the enforcer, or what it works with, is taken away at a bad moment.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::thread;
@@ -189,8 +190,11 @@ fn tear_down_while_something_hangs(host: &Host, enforcer: Part, dir: &Path, conf
     let told = host.teardown_beside(config);
     assert!(told.ends_with("left []"), "{told}");
     enforcer.ask("ban-forwarded 192.0.2.2 600");
-    // Not a wait: it looks at its rules meanwhile, and has nothing to put back.
-    thread::sleep(Duration::from_millis(2500));
+    let mut reports = BTreeSet::new();
+    until("it has looked at its rules again, and has nothing to put back", || {
+        reports.insert(enforcer.report()["at"].to_string());
+        reports.len() > 3
+    });
     enforcer.kill();
     fs::write(dir.join("go"), "").unwrap();
     until("what hung is done", || dir.join("done").exists());

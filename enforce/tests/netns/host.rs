@@ -69,8 +69,7 @@ impl Host {
     /// What a command printed, or what it said as it failed.
     fn output(&self, line: &str) -> Result<String, String> {
         let output = Command::new("ip").args(["netns", "exec", &self.name]).args(line.split(' ')).output().unwrap();
-        let texts = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
-        let [printed, said] = texts;
+        let [printed, said] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
         if output.status.success() { Ok(printed) } else { Err(said) }
     }
 
